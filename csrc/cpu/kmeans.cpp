@@ -1,0 +1,295 @@
+// Threads, layout and bookkeeping of the assignment; kmeans_kernel.h has the arithmetic.
+//
+// A unit of work is a tile: kTilePositions positions of a block of rows. Points whose gap outlasts
+// the latest moves of the codebook are passed over; the others are collected position by position,
+// ordered by the leaf of their previous entry, and searched.
+#include "nowag/kmeans.h"
+
+#include <omp.h>
+
+#include <cmath>
+#include <new>
+#include <numeric>
+#include <vector>
+
+#include "cpu/kmeans_points.h"
+#include "cpu/kmeans_table.h"
+#include "cpu/kmeans_tree.h"
+#include "cpu/parallel.h"
+#include "cpu/simd.h"
+
+namespace nowag::cpu {
+namespace {
+
+// Bounds of the rows of a tile: enough to pay for the frames of its positions, few enough that
+// their weights stay in the second-level cache and that a row's number fits beside a slot.
+constexpr int kRowBits = 12;
+constexpr int64_t kLeastRows = 256, kMostRows = 1 << kRowBits;
+constexpr int64_t kTilesPerThread = 4;
+// Weights of a tile are addressed by 32-bit offsets from its first.
+constexpr int64_t kMostOffset = int64_t{1} << 30;
+static_assert(kRowBits + kMaxCodeBits <= 32, "a key is 32 bits");
+
+int64_t pad_lanes(int64_t count) { return ceil_div(count, kMaxLanes) * kMaxLanes; }
+
+// A point to be searched at a known position: its previous entry's slot, its row in the tile.
+using Key = uint32_t;
+Key make_key(uint16_t slot, int64_t row) {
+    return static_cast<uint32_t>(slot) << kRowBits | static_cast<uint32_t>(row);
+}
+uint16_t slot_of(Key key) { return static_cast<uint16_t>(key >> kRowBits); }
+int32_t row_of(Key key) { return static_cast<int32_t>(key & ((1u << kRowBits) - 1u)); }
+
+// What one thread works with, and what it adds up for its points: integers, so that the sum of all
+// threads does not depend on who had which point.
+struct Worker {
+    std::vector<float> bias, lower, upper, drift, x, gaps;
+    std::vector<uint16_t> slots, best;
+    std::vector<uint32_t> leaf_ends;
+    std::vector<int32_t> rows, near_branches, near_leaves;
+    std::vector<Key> keys[kTilePositions];
+    int64_t key_count[kTilePositions];
+    std::vector<int64_t> sums;
+    int64_t changed = 0;
+};
+
+class Assignment {
+  public:
+    Assignment(const KmeansProblem& problem, int64_t entries, int d, double scale, bool warm)
+        : problem_(problem),
+          entries_(entries),
+          d_(d),
+          scale_(scale),
+          warm_(warm),
+          positions_(positions_of(problem, d)),
+          tree_(problem.codebook, entries, d, mean_metric().data()),
+          leaves_(tree_.leaves()),
+          moves_(moves()) {}
+
+    int64_t run(int threads) {
+        const int64_t tiles = ceil_div(positions_, kTilePositions);
+        const int64_t wanted = std::max(ceil_div(threads * kTilesPerThread, tiles),
+                                        ceil_div(problem_.rows, kMostRows));
+        int64_t blocks = std::clamp<int64_t>(problem_.rows / kLeastRows, 1, wanted);
+        const int64_t block_rows =
+            std::clamp<int64_t>(kMostOffset / problem_.cols, 1, ceil_div(problem_.rows, blocks));
+        blocks = ceil_div(problem_.rows, block_rows);
+        std::vector<Worker> workers(static_cast<size_t>(threads));
+        parallel_for(tiles * blocks, threads, [&](int64_t item) {
+            Worker& worker = workers[static_cast<size_t>(omp_get_thread_num())];
+            if (worker.bias.empty()) prepare(worker, block_rows);
+            const int64_t first = item % blocks * block_rows;
+            assign_tile(worker, item / blocks * kTilePositions, first,
+                        std::min(problem_.rows, first + block_rows));
+        });
+        return gather(workers);
+    }
+
+  private:
+    // Weighs the coordinates of the tree; not part of any result.
+    std::vector<float> mean_metric() const {
+        std::vector<float> mean(static_cast<size_t>(d_), 0.0f);
+        for (int64_t j = 0; j < positions_ * d_; ++j) {
+            mean[static_cast<size_t>(j % d_)] += problem_.h[j];
+        }
+        return mean;
+    }
+
+    bool tracking() const {
+        return warm_ && problem_.gaps != nullptr && problem_.previous != nullptr;
+    }
+
+    // [d, K]: how far each entry moved along each coordinate since the gaps were taken.
+    std::vector<float> moves() const {
+        std::vector<float> moves;
+        if (!tracking()) return moves;
+        moves.resize(static_cast<size_t>(entries_ * d_));
+        for (int64_t k = 0; k < entries_; ++k) {
+            for (int j = 0; j < d_; ++j) {
+                const int64_t from = k * d_ + j;
+                moves[static_cast<size_t>(j * entries_ + k)] =
+                    problem_.codebook[from] - problem_.previous[from];
+            }
+        }
+        return moves;
+    }
+
+    int64_t branch_room() const { return leaves_.branches + 2 * kMaxLanes; }
+    int64_t leaf_room() const { return leaves_.count + 2 * kMaxLanes; }
+
+    void prepare(Worker& worker, int64_t rows) const {
+        const size_t points = static_cast<size_t>(pad_lanes(rows));
+        worker.bias.resize(static_cast<size_t>(leaves_.count * kLeafEntries));
+        worker.lower.resize(static_cast<size_t>(leaves_.stride * d_));
+        worker.upper.resize(worker.lower.size());
+        worker.leaf_ends.resize(static_cast<size_t>(leaves_.count));
+        worker.near_branches.resize(static_cast<size_t>(kMaxLanes * branch_room()));
+        worker.near_leaves.resize(static_cast<size_t>(kMaxLanes * leaf_room()));
+        worker.x.resize(points * static_cast<size_t>(d_));
+        worker.gaps.resize(points);
+        worker.slots.resize(points);
+        worker.best.resize(points);
+        worker.rows.resize(points);
+        for (std::vector<Key>& keys : worker.keys) keys.resize(points);
+        if (tracking()) worker.drift.resize(static_cast<size_t>(kTilePositions * entries_));
+        if (problem_.sums != nullptr) {
+            worker.sums.assign(static_cast<size_t>(entries_ * (2 * d_ + 1)), 0);
+        }
+    }
+
+    void assign_tile(Worker& worker, int64_t first, int64_t row_begin, int64_t row_end) const {
+        const int count = static_cast<int>(std::min<int64_t>(kTilePositions, positions_ - first));
+        collect_keys(worker, first, count, row_begin, row_end);
+        for (int p = 0; p < count; ++p) {
+            if (worker.key_count[p] > 0) assign_position(worker, first, p, row_begin);
+        }
+    }
+
+    // Keys of the points whose gap is spent; of all points if gaps are not tracked.
+    void collect_keys(Worker& worker, int64_t first, int count, int64_t row_begin,
+                      int64_t row_end) const {
+        std::fill_n(worker.key_count, count, 0);
+        for (int p = 0; tracking() && p < count; ++p) {
+            kmeans_table().drift(moves_.data(), entries_, problem_.h + (first + p) * d_, d_,
+                                 worker.drift.data() + p * entries_);
+        }
+        for (int64_t row = row_begin; row < row_end; ++row) {
+            const int64_t point = row * positions_ + first;
+            const uint16_t* codes = problem_.codes + point;
+            uint32_t spent = (1u << count) - 1u;
+            if (tracking()) {
+                spent = kmeans_table().shrink(codes, worker.drift.data(), entries_, count,
+                                              problem_.gaps + point);
+            }
+            for (; spent != 0; spent &= spent - 1) {
+                const int p = __builtin_ctz(spent);
+                const uint16_t slot = warm_ ? tree_.slots()[codes[p]] : uint16_t{0};
+                worker.keys[p][static_cast<size_t>(worker.key_count[p]++)] =
+                    make_key(slot, row - row_begin);
+            }
+        }
+    }
+
+    // Assigns the collected points of position first + p.
+    void assign_position(Worker& worker, int64_t first, int p, int64_t row_begin) const {
+        const int64_t position = first + p, count = worker.key_count[p], padded = pad_lanes(count);
+        const float* h = problem_.h + position * d_;
+        const KmeansFrame frame{worker.bias.data(),
+                                worker.lower.data(),
+                                worker.upper.data(),
+                                worker.near_branches.data(),
+                                worker.near_leaves.data(),
+                                branch_room(),
+                                leaf_room()};
+        order_points(worker, worker.keys[p].data(), count);
+        const int present = static_cast<int>(std::min<int64_t>(d_, problem_.cols - position * d_));
+        kmeans_table().collect(problem_.w + row_begin * problem_.cols + position * d_,
+                               problem_.cols, worker.rows.data(), padded, present, d_,
+                               worker.x.data());
+        const KmeansSlice points{worker.x.data(), h, worker.slots.data(), padded, padded};
+        kmeans_table().frame(leaves_, entries_, h, d_, frame);
+        kmeans_table().search(points, leaves_, frame, d_, warm_, worker.best.data(),
+                              worker.gaps.data());
+        store(worker, row_begin * positions_ + position, position, count, padded);
+    }
+
+    // Rows and slots in the order of the previous entries' leaves: neighbours then visit the same
+    // leaves. Filled up with copies of the last.
+    void order_points(Worker& worker, const Key* keys, int64_t count) const {
+        uint32_t* ends = worker.leaf_ends.data();
+        std::fill_n(ends, leaves_.count, 0u);
+        for (int64_t i = 0; i < count; ++i) ++ends[slot_of(keys[i]) / kLeafEntries];
+        std::partial_sum(ends, ends + leaves_.count, ends);
+        for (int64_t i = count; i-- > 0;) {
+            const uint32_t at = --ends[slot_of(keys[i]) / kLeafEntries];
+            worker.slots[at] = slot_of(keys[i]);
+            worker.rows[at] = row_of(keys[i]);
+        }
+        const size_t last = static_cast<size_t>(count - 1);
+        for (size_t i = last + 1; i < static_cast<size_t>(pad_lanes(count)); ++i) {
+            worker.slots[i] = worker.slots[last];
+            worker.rows[i] = worker.rows[last];
+        }
+    }
+
+    // Records what the search found; point 0 of the tile at this position is point `origin`.
+    void store(Worker& worker, int64_t origin, int64_t position, int64_t count,
+               int64_t stride) const {
+        for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
+            const int64_t point = origin + worker.rows[i] * positions_;
+            if (problem_.gaps != nullptr) problem_.gaps[point] = worker.gaps[i];
+            if (warm_ && worker.best[i] == worker.slots[i]) continue;
+            const uint16_t entry = leaves_.entry[worker.best[i]];
+            ++worker.changed;
+            if (problem_.sums != nullptr) {
+                const float* x = worker.x.data() + i;
+                if (warm_) add(worker, position, x, stride, problem_.codes[point], -1);
+                add(worker, position, x, stride, entry, 1);
+            }
+            problem_.codes[point] = entry;
+        }
+    }
+
+    void add(Worker& worker, int64_t position, const float* x, int64_t stride, uint16_t entry,
+             int64_t sign) const {
+        int64_t* sum = worker.sums.data() + entry * (2 * d_ + 1);
+        const float* h = problem_.h + position * d_;
+        for (int j = 0; j < d_; ++j) {
+            const double weight = h[j];
+            const double moment = weight * static_cast<double>(x[j * stride]);
+            sum[j] += sign * fixed_point(moment * scale_);
+            sum[d_ + j] += sign * fixed_point(weight * scale_);
+        }
+        sum[2 * d_] += sign;
+    }
+
+    int64_t gather(const std::vector<Worker>& workers) const {
+        int64_t changed = 0;
+        for (const Worker& worker : workers) {
+            changed += worker.changed;
+            for (size_t i = 0; i < worker.sums.size(); ++i) problem_.sums[i] += worker.sums[i];
+        }
+        return changed;
+    }
+
+    const KmeansProblem& problem_;
+    const int64_t entries_;
+    const int d_;
+    const double scale_;
+    const bool warm_;
+    const int64_t positions_;
+    const KmeansTree tree_;
+    const KmeansLeaves leaves_;
+    const std::vector<float> moves_;
+};
+
+}  // namespace
+
+const KmeansTable& kmeans_table() {
+#ifdef NOWAG_X86
+    static const KmeansTable* const table = simd_pick(&kKmeansScalar, &kKmeansAvx2, &kKmeansAvx512,
+                                                      static_cast<const KmeansTable*>(nullptr));
+    return *table;
+#else
+    return kKmeansScalar;
+#endif
+}
+
+Status kmeans_assign(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
+                     double scale, bool warm, int64_t* changed, int threads) try {
+    if (count < 1 || !valid_entries(entries) || threads < 1) return Status::invalid_argument;
+    for (int64_t b = 0; b < count; ++b) {
+        const KmeansProblem& problem = problems[b];
+        if (!valid_points(problem, d) || problem.codebook == nullptr || problem.codes == nullptr) {
+            return Status::invalid_argument;
+        }
+    }
+    for (int64_t b = 0; b < count; ++b) {
+        changed[b] = Assignment(problems[b], entries, d, scale, warm).run(threads);
+    }
+    return Status::ok;
+} catch (const std::bad_alloc&) {
+    return Status::out_of_memory;
+}
+
+}  // namespace nowag::cpu

@@ -1,0 +1,72 @@
+// Eight floats at a time, for kmeans_kernel.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace nowag::cpu {
+namespace {
+
+struct Lanes {
+    static constexpr int kWidth = 8;
+    using Float = __m256;
+    using Int = __m256i;
+    using Mask = __m256;
+
+    static Float load(const float* from) { return _mm256_loadu_ps(from); }
+    static void store(float* to, Float a) { _mm256_storeu_ps(to, a); }
+    static Float all(float a) { return _mm256_set1_ps(a); }
+    static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+    static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
+    static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+    static Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
+    static Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+    static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
+    static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+    static Float sqrt(Float a) { return _mm256_sqrt_ps(a); }
+    static float lowest(Float a) {
+        __m128 low = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        low = _mm_min_ps(low, _mm_movehl_ps(low, low));
+        return _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
+    }
+    static float highest(Float a) { return -lowest(_mm256_xor_ps(a, all(-0.0f))); }
+
+    static Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+    static Mask equal(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
+    static Mask not_greater(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+    static uint32_t bits(Mask a) { return static_cast<uint32_t>(_mm256_movemask_ps(a)); }
+    static Float select(Mask a, Float yes, Float no) { return _mm256_blendv_ps(no, yes, a); }
+    static Int select(Mask a, Int yes, Int no) {
+        return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(a));
+    }
+
+    static Int all_int(int32_t a) { return _mm256_set1_epi32(a); }
+    static Int load_int(const int32_t* from) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    }
+    static Int load_codes(const uint16_t* from) {
+        return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    static void store_codes(uint16_t* to, Int a) {
+        const __m256i packed = _mm256_packus_epi32(a, a);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                         _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+    }
+    static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+    static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+    static Float gather(const float* from, Int index) {
+        return _mm256_i32gather_ps(from, index, sizeof(float));
+    }
+
+    // Appends first + lane to a list for every lane of `chosen`.
+    static int64_t append(int32_t* list, int64_t count, Mask chosen, int32_t first) {
+        for (uint32_t left = bits(chosen); left != 0; left &= left - 1) {
+            list[count++] = first + __builtin_ctz(left);
+        }
+        return count;
+    }
+};
+
+}  // namespace
+}  // namespace nowag::cpu

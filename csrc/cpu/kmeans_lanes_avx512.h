@@ -1,0 +1,62 @@
+// Sixteen floats at a time, for kmeans_kernel.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace nowag::cpu {
+namespace {
+
+struct Lanes {
+    static constexpr int kWidth = 16;
+    using Float = __m512;
+    using Int = __m512i;
+    using Mask = __mmask16;
+
+    static Float load(const float* from) { return _mm512_loadu_ps(from); }
+    static void store(float* to, Float a) { _mm512_storeu_ps(to, a); }
+    static Float all(float a) { return _mm512_set1_ps(a); }
+    static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+    static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+    static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+    static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+    static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+    static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+    static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+    static Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
+    static float lowest(Float a) { return _mm512_reduce_min_ps(a); }
+    static float highest(Float a) { return _mm512_reduce_max_ps(a); }
+
+    static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+    static Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+    static Mask not_greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+    static uint32_t bits(Mask a) { return a; }
+    static Float select(Mask a, Float yes, Float no) { return _mm512_mask_blend_ps(a, no, yes); }
+    static Int select(Mask a, Int yes, Int no) { return _mm512_mask_blend_epi32(a, no, yes); }
+
+    static Int all_int(int32_t a) { return _mm512_set1_epi32(a); }
+    static Int load_int(const int32_t* from) { return _mm512_loadu_si512(from); }
+    static Int load_codes(const uint16_t* from) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    static void store_codes(uint16_t* to, Int a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a));
+    }
+    static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+    static Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
+    static Float gather(const float* from, Int index) {
+        return _mm512_i32gather_ps(index, from, sizeof(float));
+    }
+
+    // Appends first + lane to a list for every lane of `chosen`; the list has room for kWidth more.
+    static int64_t append(int32_t* list, int64_t count, Mask chosen, int32_t first) {
+        const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const Int values = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
+        _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(chosen, values));
+        return count + __builtin_popcount(chosen);
+    }
+};
+
+}  // namespace
+}  // namespace nowag::cpu

@@ -1,0 +1,93 @@
+// What each instruction set provides for the k-means drivers.
+#pragma once
+
+#include <cstdint>
+
+namespace nowag::cpu {
+
+// Entries of a leaf: one vector of AVX-512.
+constexpr int kLeafEntries = 16;
+
+// Leaves of a branch, for the same reason.
+constexpr int kBranchLeaves = 16;
+
+// Positions that are taken together: 16 floats are a cache line, so that threads do not share one.
+constexpr int kTilePositions = 16;
+
+// Points are padded to a multiple of this, the widest vector.
+constexpr int kMaxLanes = 16;
+
+// A codebook cut into leaves of entries that are near each other, each in a box (kmeans_tree.h).
+// Slot s is entry s % kLeafEntries of leaf s / kLeafEntries. Sixteen neighbouring leaves are a
+// branch, in a box of its own.
+struct KmeansLeaves {
+    int64_t count;
+    int64_t branches;       // ceil(count / kBranchLeaves)
+    int64_t first_branch;   // column of the first branch's box: count padded to kBranchLeaves
+    int64_t stride;         // of lower and upper: first_branch + branches, padded likewise
+    const float* c;         // [count, d, kLeafEntries]
+    const float* lower;     // [d, stride]: the boxes of leaves, then those of branches; what fills
+    const float* upper;     // [d, stride]  up is far from everything
+    const uint16_t* entry;  // [count * kLeafEntries]: slot -> entry
+};
+
+// Points of one position, coordinate by coordinate: x[j * stride + i]. The slot of each one's
+// previous entry is non-decreasing, so that neighbours visit the same leaves.
+struct KmeansSlice {
+    const float* x;
+    const float* h;  // the position's metric [d]
+    const uint16_t* slots;
+    int64_t stride;
+    int64_t count;  // a multiple of kMaxLanes
+};
+
+// What the searches at one position share.
+struct KmeansFrame {
+    float* bias;   // [slots], of kmeans.h; infinity for slots that hold no entry
+    float* lower;  // [d, stride]: the boxes with coordinate j times sqrt(h_j), so that distances in
+    float* upper;  // the position's metric are plain ones
+    // Lists of kMaxLanes points each: room for the numbers of all branches or leaves, and for a
+    // vector more.
+    int32_t* near_branches;
+    int32_t* near_leaves;
+    int64_t branch_room, leaf_room;
+};
+
+struct KmeansTable {
+    // x[j * count + i] = from[rows[i] * cols + j] for the `present` first coordinates, 0 for the
+    // others. count is a multiple of kMaxLanes.
+    void (*collect)(const float* from, int64_t cols, const int32_t* rows, int64_t count,
+                    int present, int d, float* x);
+
+    void (*frame)(const KmeansLeaves& leaves, int64_t entries, const float* h, int d,
+                  const KmeansFrame& frame);
+
+    // best[i] = slot of the entry of the smallest score, the lowest entry among equals; gaps[i] =
+    // a lower bound of how much nearer it is than any other (kmeans_kernel.h). With `guided` the
+    // points' slots say where to look first; without, every leaf is visited.
+    void (*search)(const KmeansSlice& points, const KmeansLeaves& leaves, const KmeansFrame& frame,
+                   int d, bool guided, uint16_t* best, float* gaps);
+
+    // drift[k] = an upper bound of how much nearer any other entry can have come to a point of
+    // entry k at one position, given how far entries moved: moves[j * entries + k].
+    void (*drift)(const float* moves, int64_t entries, const float* h, int d, float* drift);
+
+    // One row of a tile of `count` positions: gaps shrink by drift[p * entries + code]. Returns the
+    // positions, one a bit, at which nothing is left of them.
+    uint32_t (*shrink)(const uint16_t* codes, const float* drift, int64_t entries, int count,
+                       float* gaps);
+
+    // One step of k-means++ on points [begin, end) of a sample: narrowed[i] is the smaller of
+    // nearest[i] and the distance to `entry`; returns the sum of round(narrowed[i] * scale).
+    // nearest and narrowed may be the same.
+    uint64_t (*narrow)(const float* x, const float* h, int64_t stride, int64_t begin, int64_t end,
+                       const float* entry, int d, double scale, const float* nearest,
+                       float* narrowed);
+};
+
+extern const KmeansTable kKmeansScalar, kKmeansAvx2, kKmeansAvx512;
+
+// The table of the instruction set in use.
+const KmeansTable& kmeans_table();
+
+}  // namespace nowag::cpu

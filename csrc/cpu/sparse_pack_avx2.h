@@ -1,0 +1,64 @@
+// Expanding 8 values under a byte of the bitmap, by permutations looked up in tables of 256.
+// Everything here is local to the file that includes it.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace nowag::cpu {
+namespace {
+
+// For each byte: which value each of 8 lanes takes; negative where no bit is set.
+struct LaneTable {
+    alignas(32) int32_t source[256][8];
+};
+
+// The same for pshufb on 8 values of 16 bits; it writes 0 where an index is negative.
+struct HalfTable {
+    alignas(16) int8_t source[256][16];
+};
+
+constexpr LaneTable make_lane_table() {
+    LaneTable table{};
+    for (int mask = 0; mask < 256; ++mask) {
+        int next = 0;
+        for (int lane = 0; lane < 8; ++lane) {
+            table.source[mask][lane] = (mask >> lane) & 1 ? next++ : -1;
+        }
+    }
+    return table;
+}
+
+constexpr HalfTable make_half_table() {
+    HalfTable table{};
+    for (int mask = 0; mask < 256; ++mask) {
+        int8_t next = 0;
+        for (int lane = 0; lane < 8; ++lane) {
+            const bool set = (mask >> lane) & 1;
+            table.source[mask][2 * lane] = set ? next++ : int8_t{-1};
+            table.source[mask][2 * lane + 1] = set ? next++ : int8_t{-1};
+        }
+    }
+    return table;
+}
+
+constexpr LaneTable kLaneTable = make_lane_table();
+constexpr HalfTable kHalfTable = make_half_table();
+
+inline __m256i expand_lanes(const void* values, unsigned mask) {
+    const __m256i source =
+        _mm256_load_si256(reinterpret_cast<const __m256i*>(kLaneTable.source[mask]));
+    const __m256i packed = _mm256_loadu_si256(static_cast<const __m256i*>(values));
+    return _mm256_andnot_si256(_mm256_srai_epi32(source, 31),
+                               _mm256_permutevar8x32_epi32(packed, source));
+}
+
+inline __m128i expand_halves(const void* values, unsigned mask) {
+    const __m128i source =
+        _mm_load_si128(reinterpret_cast<const __m128i*>(kHalfTable.source[mask]));
+    return _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(values)), source);
+}
+
+}  // namespace
+}  // namespace nowag::cpu

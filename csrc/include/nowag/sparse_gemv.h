@@ -1,0 +1,31 @@
+// y = x W^T + bias for few tokens, straight from the sparse form (format.h), unstructured or N:M.
+//
+//   x     [tokens, cols] of `dtype`, contiguous;  y [tokens, rows] of `dtype`, contiguous
+//   bias  [rows] of `dtype`, or null
+//   values are of values_dtype, which need not be `dtype`.
+//
+// Accumulation is float32; rounded to `dtype` once, after the bias. A token's outputs do not depend
+// on the other tokens or on the number of threads; they may differ between instruction sets in the
+// last bits. Error bound, up to 50000 cols: |y - y64| <= 8e-6 * sum over j of |x_j W_ij| + rounding
+// to `dtype`. It holds because no product goes through more than 134 roundings of 2^-24: sums of at
+// most 64 products, summed up over 1024 columns, those over the row.
+// The caller has checked that row_offsets is the running popcount of bitmap.
+#pragma once
+
+#include <cstdint>
+
+#include "nowag/dtype.h"
+#include "nowag/status.h"
+
+namespace nowag {
+
+constexpr int64_t kSparseGemvMaxTokens = 16;
+
+namespace cpu {
+
+Status sparse_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* bitmap,
+                   const void* values, DType values_dtype, const int32_t* row_offsets,
+                   const void* bias, int64_t rows, int64_t cols, void* y, int threads);
+
+}  // namespace cpu
+}  // namespace nowag
