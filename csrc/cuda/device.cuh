@@ -1,0 +1,191 @@
+// The one door between the kernels and what runs them: CUDA, or the host SIMT executor of
+// tests/simt, which compiles the same files with NOWAG_SIMT. Inline PTX and everything else that
+// differs between the two stands here, each with its host meaning beside it.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef NOWAG_SIMT
+#include "simt.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#endif
+
+#include "nowag/dtype.h"
+#include "nowag/format.h"
+
+namespace nowag::cuda {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Columns of a bitmap row with its padding (format.h).
+__device__ __forceinline__ int64_t padded_columns(int64_t cols) {
+    return (cols + kBitmapAlign - 1) / kBitmapAlign * kBitmapAlign;
+}
+
+// The block's dynamic shared memory; kernels lay it out themselves.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#ifdef NOWAG_SIMT
+    return simt::dynamic_shared();
+#else
+    extern __shared__ __align__(16) unsigned char nowag_shared[];
+    return nowag_shared;
+#endif
+}
+
+// One fused multiply-add, rounded once. The compiler fuses nothing on its own (--fmad=false).
+__device__ __forceinline__ float fused(float a, float b, float c) {
+#ifdef NOWAG_SIMT
+    return __builtin_fmaf(a, b, c);
+#else
+    return __fmaf_rn(a, b, c);
+#endif
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) {
+#ifdef NOWAG_SIMT
+    return float16_to_float(bits);
+#else
+    return __half2float(__ushort_as_half(bits));
+#endif
+}
+
+__device__ __forceinline__ uint16_t float_to_half(float value) {
+#ifdef NOWAG_SIMT
+    return float_to_float16(value);
+#else
+    return __half_as_ushort(__float2half_rn(value));
+#endif
+}
+
+__device__ __forceinline__ float brain_to_float(uint16_t bits) {
+    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+
+__device__ __forceinline__ uint16_t float_to_brain(float value) {
+#ifdef NOWAG_SIMT
+    return float_to_bfloat16(value);
+#else
+    return __bfloat16_as_ushort(__float2bfloat16_rn(value));
+#endif
+}
+
+// round(value) to nearest even.
+__device__ __forceinline__ long long round_to_integer(double value) {
+#ifdef NOWAG_SIMT
+    return static_cast<long long>(__builtin_nearbyint(value));
+#else
+    return __double2ll_rn(value);
+#endif
+}
+
+// The number of the lowest set bit of a mask that is not 0.
+__device__ __forceinline__ int lowest_bit(uint64_t mask) {
+#ifdef NOWAG_SIMT
+    return __builtin_ctzll(mask);
+#else
+    return __ffsll(static_cast<long long>(mask)) - 1;
+#endif
+}
+
+// Between two looks at memory that another block is to change.
+__device__ __forceinline__ void spin_pause() {
+#ifdef NOWAG_SIMT
+    simt::yield();
+#else
+    __nanosleep(20);
+#endif
+}
+
+// The high word of a 64-bit product.
+__device__ __forceinline__ uint64_t product_high(uint64_t a, uint64_t b) {
+#ifdef NOWAG_SIMT
+    return static_cast<uint64_t>((static_cast<unsigned __int128>(a) * b) >> 64);
+#else
+    return __umul64hi(a, b);
+#endif
+}
+
+// Rounds to tf32: 10 bits of mantissa, to nearest, ties away from zero.
+__device__ __forceinline__ uint32_t to_tf32(float value) {
+#ifdef NOWAG_SIMT
+    return (__float_as_uint(value) + 0x1000u) & 0xffffe000u;
+#else
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+    return bits;
+#endif
+}
+
+struct MmaA {
+    uint32_t x[4];
+};
+struct MmaC {
+    float x[4];
+};
+
+// d = a b by one warp, a [16, 8] and b [8, 8] in tf32 (the low 13 bits of their floats are not
+// read), d [16, 8] in float32. With g = lane / 4 and t = lane % 4 a lane holds
+//   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)     b: (t, g), (t + 4, g)
+//   d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// How the sum of the eight products is rounded is not specified.
+__device__ __forceinline__ MmaC mma_tf32(const MmaA& a, float b0, float b1) {
+    MmaC d{};
+#ifdef NOWAG_SIMT
+    struct Mine {
+        MmaA a;
+        float b[2];
+    };
+    const auto top = [](float value) {
+        return __uint_as_float(__float_as_uint(value) & 0xffffe000u);
+    };
+    const Mine mine{a, {top(b0), top(b1)}};
+    const auto& lanes = simt::collect(kFullWarp, &mine, sizeof mine, {__FILE__, __LINE__, "mma"});
+    const int g = simt::lane() / 4, t = simt::lane() % 4;
+    for (int k = 0; k < 8; ++k) {
+        const MmaA left = simt::from_lane<Mine>(lanes, 4 * g + k % 4).a;
+        for (int i = 0; i < 4; ++i) {
+            const Mine right = simt::from_lane<Mine>(lanes, 4 * (2 * t + i % 2) + k % 4);
+            d.x[i] += top(__uint_as_float(left.x[i / 2 + 2 * (k / 4)])) * right.b[k / 4];
+        }
+    }
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%10, %10, %10, %10};"
+        : "=f"(d.x[0]), "=f"(d.x[1]), "=f"(d.x[2]), "=f"(d.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(__float_as_uint(b0)),
+          "r"(__float_as_uint(b1)), "f"(0.0f));
+#endif
+    return d;
+}
+
+// Elements of the three types as floats.
+template <DType kType>
+struct Element {
+    using Stored = uint16_t;
+    static __device__ __forceinline__ float load(const void* data, int64_t index) {
+        const uint16_t bits = static_cast<const uint16_t*>(data)[index];
+        return kType == DType::float16 ? half_to_float(bits) : brain_to_float(bits);
+    }
+    static __device__ __forceinline__ void store(void* data, int64_t index, float value) {
+        static_cast<uint16_t*>(data)[index] =
+            kType == DType::float16 ? float_to_half(value) : float_to_brain(value);
+    }
+};
+
+template <>
+struct Element<DType::float32> {
+    using Stored = float;
+    static __device__ __forceinline__ float load(const void* data, int64_t index) {
+        return static_cast<const float*>(data)[index];
+    }
+    static __device__ __forceinline__ void store(void* data, int64_t index, float value) {
+        static_cast<float*>(data)[index] = value;
+    }
+};
+
+}  // namespace nowag::cuda

@@ -1,0 +1,34 @@
+#include "dispatch.h"
+#include "launch.h"
+#include "launchers.h"
+#include "sparse_gemv.cuh"
+
+namespace nowag::cuda {
+
+int64_t sparse_gemv_workspace(const void*, DType, int64_t, const uint8_t*, const void*, DType,
+                              const int32_t*, const void*, int64_t, int64_t, void*) {
+    return 0;
+}
+
+Status sparse_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* bitmap,
+                   const void* values, DType values_dtype, const int32_t* row_offsets,
+                   const void* bias, int64_t rows, int64_t cols, void* y, void*, Stream stream) {
+    if (rows < 1 || cols < 1 || tokens < 1 || tokens > kSparseGemvMaxTokens) {
+        return Status::invalid_argument;
+    }
+    const SparseWeight sparse{reinterpret_cast<const uint32_t*>(bitmap), values, row_offsets, rows,
+                              cols};
+    const SparseActivations io{x, bias, y, static_cast<int>(tokens)};
+    return with_dtype(dtype, [&](auto type) {
+        return with_dtype(values_dtype, [&](auto values_type) {
+            constexpr DType kType = type.value, kValues = values_type.value;
+            const auto kernel = tokens == 1   ? sparse_gemv_rows<1, kType, kValues>
+                                : tokens <= 4 ? sparse_gemv_rows<4, kType, kValues>
+                                              : sparse_gemv_rows<16, kType, kValues>;
+            return launch(kernel, blocks_for(rows, kSparseWarps), kSparseThreads, 0, stream, sparse,
+                          io);
+        });
+    });
+}
+
+}  // namespace nowag::cuda
