@@ -1,0 +1,282 @@
+"""Models to and from disk: compressed and dense checkpoints, GGUF files, the model card."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nowag_ext.files import atomic_directory, check_vacant, require_space
+from nowag_ext.integrations.transformers import QUANT_METHOD, replace_by_dense
+from nowag_ext.report import ModelReport
+
+REPORT_FILE = "report.json"
+LAYERS_FILE = "layers.csv"
+CARD_FILE = "README.md"
+
+# Room for what is not tensors: configuration, tokenizer, report, model card, file headers.
+_OTHER_BYTES = 32 << 20
+
+
+def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """A compressed model from a directory or the hub, in eval mode.
+
+    Args:
+        path_or_id: a directory that ``save_compressed`` or ``save_pretrained`` wrote, or a hub id.
+        kwargs: for ``AutoModelForCausalLM.from_pretrained``: dtype, device_map, revision, ...
+
+    Raises:
+        ValueError: the checkpoint is not a nowag one, of a format_version this release does not
+            read, truncated, incomplete, or its tensors do not fit its configuration.
+        OSError: nothing is found under that name.
+    """
+    _check_exists(path_or_id)
+    _check_config(path_or_id)
+    model = AutoModelForCausalLM.from_pretrained(path_or_id, **kwargs)
+    loaded = model[0] if isinstance(model, tuple) else model
+    if getattr(loaded, "quantization_method", None) != QUANT_METHOD:
+        raise ValueError(
+            f"{os.fspath(path_or_id)} is not a checkpoint compressed by nowag_ext: its config.json "
+            f'has no quantization_config of quant_method "{QUANT_METHOD}". Load it with '
+            "transformers."
+        )
+    return model
+
+
+def load_dense_model(
+    path_or_id: str | os.PathLike[str], dtype: torch.dtype | str = "auto", **kwargs: Any
+) -> tuple[Any, Any]:
+    """A dense model, in eval mode, and its tokenizer: from a directory, the hub or a .gguf file.
+
+    A GGUF file's weights are dequantised to ``dtype`` ("auto": float32), and the model is an
+    ordinary one. The tokenizer is None where there is none.
+
+    Raises:
+        OSError: nothing is found under that name.
+        ValueError: the checkpoint is already quantised, incomplete or damaged.
+    """
+    _check_exists(path_or_id)
+    path = Path(path_or_id)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, torch.float32 if dtype == "auto" else dtype, kwargs)
+    _check_config(path_or_id)
+    model = _load_complete(path_or_id, dtype=dtype, **kwargs)
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{os.fspath(path_or_id)} is already quantised "
+            f"({getattr(model, 'quantization_method', 'unknown method')}): a dense model is needed."
+        )
+    return model, load_tokenizer(path_or_id)
+
+
+def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
+    """The tokenizer beside a model, or None where there is none."""
+    path = Path(path_or_id)
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    try:
+        return AutoTokenizer.from_pretrained(path_or_id)
+    except (OSError, ValueError):
+        return None
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
+    try:
+        # Where transformers can keep GGUF blocks packed, it must be told to unpack them.
+        from transformers import GgufConfig
+
+        kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs}
+    except ImportError:
+        pass
+    try:
+        model = _load_complete(path.parent, gguf_file=path.name, dtype=dtype, **kwargs)
+        tokenizer = load_tokenizer(path)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever the parser stumbled over
+        raise ValueError(f"{path} is damaged, or of a model unknown here: {error}") from error
+    return model, tokenizer
+
+
+def _load_complete(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """A model of transformers all of whose weights come from the checkpoint, none from chance."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path_or_id, output_loading_info=True, **kwargs
+    )
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"{os.fspath(path_or_id)} is incomplete: it has no tensor {missing[0]}{more}."
+        )
+    return model
+
+
+def save_compressed(
+    model: Any,
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Writes a compressed model, its tokenizer (or None), model card and report: all or nothing.
+
+    ``nowag_ext.load`` and, after ``import nowag_ext``, ``AutoModelForCausalLM.from_pretrained``
+    read the directory.
+
+    Raises:
+        ValueError: the model is not compressed.
+        FileExistsError: the directory exists and is not empty, and ``overwrite`` is not set.
+        OSError: the disk is full; nothing is left of the attempt.
+    """
+    if getattr(model, "quantization_method", None) != QUANT_METHOD:
+        raise ValueError("the model is not compressed: call compress_model first.")
+    _save(model, tokenizer, path, overwrite, max_shard_size, _compressed_card(model))
+
+
+def save_dense(
+    model: Any,
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
+) -> None:
+    """Writes a compressed model as an ordinary checkpoint, which loads without nowag_ext.
+
+    The model becomes dense (``to_dense``). Raises as ``save_compressed`` does.
+    """
+    check_vacant(path, overwrite=overwrite)
+    _save(to_dense(model), tokenizer, path, overwrite, max_shard_size, _dense_card(model))
+
+
+def to_dense(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Replaces, in place, packed modules by ``nn.Linear`` with the dequantised weights.
+
+    Args:
+        dtype: of those weights; None: that of the model's other parameters.
+
+    Returns:
+        The same model, an ordinary one of transformers.
+    """
+    if getattr(model, "quantization_method", None) != QUANT_METHOD:
+        raise ValueError("the model is not compressed: there is nothing to make dense.")
+    replace_by_dense(model, dtype or model.dtype)
+    model.hf_quantizer.remove_quantization_config(model)
+    return model
+
+
+def _save(
+    model: Any,
+    tokenizer: Any,
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    max_shard_size: int | str,
+    card: str,
+) -> None:
+    check_vacant(path, overwrite=overwrite)
+    with atomic_directory(path, overwrite=overwrite) as directory:
+        require_space(directory, _model_bytes(model) + _OTHER_BYTES)
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)
+        report: ModelReport | None = getattr(model, "nowag_report", None)
+        if report is not None:
+            (directory / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
+            (directory / LAYERS_FILE).write_text(report.to_csv(), encoding="utf-8")
+        (directory / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _model_bytes(model: Any) -> int:
+    """Bytes of all tensors to be written, those that share memory counted once."""
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    return sum(sizes.values())
+
+
+def _check_exists(path_or_id: str | os.PathLike[str]) -> None:
+    """Raises FileNotFoundError for what can only be a local path and is not there."""
+    name = os.fspath(path_or_id)
+    local = isinstance(path_or_id, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if (local or name.endswith(".gguf")) and not Path(name).exists():
+        raise FileNotFoundError(f"there is no model at {name}.")
+
+
+def _check_config(path_or_id: str | os.PathLike[str]) -> None:
+    """Raises ValueError for a local directory whose config.json is missing or broken."""
+    directory = Path(path_or_id)
+    if not directory.is_dir():
+        return
+    config = directory / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"{directory} has no config.json: it is no model's directory.")
+    try:
+        json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is truncated or damaged: {error}.") from error
+
+
+_CARD = """---
+library_name: transformers
+tags:
+- nowag
+---
+{head}
+{about}
+{figures}"""
+
+_COMPRESSED_HEAD = """```python
+import nowag_ext  # without this line transformers would start the compressed layers at random
+
+model = nowag_ext.load("this directory, or its hub id")
+```
+
+`import nowag_ext` (`pip install nowag-ext`) registers the format, and
+`AutoModelForCausalLM.from_pretrained` reads this checkpoint from then on as well.
+"""
+
+
+def _compressed_card(model: Any) -> str:
+    config = model.config.quantization_config
+    settings = ", ".join(f"{name}={value}" for name, value in config.settings.items())
+    about = (
+        f"The linear layers of this {type(model).__name__}'s decoder were compressed in one "
+        f"shot by NoWag: {_METHOD_NAMES[config.method]} ({settings}).\n"
+    )
+    return _CARD.format(head=_COMPRESSED_HEAD, about=about, figures=_figures(model))
+
+
+def _dense_card(model: Any) -> str:
+    about = (
+        f"An ordinary {type(model).__name__} whose weights went through NoWag's compression and "
+        "back: for evaluation and tools that know dense models only.\n"
+    )
+    return _CARD.format(head="", about=about, figures=_figures(model))
+
+
+_METHOD_NAMES = {"vq": "vector quantisation", "prune": "pruning"}
+
+
+def _figures(model: Any) -> str:
+    report: ModelReport | None = getattr(model, "nowag_report", None)
+    if report is None:
+        return ""
+    rows = {
+        "bits per compressed weight, all in": f"{report.bits_per_weight:.3f}",
+        "mean relative objective": f"{report.mean_relative_objective:.5f}",
+        "compressed share of the decoder's weights": f"{report.coverage:.1%}",
+        "compressed layers": str(len(report.layers)),
+        "written by": ", ".join(f"{name} {value}" for name, value in report.versions.items()),
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(
+        ["", "| | |", "| --- | --- |", *lines, "", f"Every layer: `{LAYERS_FILE}`.", ""]
+    )

@@ -1,0 +1,280 @@
+"""The command ``nowag-ext``: every subcommand is a few calls of the package's public functions."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import transformers
+import typer
+from rich.console import Console
+
+from nowag_ext import cli_options as options
+from nowag_ext.calibrate import CalibrationStatistics, collect_statistics, load_act_norms
+from nowag_ext.checkpoint import save_compressed, save_dense
+from nowag_ext.decoder import check_patterns, decoder_linears, matches
+from nowag_ext.demo import Effort, run_demo
+from nowag_ext.environment import describe_environment
+from nowag_ext.evaluate import perplexity, tokenize
+from nowag_ext.files import check_vacant
+from nowag_ext.generate import encode_prompt
+from nowag_ext.generate import generate as generate_text
+from nowag_ext.model import compress_model
+from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table
+from nowag_ext.settings import Settings, make_settings
+from nowag_ext.source import calibration_batches, open_dense_model, open_model, read_text
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Compresses the linear layers of causal language models by NoWag, and runs the result.",
+)
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+_shown = {"traceback": False}
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@app.callback()
+def _common(traceback: options.Traceback = False) -> None:
+    _shown["traceback"] = traceback
+
+
+def _reported(command: Command) -> Command:
+    """Errors become one sentence and exit status 1; an interrupt 130, being terminated 143."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = signal.signal(signal.SIGTERM, _on_terminate)
+        try:
+            _quiet_libraries()
+            return command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _err.print("Interrupted.")
+            raise typer.Exit(130) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            if _shown["traceback"]:
+                raise
+            _err.print(f"Error: {_one_sentence(error)}", markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return run  # type: ignore[return-value]
+
+
+def _on_terminate(number: int, _frame: Any) -> NoReturn:
+    """Unwinds as an interrupt does, so that what is half-written goes."""
+    sys.exit(128 + number)
+
+
+def _one_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    expected = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
+    return text if text and expected else f"{type(error).__name__}: {text}"
+
+
+def _quiet_libraries() -> None:
+    """No progress bars and no advice from libraries between ours."""
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)(\..*)?")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+
+
+@app.command()
+@_reported
+def demo(
+    model: options.DemoModel = None,
+    output: options.DemoOutput = Path("nowag-demo"),
+    fast: options.Fast = False,
+) -> None:
+    """Compresses a small real model four ways and shows what each costs."""
+    run_demo(model, output, out=_out, err=_err, effort=Effort.fast() if fast else Effort())
+
+
+@app.command()
+@_reported
+def calibrate(
+    model: options.Model,
+    text: options.Text,
+    output: options.StatisticsFile,
+    samples: options.Samples = 128,
+    length: options.Length = 1024,
+    seed: options.SampleSeed = None,
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Measures activation norms on text, once for all later compressions of the model."""
+    document = read_text(text)
+    loaded, tokenizer = open_dense_model(model, dtype)
+    statistics = _calibrate(loaded, tokenizer, document, samples, length, seed)
+    statistics.save(output)
+    _out.print(f"The statistics of {len(statistics.tokens)} linear layers are in {output}.")
+
+
+@app.command()
+@_reported
+def compress(
+    model: options.Model,
+    output: options.Output,
+    act_norms: options.ActNorms = None,
+    text: options.CalibrationText = None,
+    method: options.Method = "vq",
+    d: options.Subvector = None,
+    bits: options.Bits = None,
+    iters: options.Iters = None,
+    n_init: options.NInit = None,
+    init: options.Init = None,
+    seed: options.Seed = None,
+    sparsity: options.Sparsity = None,
+    pattern: options.Pattern = None,
+    ignore: options.Ignore = None,
+    min_coverage: options.MinCoverage = 0.8,
+    checkpoint_format: options.Format = "nowag",
+    dtype: options.Dtype = "auto",
+    resume: options.Resume = False,
+    overwrite: options.Overwrite = False,
+    samples: options.Samples = 128,
+    length: options.Length = 1024,
+    sample_seed: options.SampleSeed = None,
+) -> None:
+    """Compresses a model's linear layers and writes a checkpoint, report.json and layers.csv."""
+    save = _writer(checkpoint_format)
+    settings = _settings(
+        method, d=d, bits=bits, iters=iters, n_init=n_init, init=init, seed=seed,
+        sparsity=sparsity, pattern=pattern,
+    )  # fmt: skip
+    check_vacant(output, overwrite=overwrite)
+    read_norms = _norms_reader(act_norms, text, samples, length, sample_seed)
+    loaded, tokenizer = open_dense_model(model, dtype)
+    left_dense = ("lm_head", *(ignore or ()))
+    _check_layers(loaded, make_settings(method, settings), left_dense)
+    norms = read_norms(loaded, tokenizer)
+    partial = output.with_name(f"{output.name}.partial") if resume else None
+    with progress_bar(_err) as progress:
+        compress_model(
+            loaded, norms, method, left_dense, min_coverage=min_coverage,
+            work_dir=partial, progress=progress, **settings,
+        )  # fmt: skip
+    save(loaded, tokenizer, output, overwrite=overwrite)
+    if partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    _out.print(report_table(loaded.nowag_report))
+    _out.print(f"The checkpoint, report.json and layers.csv are in {output}.", soft_wrap=True)
+
+
+def _writer(checkpoint_format: str) -> Callable[..., None]:
+    writers = {"nowag": save_compressed, "dense": save_dense}
+    if checkpoint_format not in writers:
+        raise ValueError(f"format must be one of {', '.join(writers)}, not {checkpoint_format!r}.")
+    return writers[checkpoint_format]
+
+
+def _settings(method: str, **given: Any) -> dict[str, Any]:
+    """The settings that were given; raises now for those that do not fit the method."""
+    settings = {name: value for name, value in given.items() if value is not None}
+    if "bits" in settings and settings["bits"].is_integer():
+        settings["bits"] = int(settings["bits"])
+    make_settings(method, settings)
+    return settings
+
+
+def _check_layers(model: Any, settings: Settings, ignore: Sequence[str]) -> None:
+    """Raises for a layer that the settings do not fit, before calibration takes its time."""
+    check_patterns(model, ignore)
+    for name, linear in decoder_linears(model).items():
+        if not matches(name, ignore):
+            try:
+                settings.check_layer(linear.out_features, linear.in_features)
+            except ValueError as error:
+                raise ValueError(f"{name} {error}.") from None
+
+
+def _norms_reader(
+    act_norms: Path | None, text: Path | None, samples: int, length: int, seed: int | None
+) -> Callable[[Any, Any], Any]:
+    """Reads the file now, before a model is loaded; gives (model, tokenizer) -> act_norms."""
+    if act_norms is not None and text is None:
+        norms = load_act_norms(act_norms)
+        return lambda _model, _tokenizer: norms
+    if text is not None and act_norms is None:
+        document = read_text(text)
+        return lambda model, tokenizer: _calibrate(
+            model, tokenizer, document, samples, length, seed
+        ).act_norms()
+    raise ValueError("give either --act-norms FILE (see `nowag-ext calibrate`) or --text FILE.")
+
+
+def _calibrate(
+    model: Any, tokenizer: Any, document: str, samples: int, length: int, seed: int | None
+) -> CalibrationStatistics:
+    tokens = tokenize(tokenizer, document)
+    batches = calibration_batches(tokens, samples=samples, length=length, seed=seed)
+    with progress_bar(_err) as progress:
+        statistics = collect_statistics(model, batches, progress=progress)
+    which = "the first of the text" if seed is None else f"taken at random (seed {seed})"
+    _out.print(f"Calibrated on {len(batches)} windows of {length} tokens, {which}.")
+    return statistics
+
+
+@app.command("eval")
+@_reported
+def evaluate(
+    model: options.Model,
+    text: options.Text,
+    window: options.Window = 1024,
+    windows: options.Windows = None,
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Perplexity of a model, compressed or dense, on a text file."""
+    document = read_text(text)
+    loaded, tokenizer = open_model(model, dtype)
+    tokens = tokenize(tokenizer, document)
+    with progress_bar(_err) as progress:
+        result = perplexity(loaded, tokens, window=window, windows=windows, progress=progress)
+    _out.print(f"perplexity {result.perplexity:.4f}")
+    _out.print(f"{result.protocol()}; {dtype_name(loaded.dtype)}; {text}", soft_wrap=True)
+
+
+@app.command()
+@_reported
+def generate(
+    model: options.Model,
+    prompt: options.Prompt,
+    max_new_tokens: options.MaxNewTokens = 64,
+    chat: options.Chat = False,
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Greedy text from a model, compressed or dense, and its speed."""
+    loaded, tokenizer = open_model(model, dtype)
+    ids = encode_prompt(tokenizer, prompt, chat=chat)
+    run = generate_text(loaded, tokenizer, ids, max_new_tokens=max_new_tokens)
+    _out.print(run.text, markup=False, soft_wrap=True)
+    _err.print(
+        f"{run.tokens} tokens in {run.seconds:.2f} s: {run.tokens_per_second:.1f} tokens/s, "
+        f"reading the {ids.shape[1]} of the prompt included; {dtype_name(loaded.dtype)}",
+        soft_wrap=True,
+    )
+
+
+@app.command()
+@_reported
+def env() -> None:
+    """Versions, which backends run, what is missing and how to get it."""
+    environment = describe_environment()
+    for part in environment_tables(environment):
+        _out.print(part)
+    for sentence in environment.missing:
+        _out.print(f"- {sentence}", markup=False, soft_wrap=True)
+    if not environment.missing:
+        _out.print("Nothing is missing.")

@@ -1,0 +1,103 @@
+"""Options of the command line, by the name of the parameter they stand for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "A directory, a hub id or a .gguf file."
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
+Text = Annotated[Path, typer.Option(help="UTF-8 text file.", show_default=False)]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, float16, bfloat16, or auto: as in the checkpoint (float32 for .gguf)."
+    ),
+]
+
+# Calibration
+StatisticsFile = Annotated[
+    Path, typer.Option("--output", "-o", help="File of statistics to write.", show_default=False)
+]
+Samples = Annotated[int, typer.Option(help="Calibration: windows of text to read.")]
+Length = Annotated[int, typer.Option(help="Calibration: tokens a window.")]
+SampleSeed = Annotated[
+    int | None,
+    typer.Option(help="Calibration: take windows at random; without it, the first ones."),
+]
+
+# Compression
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Directory to write.", show_default=False)
+]
+ActNorms = Annotated[
+    Path | None, typer.Option(help="File that `calibrate` wrote.", show_default=False)
+]
+CalibrationText = Annotated[
+    Path | None, typer.Option(help="Text to calibrate on, without --act-norms.", show_default=False)
+]
+Method = Annotated[str, typer.Option(help="vq or prune.")]
+Subvector = Annotated[
+    int | None, typer.Option("--d", help="vq: weights a code stands for, 1 to 8 (default 6).")
+]
+Bits = Annotated[
+    float | None,
+    typer.Option(help="vq: bits per weight; d * bits is an integer up to 16 (default 2)."),
+]
+Iters = Annotated[int | None, typer.Option(help="vq: most k-means iterations (default 100).")]
+NInit = Annotated[
+    int | None, typer.Option(help="vq: starts, of which the best is kept (default 1).")
+]
+Init = Annotated[str | None, typer.Option(help="vq: kmeans++ or random (default kmeans++).")]
+Seed = Annotated[int | None, typer.Option(help="vq: seed of the starting codebook (default 0).")]
+Sparsity = Annotated[
+    float | None, typer.Option(help="prune: share of each layer's weights to prune (default 0.5).")
+]
+Pattern = Annotated[
+    str | None,
+    typer.Option(help="prune: N:M, keep N of M consecutive inputs; instead of --sparsity."),
+]
+Ignore = Annotated[
+    list[str] | None,
+    typer.Option(help="Layer to leave dense: name, last part of it, or re:PATTERN; repeatable."),
+]
+MinCoverage = Annotated[
+    float, typer.Option(help="Refuse if less of the decoder's weights can be compressed.")
+]
+Format = Annotated[
+    str, typer.Option("--format", help="nowag (packed), or dense: loads anywhere, not smaller.")
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Keep finished layers in OUTPUT.partial; go on from those there."
+    ),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT.")]
+
+# Evaluation and generation
+Window = Annotated[int, typer.Option(help="Tokens a window.")]
+Windows = Annotated[
+    int | None, typer.Option(help="Windows to read from the start of the text; without it, all.")
+]
+Prompt = Annotated[str, typer.Option(help="Text to go on from.", show_default=False)]
+MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+]
+
+# Demo
+DemoModel = Annotated[
+    str | None,
+    typer.Option(help=f"{MODEL_HELP} Without it: SmolLM2-135M-Instruct.", show_default=False),
+]
+DemoOutput = Annotated[
+    Path, typer.Option("--output", "-o", help="Directory for checkpoints and demo.json.")
+]
+Fast = Annotated[bool, typer.Option("--fast", help="A quarter of the text and of the iterations.")]
+Traceback = Annotated[
+    bool, typer.Option("--traceback", help="Show where in the code an error came from.")
+]

@@ -1,0 +1,84 @@
+"""Where the decoder layers of a Hugging Face model are, and which weights they hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = get_decoder() if callable(get_decoder) else None
+    return decoder if isinstance(decoder, nn.Module) else model
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder's layers by their full names: the entries of its outermost ``nn.ModuleList``s.
+
+    Lists of embeddings are no layers. Empty if the model has no such list.
+    """
+    decoder = _decoder(model)
+    lists: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and _contains(decoder, module):
+            lists[name] = module
+    return {
+        f"{name}.{index}": layer
+        for name, entries in lists.items()
+        for index, layer in enumerate(entries)
+        if not isinstance(layer, nn.Embedding)
+    }
+
+
+def _contains(outer: nn.Module, inner: nn.Module) -> bool:
+    return any(module is inner for module in outer.modules())
+
+
+def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every ``nn.Linear`` of the decoder layers by its full name, in the model's order."""
+    return {
+        f"{layer_name}.{name}" if name else layer_name: module
+        for layer_name, layer in decoder_layers(model).items()
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def decoder_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of two or more dimensions in the decoder layers, by its full name."""
+    for layer_name, layer in decoder_layers(model).items():
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() >= 2:
+                yield f"{layer_name}.{name}", parameter
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns names a module.
+
+    A pattern is a full name (``model.layers.0.mlp.up_proj``), the last parts of one (``up_proj``,
+    ``mlp.up_proj``), or ``re:`` and a regular expression searched for in the name.
+    """
+    return any(_matches(name, pattern) for pattern in patterns)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.search(pattern[3:], name) is not None
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Raises ValueError for a pattern that is no regular expression or names no linear layer."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for pattern in patterns:
+        try:
+            used = any(_matches(name, pattern) for name in linears)
+        except re.error as error:
+            raise ValueError(
+                f"ignore pattern {pattern!r} is not a regular expression: {error}."
+            ) from None
+        if not used and pattern != "lm_head":
+            raise ValueError(f"ignore pattern {pattern!r} names no linear layer of the model.")

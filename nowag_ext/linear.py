@@ -1,0 +1,322 @@
+"""Linear layers whose weight stays in its packed form: VQLinear and SparseLinear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nowag_ext import ops
+from nowag_ext.prune import SparseWeight, kept_weights
+from nowag_ext.vq import VQWeight
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _PackedLinear(nn.Module):
+    """A linear layer whose weight is a set of buffers in the canonical form of csrc's format.h.
+
+    The buffers' dtypes are part of that form: ``.to(torch.bfloat16)``, ``.half()`` and the like
+    convert the bias and leave them alone. Moves between devices work as usual.
+    """
+
+    in_features: int
+    out_features: int
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(
+                f"in_features and out_features must be positive, not {in_features} and "
+                f"{out_features}."
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self._few = in_features * ops.GEMV_MAX_TOKENS
+        empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", nn.Parameter(empty) if empty is not None else None)
+
+    def _set_packed(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def _set_bias(self, bias: Tensor | None) -> None:
+        """Takes ``bias`` as this layer's parameter: itself if it is one, else one on its data."""
+        if bias is None:
+            return
+        if tuple(bias.shape) != (self.out_features,):
+            raise ValueError(
+                f"bias must have shape ({self.out_features},), not {tuple(bias.shape)}."
+            )
+        if not bias.is_floating_point():
+            raise TypeError(f"bias must be of a floating-point dtype, not {bias.dtype}.")
+        if not isinstance(bias, nn.Parameter):
+            bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        self.bias = bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self._buffers[name]
+            if buffer is not None and after is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
+        return self
+
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every buffer."""
+        raise NotImplementedError
+
+    def _check_buffers(self) -> None:
+        """Raises ValueError unless every buffer has its shape and dtype and holds data."""
+        for name, (shape, dtype) in self._expected().items():
+            buffer = getattr(self, name)
+            if tuple(buffer.shape) != shape or buffer.dtype != dtype:
+                raise ValueError(
+                    f"{name} must be {dtype} of shape {shape}, not {buffer.dtype} of shape "
+                    f"{tuple(buffer.shape)}."
+                )
+            if buffer.is_meta:
+                raise ValueError(f"{name} is on the meta device: it holds no data yet.")
+
+    def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
+        bias = self._parameters["bias"]
+        return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+
+    def _is_plain_call(self, x: Tensor) -> bool:
+        """Whether the op for few tokens will do, which has no gradient and so costs less a call."""
+        if x.numel() > self._few or torch.compiler.is_compiling():
+            return False
+        bias = self._parameters["bias"]
+        wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+        return not (wanted and torch.is_grad_enabled())
+
+    def extra_repr(self) -> str:
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
+
+
+class VQLinear(_PackedLinear):
+    """y = x W^T + bias with W vector quantised (NoWag-VQ), in place of a trained nn.Linear.
+
+    Few tokens go through a kernel that reads the packed codes, many through dense tiles and a GEMM.
+    Gradients flow to x and bias; the weight is constant.
+
+    Args:
+        in_features, out_features: as in nn.Linear.
+        d: sub-vector length, 1 to 8.
+        bits: bits per weight; d * bits, the bits of one code, is an integer from 1 to 16.
+        bias: whether there is a bias.
+        dtype: of the bias; the buffers' dtypes are fixed by the format.
+        device: of everything, "meta" too.
+
+    Buffers: codes uint8 [ceil(out_features / 32), ceil(in_features / d), 4 * d * bits], codebook
+    fp16 [2^(d * bits), d], row_norms fp16 [out_features], col_norms fp16 [in_features].
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    row_norms: Tensor
+    col_norms: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        d: int,
+        bits: float,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype, device)
+        self.d = d
+        self.bits = bits
+        self.code_bits = round(d * bits)
+        if not 1 <= d <= ops.MAX_SUBVECTOR:
+            raise ValueError(f"d must be from 1 to {ops.MAX_SUBVECTOR}, not {d}.")
+        if self.code_bits != d * bits or not 1 <= self.code_bits <= ops.MAX_CODE_BITS:
+            raise ValueError(f"d * bits must be an integer from 1 to 16, not {d} * {bits}.")
+        self._set_packed(
+            {
+                name: torch.zeros(shape, dtype=dtype, device=device)
+                for name, (shape, dtype) in self._expected().items()
+            }
+        )
+
+    @classmethod
+    def from_weight(cls, weight: VQWeight, bias: Tensor | None = None) -> Self:
+        """The layer of a compressed weight, sharing its tensors. ``bias`` is [out_features]."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, d=weight.d, bits=weight.bits, device="meta")
+        layer._set_packed(weight.tensors())
+        layer._check_buffers()
+        layer._set_bias(bias)
+        return layer
+
+    def weight_form(self) -> VQWeight:
+        """The weight as a VQWeight that shares this layer's tensors."""
+        return VQWeight(
+            codes=self.codes,
+            codebook=self.codebook,
+            row_norms=self.row_norms,
+            col_norms=self.col_norms,
+            shape=(self.out_features, self.in_features),
+            d=self.d,
+            bits=self.bits,
+        )
+
+    def validate(self) -> None:
+        """Raises ValueError on content that cannot be a VQ weight: shapes, dtypes, NaN, infinity.
+
+        Every bit pattern is a legal code (format.h), so codes need no further check.
+        """
+        self._check_buffers()
+        for name in ("codebook", "row_norms", "col_norms"):
+            bad = int((~torch.isfinite(getattr(self, name))).sum())
+            if bad:
+                raise ValueError(f"{name} must be finite, but {bad} values are NaN or infinite.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
+        packed = self._buffers  # nn.Module's attribute access would look here last
+        op = ops.vq_gemv if self._is_plain_call(x) else ops.vq_linear
+        return op(
+            x, packed["codes"], packed["codebook"], packed["row_norms"], packed["col_norms"],
+            self._bias_as(x.dtype),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, d={self.d}, bits={self.bits}"
+
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        rows, cols = self.out_features, self.in_features
+        return {
+            "codes": (ops.packed_shape(rows, cols, self.d, self.code_bits), torch.uint8),
+            "codebook": ((2**self.code_bits, self.d), torch.float16),
+            "row_norms": ((rows,), torch.float16),
+            "col_norms": ((cols,), torch.float16),
+        }
+
+
+class SparseLinear(_PackedLinear):
+    """y = x W^T + bias with W pruned (NoWag-P), unstructured or N:M, in place of nn.Linear.
+
+    Few tokens go through a kernel that reads the sparse form, many through dense tiles and a GEMM.
+    Gradients flow to x and bias; the weight is constant.
+
+    Args:
+        in_features, out_features: as in nn.Linear.
+        sparsity: fraction pruned, in [0, 1); numel - int(sparsity * numel) weights are kept.
+        pattern: "N:M", N kept of every M consecutive inputs; instead of sparsity.
+        bias: whether there is a bias.
+        dtype: of values and bias; the values keep it through ``.to(dtype)``.
+        device: of everything, "meta" too.
+
+    Buffers: bitmap uint8 [out_features, 8 * ceil(in_features / 64)], values [nnz], row_offsets
+    int32 [out_features + 1].
+    """
+
+    bitmap: Tensor
+    values: Tensor
+    row_offsets: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sparsity: float | None = None,
+        pattern: str | None = None,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype, device)
+        self.pattern = pattern
+        kept = kept_weights(in_features, out_features, sparsity, pattern)
+        shape = ops.bitmap_shape(out_features, in_features)
+        self._set_packed(
+            {
+                "bitmap": torch.zeros(shape, dtype=torch.uint8, device=device),
+                "values": torch.zeros(kept, dtype=dtype, device=device),
+                "row_offsets": torch.zeros(out_features + 1, dtype=torch.int32, device=device),
+            }
+        )
+
+    @classmethod
+    def from_weight(cls, weight: SparseWeight, bias: Tensor | None = None) -> Self:
+        """The layer of a pruned weight, sharing its tensors. ``bias`` is [out_features]."""
+        out_features, in_features = weight.shape
+        layer = cls(in_features, out_features, sparsity=0.0, device="meta")
+        layer.pattern = weight.pattern
+        layer._set_packed(weight.tensors())
+        layer._check_buffers()
+        layer._set_bias(bias)
+        return layer
+
+    def weight_form(self) -> SparseWeight:
+        """The weight as a SparseWeight that shares this layer's tensors."""
+        return SparseWeight(
+            bitmap=self.bitmap,
+            values=self.values,
+            row_offsets=self.row_offsets,
+            shape=(self.out_features, self.in_features),
+            pattern=self.pattern,
+        )
+
+    def validate(self) -> None:
+        """Raises ValueError on content that the kernels must not trust.
+
+        That is wrong shapes and dtypes, values that are not finite, a bit set past in_features, or
+        row_offsets that are not the bitmap's running popcount.
+        """
+        self._check_buffers()
+        whole_bytes, bits = divmod(self.in_features, 8)
+        tail = self.bitmap[:, whole_bytes:]
+        if (tail[:, :1] >> bits).any() or tail[:, 1:].any():
+            raise ValueError(f"bitmap must not have bits set past in_features {self.in_features}.")
+        offsets = ops.sparse_offsets(self.bitmap, self.in_features)
+        if not torch.equal(offsets, self.row_offsets):
+            raise ValueError("row_offsets must be the running popcount of bitmap, but they differ.")
+        if int(offsets[-1]) != self.values.numel():
+            raise ValueError(
+                f"values must hold the {int(offsets[-1])} weights that bitmap keeps, not "
+                f"{self.values.numel()}."
+            )
+        bad = int((~torch.isfinite(self.values)).sum())
+        if bad:
+            raise ValueError(f"values must be finite, but {bad} are NaN or infinite.")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
+        packed = self._buffers
+        op = ops.sparse_gemv if self._is_plain_call(x) else ops.sparse_linear
+        return op(
+            x, packed["bitmap"], packed["values"], packed["row_offsets"], self._bias_as(x.dtype)
+        )
+
+    def extra_repr(self) -> str:
+        kept = self.values.numel() / (self.in_features * self.out_features)
+        pattern = f"pattern={self.pattern!r}" if self.pattern else f"sparsity={1 - kept:.4g}"
+        return f"{super().extra_repr()}, {pattern}"
+
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        rows, cols = self.out_features, self.in_features
+        return {
+            "bitmap": (ops.bitmap_shape(rows, cols), torch.uint8),
+            "values": ((self.values.numel(),), self.values.dtype),
+            "row_offsets": ((rows + 1,), torch.int32),
+        }

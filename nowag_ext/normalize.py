@@ -1,0 +1,111 @@
+"""From a weight and activation norms to what both methods work on: (Wn, norms, importance)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nowag_ext import ops
+
+_NUMPY_DTYPES = (np.dtype(np.float32), np.dtype(np.float16))
+
+
+@dataclass(frozen=True)
+class NormalizedWeight:
+    """A checked weight, its normalised form and its importances, all on one device.
+
+    Attributes:
+        weight: the weight as given, [out_features, in_features], fp32, fp16 or bf16.
+        normalized: Wn, fp32 [out_features, in_features]; weight = row_norms * Wn * col_norms.
+        row_norms: fp32 [out_features].
+        col_norms: fp32 [in_features].
+        importance: h = act_norms^2 / mean(act_norms^2), fp32 [in_features].
+    """
+
+    weight: Tensor
+    normalized: Tensor
+    row_norms: Tensor
+    col_norms: Tensor
+    importance: Tensor
+
+
+def as_weight(weight: Any) -> Tensor:
+    """A torch or NumPy matrix as a tensor, its dtype unchanged; raises if it is unfit."""
+    if isinstance(weight, np.ndarray):
+        if weight.dtype not in _NUMPY_DTYPES:
+            raise TypeError(f"W must be float32 or float16 in NumPy, not {weight.dtype}.")
+        weight = torch.from_numpy(np.ascontiguousarray(weight))
+    if not isinstance(weight, Tensor):
+        raise TypeError(
+            f"W must be a torch.Tensor or a numpy.ndarray, not {type(weight).__name__}."
+        )
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"W must be float32, float16 or bfloat16, not {weight.dtype}.")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(
+            "W must be a non-empty matrix [out_features, in_features], "
+            f"not of shape {tuple(weight.shape)}."
+        )
+    return weight.detach()
+
+
+def as_importance(act_norms: Any, in_features: int, device: torch.device) -> Tensor:
+    """h = act_norms^2 / mean(act_norms^2), fp32 [in_features]; raises if act_norms are unfit."""
+    if isinstance(act_norms, np.ndarray):
+        act_norms = torch.from_numpy(np.ascontiguousarray(act_norms))
+    if not isinstance(act_norms, Tensor):
+        raise TypeError(
+            f"act_norms must be a torch.Tensor or a numpy.ndarray, not {type(act_norms).__name__}."
+        )
+    if not act_norms.is_floating_point():
+        raise TypeError(f"act_norms must be of a floating-point dtype, not {act_norms.dtype}.")
+    if tuple(act_norms.shape) != (in_features,):
+        raise ValueError(
+            f"act_norms must have shape ({in_features},), one norm an input of W, "
+            f"not {tuple(act_norms.shape)}."
+        )
+    if act_norms.device != device:
+        raise ValueError(f"act_norms must be on W's device {device}, not on {act_norms.device}.")
+    squares = act_norms.detach().double().square()
+    if not torch.isfinite(squares).all():
+        bad = int((~torch.isfinite(act_norms)).sum())
+        raise ValueError(
+            f"act_norms must be finite, but {bad} of {in_features} are NaN or infinite."
+        )
+    if (act_norms < 0).any():
+        bad = int((act_norms < 0).sum())
+        raise ValueError(f"act_norms must not be negative, but {bad} of {in_features} are.")
+    mean = squares.mean()
+    if mean == 0:
+        raise ValueError(
+            f"act_norms must not all be zero, but all {in_features} are: "
+            "the calibration text never reached this layer."
+        )
+    return (squares / mean).float()
+
+
+def normalize_weight(weight: Any, act_norms: Any) -> NormalizedWeight:
+    """Checks W and act_norms and normalises W, columns first, then rows (method: NoWag).
+
+    Args:
+        weight: [out_features, in_features], torch fp32, fp16 or bf16, or NumPy fp32 or fp16.
+        act_norms: [in_features], sqrt of the mean square of each input on calibration text; >= 0,
+            not all 0. Any positive multiple gives the same result.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, NaN or infinity, negative or all-zero norms.
+    """
+    weight = as_weight(weight)
+    importance = as_importance(act_norms, weight.shape[1], weight.device)
+    normalized, row_norms, col_norms = ops.normalize(weight)
+    # The squares are summed in float64, so a norm is not finite exactly where its column is not.
+    finite = torch.isfinite(col_norms)
+    if not finite.all():
+        column = int((~finite).nonzero()[0])
+        raise ValueError(f"W must be finite, but column {column} holds a NaN or an infinity.")
+    return NormalizedWeight(weight, normalized, row_norms, col_norms, importance)

@@ -1,0 +1,150 @@
+"""NoWag-P: pruning a layer by the saliency h_j * Wn_ij^2 of its normalised weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nowag_ext import ops
+from nowag_ext.normalize import normalize_weight
+
+_LARGEST_GROUP = 32
+
+
+@dataclass
+class SparseWeight:
+    """A pruned weight in the form of csrc/include/nowag/format.h, unstructured and N:M alike.
+
+    Attributes:
+        bitmap: uint8 [out_features, 8 * ceil(in_features / 64)], a bit set where a weight is kept.
+        values: the kept weights, row by row, [nnz], of the original weight's dtype and bits.
+        row_offsets: int32 [out_features + 1], where each row's values start.
+        shape: (out_features, in_features).
+        pattern: "N:M", or None if unstructured.
+        relative_objective: sum h (Wn - Q)^2 / sum h Wn^2, with Q = Wn where kept; None if unknown.
+    """
+
+    bitmap: Tensor
+    values: Tensor
+    row_offsets: Tensor
+    shape: tuple[int, int]
+    pattern: str | None = None
+    relative_objective: float | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors by name."""
+        return {"bitmap": self.bitmap, "values": self.values, "row_offsets": self.row_offsets}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all stored tensors over the number of weights of the dense matrix."""
+        return (
+            8
+            * sum(tensor.nbytes for tensor in self.tensors().values())
+            / (self.shape[0] * self.shape[1])
+        )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight [out_features, in_features], zeros where pruned."""
+        return ops.sparse_dequantize(
+            self.bitmap, self.values, self.row_offsets, self.shape[1], dtype
+        )
+
+    def to(self, device: torch.device | str) -> SparseWeight:
+        """This weight with its tensors on ``device``."""
+        return SparseWeight(
+            **{name: tensor.to(device) for name, tensor in self.tensors().items()},
+            shape=self.shape,
+            pattern=self.pattern,
+            relative_objective=self.relative_objective,
+        )
+
+
+def parse_pattern(pattern: str, in_features: int) -> tuple[int, int]:
+    """(N, M) of "N:M": N weights kept of every M consecutive inputs.
+
+    Raises:
+        ValueError: unless 1 <= N <= M <= 32 and M divides in_features.
+    """
+    kept, _, group = str(pattern).partition(":")
+    if not (kept.isdecimal() and group.isdecimal() and 1 <= int(kept) <= int(group)):
+        raise ValueError(f'pattern must be "N:M" with 1 <= N <= M, not {pattern!r}.')
+    n, m = int(kept), int(group)
+    if m > _LARGEST_GROUP:
+        raise ValueError(f"M of pattern {pattern!r} must be at most {_LARGEST_GROUP}.")
+    if in_features % m:
+        raise ValueError(f"M = {m} of pattern {pattern!r} must divide in_features {in_features}.")
+    return n, m
+
+
+def kept_weights(
+    in_features: int, out_features: int, sparsity: float | None, pattern: str | None
+) -> int:
+    """How many weights pruning keeps: numel - int(sparsity * numel), or N of every M inputs.
+
+    Raises:
+        ValueError: unless exactly one of sparsity, in [0, 1), and pattern, "N:M" with M dividing
+            in_features, is given and legal.
+    """
+    numel = in_features * out_features
+    if pattern is None and sparsity is not None:
+        if not 0 <= sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), not {sparsity}.")
+        return numel - int(sparsity * numel)
+    if pattern is None or sparsity is not None:
+        raise ValueError(
+            f"give either sparsity or pattern, not sparsity={sparsity} and pattern={pattern!r}."
+        )
+    n, m = parse_pattern(pattern, in_features)
+    return numel // m * n
+
+
+def prune(
+    W: Any,
+    act_norms: Any,
+    *,
+    sparsity: float | None = None,
+    pattern: str | None = None,
+) -> SparseWeight:
+    """Prunes W by NoWag-P (paper "NoWag", pruning): the smallest saliencies h_j * Wn_ij^2 go.
+
+    Unstructured, exactly int(sparsity * W.numel()) weights of the whole layer are pruned; with a
+    pattern, the M - N smallest of every M consecutive inputs. Among equal saliencies the lower
+    flat index goes first. Kept weights keep their bits. The result is the same at any number of
+    threads.
+
+    Args:
+        W: [out_features, in_features], torch fp32, fp16 or bf16, or NumPy fp32 or fp16.
+        act_norms: [in_features], sqrt of the mean square of each input on calibration text; >= 0,
+            not all 0. A positive factor does not matter.
+        sparsity: fraction to prune, in [0, 1); 0.5 if neither it nor pattern is given.
+        pattern: "N:M", such as "2:4", with M at most 32 and dividing in_features.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, NaN or infinity, negative or all-zero norms, sparsity or
+            pattern outside what is said above, or both given.
+    """
+    if sparsity is None and pattern is None:
+        sparsity = 0.5
+    problem = normalize_weight(W, act_norms)
+    w, h = problem.normalized, problem.importance
+    out_features, in_features = w.shape
+    kept = kept_weights(in_features, out_features, sparsity, pattern)
+    if pattern is None:
+        bitmap = ops.prune_select(w, h, w.numel() - kept)
+    else:
+        bitmap = ops.prune_select_nm(w, h, *parse_pattern(pattern, in_features))
+    pruned_sum, total = ops.prune_objective(w, h, bitmap).tolist()
+    row_offsets = ops.sparse_offsets(bitmap, in_features)
+    return SparseWeight(
+        bitmap=bitmap,
+        values=ops.sparse_pack(problem.weight, bitmap, row_offsets, kept),
+        row_offsets=row_offsets,
+        shape=(out_features, in_features),
+        pattern=pattern,
+        relative_objective=pruned_sum / total if total else 0.0,
+    )

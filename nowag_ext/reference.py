@@ -1,0 +1,295 @@
+"""Every kernel again in plain PyTorch: the oracle of the tests, and nothing else.
+
+Each function has the name of the operation in ``nowag_ext/ops.py`` and states the math of its
+header in ``csrc/include/nowag`` as directly as PyTorch can, on the CPU. Where a header pins the
+rounding, so does the oracle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5
+
+# --- normalize.h ----------------------------------------------------------------------------------
+
+
+def normalize(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns, then rows, to unit norm; float64 sums in torch's order, not the pinned one."""
+    weight = weight.float()
+    col_norms = (weight.double().square().sum(0).sqrt() + EPS).float()
+    columns = weight / col_norms
+    row_norms = (columns.double().square().sum(1).sqrt() + EPS).float()
+    return columns / row_norms[:, None], row_norms, col_norms
+
+
+# --- kmeans.h -------------------------------------------------------------------------------------
+
+
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """float32 fma(a, b, c), rounded once.
+
+    The product of two float32 is exact in float64. The sum is not: TwoSum finds what it lost, and
+    rounding that sum to odd instead of nearest makes the second rounding, to float32, right.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    part = total - product
+    lost = (product - (total - part)) + (addend - part)
+    bits = total.view(torch.int64)
+    step = torch.where((lost > 0) == (total > 0), 1, -1)
+    odd = torch.where((lost != 0) & (bits % 2 == 0), bits + step, bits)
+    return odd.view(torch.float64).float()
+
+
+def kmeans_points(w: Tensor, d: int) -> Tensor:
+    """The sub-vectors of w, [rows, P, d], the last of each row padded with zeros."""
+    rows, cols = w.shape
+    positions = -(-cols // d)
+    return torch.nn.functional.pad(w, (0, positions * d - cols)).view(rows, positions, d)
+
+
+def kmeans_scores(x: Tensor, h: Tensor, codebook: Tensor) -> Tensor:
+    """The pinned score of points x [..., d] of one position against every entry, [..., K]."""
+    d = codebook.shape[1]
+    score = torch.zeros(codebook.shape[0])
+    for j in range(d):
+        score = fma(h[j] * codebook[:, j], codebook[:, j], score)
+    score = score.expand(*x.shape[:-1], -1)
+    for j in range(d):
+        score = fma(((-2 * h[j]) * x[..., j])[..., None], codebook[:, j], score)
+    return score
+
+
+def kmeans_assign(w: Tensor, h: Tensor, codebook: Tensor) -> Tensor:
+    """The lowest entry among those of the smallest score, uint16 [rows, P], bit for bit."""
+    entries, d = codebook.shape
+    points = kmeans_points(w, d)
+    codes = []
+    for p in range(points.shape[1]):
+        score = kmeans_scores(points[:, p], h[p * d : (p + 1) * d], codebook)
+        lowest = score == score.amin(1, keepdim=True)
+        codes.append(torch.where(lowest, torch.arange(entries), entries).amin(1))
+    return torch.stack(codes, 1).to(torch.uint16)
+
+
+def kmeans_sums(w: Tensor, h: Tensor, codes: Tensor, entries: int, d: int, scale: float) -> Tensor:
+    """Fixed-point sums of h x, h and 1 over the points of every entry, int64 [K, 2 d + 1]."""
+    x = kmeans_points(w, d).double()
+    weight = h.view(-1, d).double().expand_as(x)
+    columns = [(weight * x * scale).round(), (weight * scale).round(), torch.ones_like(x[..., :1])]
+    rows = torch.cat(columns, -1).to(torch.int64).view(-1, 2 * d + 1)
+    sums = torch.zeros(entries, 2 * d + 1, dtype=torch.int64)
+    return sums.index_add_(0, codes.to(torch.int64).flatten(), rows)
+
+
+def kmeans_update(sums: Tensor, scale: float, codebook: Tensor) -> tuple[Tensor, float, Tensor]:
+    """(moved codebook fp32, objective drop, empty entries), not in place."""
+    d = codebook.shape[1]
+    moment, weight = sums[:, :d].double(), sums[:, d : 2 * d].double()
+    moved = torch.where(weight > 0, (moment / weight).float(), codebook)
+    c = moved.double()
+    drop = float((2 * c * moment - c * c * weight).sum()) / scale
+    return moved, drop, sums[:, 2 * d] == 0
+
+
+def kmeans_errors(w: Tensor, h: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
+    """Weighted squared error of every point in float64, [rows, P]."""
+    d = codebook.shape[1]
+    offset = kmeans_points(w, d).double() - codebook[codes.to(torch.int64)].double()
+    return (h.view(-1, d).double() * offset.square()).sum(-1)
+
+
+def kmeans_spread(w: Tensor, h: Tensor, codebook: Tensor, codes: Tensor, scale: float) -> Tensor:
+    """Weighted squared error of every entry by coordinate, in fixed point, int64 [K, d]."""
+    d = codebook.shape[1]
+    index = codes.to(torch.int64)
+    offset = kmeans_points(w, d).double() - codebook[index].double()
+    error = (h.view(-1, d).double() * offset * offset * scale).round().to(torch.int64)
+    spread = torch.zeros(codebook.shape, dtype=torch.int64)
+    return spread.index_add_(0, index.flatten(), error.reshape(-1, d))
+
+
+def kmeans_energy(w: Tensor, h: Tensor) -> float:
+    """sum of h w^2 in float64."""
+    return float((h[: w.shape[1]].double() * w.double().square()).sum())
+
+
+def kmeans_seed(w: Sequence[Tensor], entries: int, d: int, seed: int) -> Tensor:
+    """init="random": one point of each of K equal strata, drawn with splitmix64."""
+    points = torch.cat([kmeans_points(matrix, d).reshape(-1, d) for matrix in w])
+    n, state, chosen = len(points), _mix(seed), []
+    for k in range(entries):
+        low, high = k * n // entries, (k + 1) * n // entries
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        chosen.append(low + (_mix(state) * (high - low) >> 64))
+    return points[chosen]
+
+
+def _mix(bits: int) -> int:
+    """The output function of splitmix64."""
+    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB % 2**64
+    return bits ^ (bits >> 31)
+
+
+def kmeans(w: Tensor, h: Tensor, codebook: Tensor, iters: int) -> tuple[Tensor, Tensor]:
+    """Plain k-means from ``codebook`` as one writes it in PyTorch: (codebook, codes int64).
+
+    Scores are plain float32 matrix products, so codes may differ from the pinned score's where two
+    entries are equally near up to rounding. The measure of how much the kernels gain.
+    """
+    d = codebook.shape[1]
+    x = kmeans_points(w, d)
+    weight = h.view(-1, d)
+    for _ in range(iters):
+        bias = weight @ codebook.square().T
+        codes = torch.cat(
+            [(bias - 2 * (rows * weight) @ codebook.T).argmin(-1) for rows in x.split(64)]
+        )
+        flat = codes.flatten()
+        moments = torch.zeros_like(codebook).index_add_(0, flat, (x * weight).view(-1, d))
+        weights = torch.zeros_like(codebook).index_add_(0, flat, weight.expand_as(x).reshape(-1, d))
+        codebook = torch.where(weights > 0, moments / weights, codebook)
+    return codebook, codes
+
+
+# --- prune.h --------------------------------------------------------------------------------------
+
+
+def saliency(w: Tensor, h: Tensor) -> Tensor:
+    """h * (w * w) in float32, two roundings."""
+    return h * (w * w)
+
+
+def prune_select(w: Tensor, h: Tensor, n_prune: int) -> Tensor:
+    """Bitmap of what a stable ascending sort of all saliencies leaves after the first n_prune."""
+    order = torch.sort(saliency(w, h).flatten(), stable=True).indices
+    keep = torch.ones(w.numel(), dtype=torch.bool)
+    keep[order[:n_prune]] = False
+    return to_bitmap(keep.view(w.shape))
+
+
+def prune_select_nm(w: Tensor, h: Tensor, n: int, m: int) -> Tensor:
+    """The same within each group of m inputs: the first m - n go."""
+    groups = saliency(w, h).view(w.shape[0], -1, m)
+    order = torch.sort(groups, dim=-1, stable=True).indices
+    keep = torch.ones(groups.shape, dtype=torch.bool)
+    keep.scatter_(-1, order[..., : m - n], False)
+    return to_bitmap(keep.view(w.shape))
+
+
+def prune_objective(w: Tensor, h: Tensor, bitmap: Tensor) -> Tensor:
+    """Sums of the pruned saliencies and of all of them, in float64 throughout."""
+    saliencies = h.double() * w.double().square()
+    pruned = saliencies[~from_bitmap(bitmap, w.shape[1])].sum()
+    return torch.stack([pruned, saliencies.sum()])
+
+
+# --- vq_pack.h ------------------------------------------------------------------------------------
+
+
+def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
+    """uint16 codes [rows, P] to the bit streams of format.h: bit by bit, lowest first."""
+    rows, positions = codes.shape
+    tiles = -(-rows // 32)
+    padded = torch.zeros(tiles * 32, positions, dtype=torch.int64)
+    padded[:rows] = codes.to(torch.int64)
+    streams = padded.view(tiles, 32, positions).transpose(1, 2)
+    bits = (streams[..., None] >> torch.arange(code_bits)) & 1
+    octets = bits.reshape(tiles, positions, 4 * code_bits, 8)
+    return (octets << torch.arange(8)).sum(-1).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, rows: int) -> Tensor:
+    """The bit streams of format.h to uint16 codes [rows, P]."""
+    tiles, positions, octets = packed.shape
+    bits = (packed[..., None].to(torch.int64) >> torch.arange(8)) & 1
+    bits = bits.reshape(tiles, positions, 32, octets // 4)
+    codes = (bits << torch.arange(octets // 4)).sum(-1)
+    return codes.transpose(1, 2).reshape(tiles * 32, positions)[:rows].to(torch.uint16)
+
+
+def vq_dequantize(
+    codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(row_norm * entry) * col_norm in float32, rounded once to dtype."""
+    entries = _vq_entries(codes, codebook, row_norms, col_norms).float()
+    return ((row_norms.float()[:, None] * entries) * col_norms.float()).to(dtype)
+
+
+def _vq_entries(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor) -> Tensor:
+    """The codebook entries of all codes, fp16 [rows, cols]: the weight before its norms."""
+    rows, cols = row_norms.shape[0], col_norms.shape[0]
+    return codebook[unpack_codes(codes, rows).to(torch.int64)].reshape(rows, -1)[:, :cols]
+
+
+# --- sparse_pack.h --------------------------------------------------------------------------------
+
+
+def to_bitmap(keep: Tensor) -> Tensor:
+    """bool [rows, cols] to the bitmap of format.h."""
+    rows, cols = keep.shape
+    padded = torch.zeros(rows, -(-cols // 64) * 64, dtype=torch.int64)
+    padded[:, :cols] = keep
+    return (padded.view(rows, -1, 8) << torch.arange(8)).sum(-1).to(torch.uint8)
+
+
+def from_bitmap(bitmap: Tensor, cols: int) -> Tensor:
+    """The bitmap of format.h to bool [rows, cols]."""
+    bits = (bitmap[..., None].to(torch.int64) >> torch.arange(8)) & 1
+    return bits.flatten(1)[:, :cols].bool()
+
+
+def sparse_offsets(bitmap: Tensor, cols: int) -> Tensor:
+    """Running number of kept weights, from 0."""
+    offsets = torch.zeros(bitmap.shape[0] + 1, dtype=torch.int32)
+    offsets[1:] = from_bitmap(bitmap, cols).sum(1).cumsum(0)
+    return offsets
+
+
+def sparse_pack(weight: Tensor, bitmap: Tensor, row_offsets: Tensor, kept: int) -> Tensor:
+    """The kept weights, row by row."""
+    return weight[from_bitmap(bitmap, weight.shape[1])]
+
+
+def sparse_dequantize(
+    bitmap: Tensor, values: Tensor, row_offsets: Tensor, cols: int, dtype: torch.dtype
+) -> Tensor:
+    """Values where bits are set, 0 elsewhere."""
+    dense = torch.zeros(bitmap.shape[0], cols, dtype=dtype)
+    dense[from_bitmap(bitmap, cols)] = values.to(dtype)
+    return dense
+
+
+# --- vq_gemv.h ------------------------------------------------------------------------------------
+
+
+def vq_linear(
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_norms: Tensor,
+    col_norms: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias in float64 throughout, not rounded to x's dtype."""
+    entries = _vq_entries(codes, codebook, row_norms, col_norms).double()
+    weight = (row_norms.double()[:, None] * entries) * col_norms.double()
+    y = x.double() @ weight.T
+    return y if bias is None else y + bias.double()
+
+
+# --- sparse_gemv.h --------------------------------------------------------------------------------
+
+
+def sparse_linear(
+    x: Tensor, bitmap: Tensor, values: Tensor, row_offsets: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias in float64 throughout, not rounded to x's dtype."""
+    weight = sparse_dequantize(bitmap, values, row_offsets, x.shape[-1], torch.float64)
+    y = x.double() @ weight.T
+    return y if bias is None else y + bias.double()

@@ -1,0 +1,107 @@
+"""What a person sees: progress with an estimate of the time left, and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bars
+from rich.table import Table
+
+from nowag_ext.environment import Environment
+from nowag_ext.report import LayerReport, ModelReport, Progress
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator[Progress]:
+    """Yields a callback (stage, done, total) that draws one bar, with the time left.
+
+    The bar vanishes when the block ends; where the console is no terminal nothing is drawn.
+    """
+    bar = Bars(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=None)
+
+    def show(stage: str, done: float, total: float) -> None:
+        bar.update(task, description=stage, completed=done, total=total or None)
+
+    with bar:
+        yield show
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True
+) -> Table:
+    """A table; with ``numbers`` every column but the first is right-aligned."""
+    result = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if numbers and index else "left")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def report_table(report: ModelReport) -> Table:
+    """One line for each kind of linear layer, and one for all of them."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in report.layers:
+        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+    rows = [_kind_row(kind, layers) for kind, layers in kinds.items()]
+    rows.append(_kind_row("all", report.layers))
+    columns = ("linears", "number", "relative objective", "bits/weight", "MB", "seconds")
+    return table(f"{report.method}: {settings_text(report.settings)}", columns, rows)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """The settings that have a value, in one line."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return ", ".join(f"{name} {value}" for name, value in given.items())
+
+
+def _kind_row(kind: str, layers: Sequence[LayerReport]) -> tuple[str, ...]:
+    weights = sum(layer.weights for layer in layers)
+    size = sum(layer.bytes for layer in layers)
+    objective = sum(layer.relative_objective for layer in layers) / len(layers)
+    seconds = sum(layer.seconds for layer in layers)
+    return (
+        kind, str(len(layers)), f"{objective:.4f}", f"{8 * size / weights:.3f}", megabytes(size),
+        f"{seconds:.1f}",
+    )  # fmt: skip
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype's name without its package."""
+    return str(dtype).removeprefix("torch.")
+
+
+def megabytes(size: float) -> str:
+    """Bytes in units of 10^6."""
+    return f"{size / 1e6:.1f}"
+
+
+def environment_tables(environment: Environment) -> list[Table]:
+    """Versions and backends."""
+    parts = {"Versions": environment.versions, "Backends": environment.backends}
+    return [
+        table(title, ("name", ""), list(facts.items()), numbers=False)
+        for title, facts in parts.items()
+    ]

@@ -1,0 +1,124 @@
+"""What a compression did, layer by layer and in all, and its JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+# Called with what is being done, how much is done, and how much there is (0: not known), both in
+# the same unit: batches when calibrating, weights when compressing.
+Progress = Callable[[str, float, float], None]
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One compressed linear layer.
+
+    Attributes:
+        relative_objective: sum h (Wn - Q)^2 / sum h Wn^2 with what is stored (rounded to fp16).
+        bits_per_weight: everything stored for the layer but its bias.
+        seconds: what compressing it took; if ``resumed``, in the run that did.
+        peak_memory: the process's largest resident size so far, in bytes.
+        resumed: taken from the work directory of an earlier, interrupted run.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    relative_objective: float
+    bits_per_weight: float
+    bytes: int
+    seconds: float
+    peak_memory: int
+    resumed: bool
+
+    @property
+    def weights(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """A whole model's compression.
+
+    Attributes:
+        settings: every setting of the method, defaults included.
+        layers: the compressed layers in the model's order.
+        decoder_weights: weights of two or more dimensions in the decoder layers.
+        ignored: linears left out because a pattern of ``ignore`` names them.
+        not_reached: parameters of the decoder layers that are no ``nn.Linear``'s weight.
+        seconds: wall time of this run.
+        versions: of nowag_ext, torch and transformers.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    layers: tuple[LayerReport, ...]
+    decoder_weights: int
+    ignored: tuple[str, ...]
+    not_reached: tuple[str, ...]
+    seconds: float
+    versions: dict[str, str]
+
+    @property
+    def compressed_weights(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the decoder layers' weights that is compressed."""
+        return self.compressed_weights / self.decoder_weights
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors that stand for compressed weights."""
+        return sum(layer.bytes for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.compressed_weights
+
+    @property
+    def mean_relative_objective(self) -> float:
+        """Mean over the layers, each counting once."""
+        return sum(layer.relative_objective for layer in self.layers) / len(self.layers)
+
+    @property
+    def peak_memory(self) -> int:
+        return max(layer.peak_memory for layer in self.layers)
+
+    def to_json(self) -> str:
+        """Totals, settings, versions and layers as a JSON object."""
+        totals = {
+            "bits_per_weight": self.bits_per_weight,
+            "mean_relative_objective": self.mean_relative_objective,
+            "coverage": self.coverage,
+            "compressed_weights": self.compressed_weights,
+            "bytes": self.bytes,
+            "peak_memory": self.peak_memory,
+        }
+        return json.dumps({**totals, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> ModelReport:
+        """The inverse of ``to_json``."""
+        stored = json.loads(text)
+        known = {field.name: stored[field.name] for field in fields(cls)}
+        known["layers"] = tuple(LayerReport(**layer) for layer in known["layers"])
+        known["ignored"] = tuple(known["ignored"])
+        known["not_reached"] = tuple(known["not_reached"])
+        return cls(**known)
+
+    def to_csv(self) -> str:
+        """One line a layer, with a header."""
+        text = io.StringIO()
+        writer = csv.DictWriter(
+            text, [field.name for field in fields(LayerReport)], lineterminator="\n"
+        )
+        writer.writeheader()
+        writer.writerows(asdict(layer) for layer in self.layers)
+        return text.getvalue()

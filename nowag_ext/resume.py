@@ -1,0 +1,90 @@
+"""Finished layers of a compression, on disk, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nowag_ext import ops
+from nowag_ext.files import atomic_file
+from nowag_ext.prune import SparseWeight
+from nowag_ext.settings import PackedWeight, Settings, VQSettings
+from nowag_ext.version import __version__
+from nowag_ext.vq import VQWeight
+
+
+def layer_key(settings: Settings, weight: Tensor, act_norms: Tensor) -> str:
+    """A digest of all that a layer's result follows from."""
+    identity = {
+        "nowag_ext": __version__,
+        "format_version": ops.FORMAT_VERSION,
+        "method": settings.method,
+        "settings": asdict(settings),
+        "shape": list(weight.shape),
+        "dtype": str(weight.dtype),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for tensor in (weight, act_norms.double()):
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class LayerStore:
+    """A directory of finished layers, one safetensors file each, written whole or not at all.
+
+    A file counts only for the key it was written under: after a change of settings, weights or
+    calibration the layer is done again and the file replaced.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, name: str) -> Path:
+        return self.directory / f"{name}.safetensors"
+
+    def put(self, name: str, key: str, weight: PackedWeight, seconds: float) -> None:
+        facts = {"relative_objective": weight.relative_objective, "seconds": seconds}
+        metadata = {"key": key, "facts": json.dumps(facts)}
+        tensors = {part: tensor.cpu() for part, tensor in weight.tensors().items()}
+        with atomic_file(self._path(name)) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    def get(
+        self, name: str, key: str, settings: Settings, like: Tensor
+    ) -> tuple[PackedWeight, float] | None:
+        """The layer's compressed weight and the seconds it took, or None if it is to be done.
+
+        ``like`` is the dense weight: its shape and device are the result's.
+        """
+        try:
+            with safe_open(self._path(name), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("key") != key:
+                    return None
+                tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
+        except (FileNotFoundError, SafetensorError):
+            return None
+        facts = json.loads(metadata["facts"])
+        weight = _restore(settings, tensors, like, facts["relative_objective"])
+        return weight.to(like.device), facts["seconds"]
+
+
+def _restore(
+    settings: Settings, tensors: Mapping[str, Tensor], like: Tensor, objective: float
+) -> PackedWeight:
+    shape = (like.shape[0], like.shape[1])
+    known: dict[str, Any] = {**tensors, "shape": shape, "relative_objective": objective}
+    if isinstance(settings, VQSettings):
+        return VQWeight(**known, d=settings.d, bits=settings.bits)
+    return SparseWeight(**known, pattern=settings.pattern)

@@ -1,0 +1,118 @@
+"""What commands read: models of any kind, text files, windows of text for calibration."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from nowag_ext.checkpoint import load, load_dense_model, load_tokenizer
+from nowag_ext.evaluate import split_windows
+from nowag_ext.integrations.transformers import QUANT_METHOD
+
+DTYPES: dict[str, torch.dtype | str] = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def named_dtype(name: str) -> torch.dtype | str:
+    """The dtype of a name; "auto" stands for the checkpoint's own."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {name!r}.")
+    return DTYPES[name]
+
+
+def open_dense_model(source: str | os.PathLike[str], dtype: str = "auto") -> tuple[Any, Any]:
+    """A dense model and its tokenizer from a directory, a hub id or a .gguf file.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it is already compressed, or has no tokenizer.
+    """
+    _check_found(source)
+    model, tokenizer = load_dense_model(source, dtype=named_dtype(dtype))
+    return model, _require_tokenizer(source, tokenizer)
+
+
+def open_model(source: str | os.PathLike[str], dtype: str = "auto") -> tuple[Any, Any]:
+    """A model, compressed or dense, and its tokenizer.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it has no tokenizer, or is damaged.
+    """
+    _check_found(source)
+    if not _is_compressed(source):
+        return open_dense_model(source, dtype)
+    model = load(source, dtype=named_dtype(dtype))
+    return model, _require_tokenizer(source, load_tokenizer(source))
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """A UTF-8 text file; raises OSError or ValueError with the file's name."""
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no text file {file}.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}.") from None
+
+
+def calibration_batches(
+    tokens: Tensor, *, samples: int, length: int, seed: int | None = None
+) -> list[Tensor]:
+    """Non-overlapping windows of a text, one a batch, int64 [1, length] each.
+
+    Args:
+        tokens: int64 [n], the whole text.
+        samples: at most this many windows.
+        length: tokens a window.
+        seed: which windows, at random; None takes the first ones.
+
+    Raises:
+        ValueError: the text is shorter than one window, or a number is out of range.
+    """
+    if samples < 1:
+        raise ValueError(f"the number of calibration samples must be at least 1, not {samples}.")
+    windows = split_windows(tokens, length)
+    chosen: Sequence[int] = range(min(samples, len(windows)))
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(windows), generator=generator)[:samples].tolist()
+    return [windows[index][None] for index in chosen]
+
+
+def _check_found(source: str | os.PathLike[str]) -> None:
+    """Raises OSError for a name that is neither a local path nor a model of the hub."""
+    if Path(source).exists():
+        return
+    try:
+        PretrainedConfig.get_config_dict(source)
+    except OSError:
+        raise OSError(
+            f"there is no model {os.fspath(source)}: no directory or .gguf file of this name "
+            "exists, and the hub (or its cache here) gave no model of this name."
+        ) from None
+
+
+def _is_compressed(source: str | os.PathLike[str]) -> bool:
+    path = Path(source)
+    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        return False
+    config, _ = PretrainedConfig.get_config_dict(source)
+    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+
+
+def _require_tokenizer(source: str | os.PathLike[str], tokenizer: Any) -> Any:
+    if tokenizer is None:
+        raise ValueError(f"there is no tokenizer beside the model {os.fspath(source)}.")
+    return tokenizer
