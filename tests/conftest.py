@@ -1,0 +1,28 @@
+"""Shared by the tests: poisoned allocations, thread counts, hypothesis settings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Kernels write into torch.empty: filling it with NaN (or the largest integer) makes an element that
+# a kernel forgot show up in every comparison.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+settings.register_profile(
+    "nowag", deadline=None, max_examples=25, suppress_health_check=list(HealthCheck)
+)
+settings.load_profile("nowag")
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Runs the test at several thread counts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

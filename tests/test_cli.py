@@ -1,0 +1,288 @@
+"""The command line on a tiny random model: results, sentences, exit status, what is left."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import TEXT, save_tiny, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner, Result
+
+import nowag_ext
+from nowag_ext.cli import app
+from nowag_ext.evaluate import perplexity, tokenize
+from nowag_ext.source import calibration_batches
+
+VQ = ["--d", "4", "--bits", "2", "--iters", "3"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    """A directory with a model, a text and its statistics."""
+    directory = tmp_path_factory.mktemp("work")
+    save_tiny(directory / "model")
+    (directory / "text.txt").write_text(TEXT)
+    arguments = ["--text", directory / "text.txt", "-o", directory / "stats.safetensors"]
+    result = run("calibrate", directory / "model", *arguments, "--length", 64, "--samples", 5)
+    assert result.exit_code == 0, result.output
+    assert "Calibrated on 5 windows of 64 tokens, the first of the text" in one_line(result.output)
+    return directory
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """A model this small spends its time waiting for threads, on a busy machine seconds of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def fails_with(sentence: str, *arguments: object) -> None:
+    """The command says one sentence on standard error, and exits with 1."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    assert re.search(sentence, result.stderr), result.stderr
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.output
+
+
+def test_statistics_are_those_of_the_api(work: Path) -> None:
+    batches = calibration_batches(tokenize(tiny_tokenizer(), TEXT), samples=5, length=64)
+    expected = nowag_ext.calibrate(tiny_llama(), batches)
+    stored = nowag_ext.load_act_norms(work / "stats.safetensors")
+    assert set(stored) == set(expected)
+    assert all(torch.equal(stored[name], expected[name]) for name in expected)
+
+
+def test_compress_then_eval_and_generate(work: Path, tmp_path: Path) -> None:
+    output = tmp_path / "vq"
+    result = run("compress", work / "model", "-o", output,
+                 "--act-norms", work / "stats.safetensors", *VQ)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    report = json.loads((output / "report.json").read_text())
+    with (output / "layers.csv").open() as file:
+        layers = list(csv.DictReader(file))
+    assert len(layers) == len(report["layers"]) == 14
+    assert report["settings"] == {
+        "d": 4, "bits": 2, "iters": 3, "n_init": 1, "init": "kmeans++", "seed": 0,
+    }  # fmt: skip
+    assert f"{report['bits_per_weight']:.3f}" in result.output
+    assert f"{report['mean_relative_objective']:.4f}" in result.output
+
+    result = run("eval", output, "--text", work / "text.txt", "--window", 32, "--windows", 4)
+    assert result.exit_code == 0, result.output
+    tokens = tokenize(tiny_tokenizer(), TEXT)
+    expected = perplexity(nowag_ext.load(output), tokens, window=32, windows=4).perplexity
+    printed = float(result.output.split()[1])
+    assert math.isclose(printed, expected, rel_tol=1e-4)
+    assert "first 4 non-overlapping windows of 32 tokens" in one_line(result.output)
+    dense = run("eval", work / "model", "--text", work / "text.txt", "--window", 32)
+    assert float(dense.output.split()[1]) != printed
+    assert f"first {len(tokens) // 32} non-overlapping" in one_line(dense.output)
+
+    result = run("generate", output, "--prompt", "It was", "--max-new-tokens", 5, "--chat")
+    assert result.exit_code == 0, result.output
+    assert "tokens/s" in result.stderr
+
+
+def test_compress_calibrates_by_itself(work: Path, tmp_path: Path) -> None:
+    for name, source in {
+        "text": ["--text", work / "text.txt", "--length", 64, "--samples", 5],
+        "file": ["--act-norms", work / "stats.safetensors"],
+    }.items():
+        result = run("compress", work / "model", "-o", tmp_path / name, *source,
+                     "--method", "prune", "--pattern", "2:4")  # fmt: skip
+        assert result.exit_code == 0, result.output
+    one = (tmp_path / "text" / "model.safetensors").read_bytes()
+    assert one == (tmp_path / "file" / "model.safetensors").read_bytes()
+
+
+def test_dense_format_loads_without_nowag(work: Path, tmp_path: Path) -> None:
+    result = run("compress", work / "model", "-o", tmp_path / "dense", "--format", "dense",
+                 "--act-norms", work / "stats.safetensors",
+                 "--method", "prune", "--sparsity", 0.75, "--ignore", "down_proj")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    layer = model.model.layers[0].mlp
+    assert float((layer.up_proj.weight == 0).double().mean()) == 0.75
+    assert float((layer.down_proj.weight == 0).double().mean()) < 0.01
+    assert (tmp_path / "dense" / "report.json").is_file()
+
+
+def test_dtype_is_stored(work: Path, tmp_path: Path) -> None:
+    result = run("compress", work / "model", "-o", tmp_path / "out", "--dtype", "bfloat16",
+                 "--act-norms", work / "stats.safetensors", "--method", "prune")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert nowag_ext.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_resume_keeps_layers_until_the_checkpoint_is_written(work: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    model, norms = tiny_llama(), nowag_ext.load_act_norms(work / "stats.safetensors")
+    settings = {"d": 4, "bits": 2, "iters": 3}
+
+    def stop(name: str, done: float, total: float) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        nowag_ext.compress_model(model, norms, work_dir=partial, progress=stop, **settings)
+    result = run("compress", work / "model", "-o", tmp_path / "out", "--resume", *VQ,
+                 "--act-norms", work / "stats.safetensors")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    layers = json.loads((tmp_path / "out" / "report.json").read_text())["layers"]
+    assert {layer["resumed"] for layer in layers} == {True, False}
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    ("sentence", "arguments"),
+    [
+        ("there is no model nowhere/at/all", ["{w}/text.txt", "nowhere/at/all"]),
+        ("there is no text file .*missing", ["{w}/missing", "{w}/model"]),
+    ],
+)
+def test_eval_refuses(work: Path, sentence: str, arguments: list[str]) -> None:
+    text, model = (argument.format(w=work) for argument in arguments)
+    fails_with(sentence, "eval", model, "--text", text)
+
+
+def test_eval_refuses_text_that_is_not(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    (tmp_path / "empty").write_bytes(b"")
+    fails_with("not UTF-8", "eval", work / "model", "--text", tmp_path / "latin")
+    fails_with("no tokens", "eval", work / "model", "--text", tmp_path / "empty")
+    fails_with(
+        "less than one window of 100000",
+        *("eval", work / "model", "--text", work / "text.txt", "--window", 100_000),
+    )
+    fails_with(
+        "dtype must be one of",
+        *("eval", work / "model", "--text", work / "text.txt", "--dtype", "int8"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("sentence", "arguments"),
+    [
+        ("either --act-norms FILE", []),
+        ("either --act-norms FILE", ["--act-norms", "{w}/stats.safetensors", "--text", "x"]),
+        ("no calibration file", ["--act-norms", "{w}/nothing"]),
+        ("not a file of calibration", ["--act-norms", "{w}/model/model.safetensors"]),
+        ("method must be one of", ["--method", "magic", "--text", "{w}/text.txt"]),
+        ("no setting 'sparsity'", ["--sparsity", "0.5", "--text", "{w}/text.txt"]),
+        ("format must be one of", ["--format", "pickle", "--text", "{w}/text.txt"]),
+        (
+            "bits must be an integer",
+            ["--d", "3", "--bits", "2.5", "--text", "{w}/text.txt"],
+        ),
+        ("is too small", ["--d", "8", "--bits", "2", "--act-norms", "{w}/stats.safetensors"]),
+        ("names no linear", ["--ignore", "nope", "--act-norms", "{w}/stats.safetensors"]),
+    ],
+)
+def test_compress_refuses(work: Path, tmp_path: Path, sentence: str, arguments: list[str]) -> None:
+    output = tmp_path / "out"
+    rest = [argument.format(w=work) for argument in arguments]
+    fails_with(sentence, "compress", work / "model", "-o", output, *rest)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compress_refuses_before_it_calibrates(work: Path, tmp_path: Path) -> None:
+    result = run("compress", work / "model", "-o", tmp_path / "out", "--d", 8,
+                 "--text", work / "text.txt", "--length", 64)  # fmt: skip
+    assert "is too small" in result.stderr
+    assert "Calibrated" not in result.stdout
+
+
+def test_compress_does_not_overwrite_unasked(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    arguments = ["compress", work / "model", "-o", tmp_path, "--method", "prune",
+                 "--act-norms", work / "stats.safetensors"]  # fmt: skip
+    fails_with("exists and is not empty", *arguments)
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert run(*arguments, "--overwrite").exit_code == 0
+    assert not (tmp_path / "mine").exists()
+    fails_with("compressed|quantised", "compress", tmp_path, "-o", tmp_path / "again",
+               "--act-norms", work / "stats.safetensors", "--method", "prune")  # fmt: skip
+
+
+def test_traceback_on_request(work: Path) -> None:
+    result = run("--traceback", "eval", work / "model", "--text", work / "missing")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_env_names_what_runs_and_what_is_missing() -> None:
+    result = run("env")
+    assert result.exit_code == 0
+    for fact in (nowag_ext.__version__, torch.__version__, "transformers", "threads", "cuda"):
+        assert fact in result.output
+    if not torch.cuda.is_available():
+        assert "No CUDA device can be used" in result.output
+
+
+def test_env_says_that_a_level_was_forced() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "from nowag_ext.cli import app; app()", "env"],
+        env={**os.environ, "NOWAG_SIMD": "scalar"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    if nowag_ext.ops._cpu.simd_best() != "scalar":
+        assert "because NOWAG_SIMD=scalar" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"), [(signal.SIGINT, 130, "Interrupted."), (signal.SIGTERM, 143, "")]
+)
+def test_interrupt_leaves_nothing(
+    work: Path, tmp_path: Path, number: signal.Signals, status: int, said: str
+) -> None:
+    """A signal in the middle of the compression: its status, no file, no traceback."""
+    code = (
+        "import time, nowag_ext.cli as cli\n"
+        "compress = cli.compress_model\n"
+        "def announced(*args, progress, **kwargs):\n"
+        "    def tell(*told):\n"
+        "        progress(*told)\n"
+        "        print('working', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    compress(*args, progress=tell, **kwargs)\n"
+        "cli.compress_model = announced\n"
+        "cli.app()\n"
+    )
+    arguments = ["compress", work / "model", "-o", tmp_path / "out", "--d", 4,
+                 "--iters", 1_000_000, "--act-norms", work / "stats.safetensors"]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert "working" in process.stdout.readline()
+    time.sleep(0.05)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert said in errors
+    assert "Traceback" not in output + errors
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,231 @@
+"""Every operation on a CUDA device against the same operation on the CPU. Needs a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from vq_cases import activations, random_vq
+
+from nowag_ext import ops, prune, vq_compress
+from nowag_ext.linear import SparseLinear, VQLinear
+
+CUDA = torch.device("cuda")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(ops._cuda is None, reason="nowag_ext was built without CUDA"),
+]
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def on_cuda(argument: object) -> object:
+    """The argument with its tensors copied to the device."""
+    if isinstance(argument, Tensor):
+        return argument.to(CUDA)
+    if isinstance(argument, list):
+        return [on_cuda(item) for item in argument]
+    return argument
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    got = got.cpu()
+    assert got.shape == want.shape
+    assert got.dtype == want.dtype
+    assert torch.equal(
+        got.contiguous().view(-1).view(torch.uint8), want.contiguous().view(-1).view(torch.uint8)
+    )
+
+
+def assert_op_agrees(op: Callable[..., object], *arguments: object) -> None:
+    """Results and written arguments are the CPU's bits."""
+    moved = [on_cuda(argument) for argument in arguments]
+    got, want = op(*moved), op(*arguments)
+    for result, expected in zip(_tensors(got), _tensors(want), strict=True):
+        assert_same_bits(result, expected)
+    for argument, expected in zip(_tensors(moved), _tensors(list(arguments)), strict=True):
+        assert_same_bits(argument, expected)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (65, 131), (1000, 777), (576, 1536)])
+def test_normalize(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert_op_agrees(ops.normalize, randn(*shape).to(dtype))
+
+
+def points(rows: int, cols: int, d: int) -> tuple[Tensor, Tensor]:
+    h = torch.zeros(ops.code_positions(cols, d) * d)
+    h[:cols] = randn(cols, seed=1).square()
+    h[: max(1, cols // 100)] *= 50  # the few channels that matter most
+    return randn(rows, cols) / 10, h
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "d", "entries"),
+    [(70, 13, 1, 2), (1025, 100, 2, 64), (600, 260, 4, 256), (2000, 300, 6, 4096),
+     (130, 320, 8, 65536), (700, 90, 5, 1000), (1030, 130, 3, 2048), (64, 70, 7, 512)],
+)  # fmt: skip
+def test_kmeans_iterations(rows: int, cols: int, d: int, entries: int) -> None:
+    w, h = points(rows, cols, d)
+    scale = ops.kmeans_scale(float(rows * h.double().sum()))
+    codebook = randn(entries, d, seed=2) / 10
+    codes = torch.zeros(rows, ops.code_positions(cols, d), dtype=torch.uint16)
+    sums = torch.zeros(entries, 2 * d + 1, dtype=torch.int64)
+    for iteration in range(4):
+        assert_op_agrees(
+            ops.kmeans_assign, [w], [h], [codebook], [codes], [sums], scale, iteration > 0
+        )
+        assert_op_agrees(ops.kmeans_update, sums, scale, codebook)
+    assert_op_agrees(ops.kmeans_errors, w, h, codebook, codes)
+    assert_op_agrees(ops.kmeans_spread, w, h, codebook, codes, scale)
+    assert_op_agrees(ops.kmeans_energy, w, h, d)
+
+
+@pytest.mark.parametrize("init", ["random", "kmeans++"])
+@pytest.mark.parametrize(("d", "entries"), [(4, 256), (6, 4096)])
+def test_kmeans_seed(init: str, d: int, entries: int) -> None:
+    one, two = points(900, 300, d), points(33, 130, d)
+    assert_op_agrees(ops.kmeans_seed, [one[0], two[0]], [one[1], two[1]], entries, d, init, 7)
+
+
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
+@pytest.mark.parametrize("shape", [(1, 70), (700, 1000), (4096, 512)])
+def test_prune_select(shape: tuple[int, int], kind: str) -> None:
+    w, h = randn(*shape), randn(shape[1], seed=1).square()
+    if kind == "ties":
+        w, h = (2 * w).round(), torch.ones(shape[1])
+    if kind == "zeros":
+        w[w < 0.5] = 0
+    for n_prune in (0, 1, w.numel() // 2, w.numel() - 1, w.numel()):
+        assert_op_agrees(ops.prune_select, w, h, n_prune)
+    bitmap = ops.prune_select(w, h, w.numel() // 2)
+    assert_op_agrees(ops.prune_objective, w, h, bitmap)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 3), (16, 32), (5, 12)])
+def test_prune_select_nm(n: int, m: int) -> None:
+    assert_op_agrees(ops.prune_select_nm, randn(300, 96), randn(96, seed=1).square(), n, m)
+
+
+@pytest.mark.parametrize("code_bits", range(1, 17))
+def test_pack_codes(code_bits: int) -> None:
+    codes = torch.randint(0, 2**code_bits, (77, 300)).to(torch.uint16)
+    assert_op_agrees(ops.pack_codes, codes, code_bits)
+    assert_op_agrees(ops.unpack_codes, ops.pack_codes(codes, code_bits), 77)
+
+
+def test_pack_codes_refuses_a_code_that_does_not_fit() -> None:
+    codes = torch.full((3, 3), 64).to(torch.uint16).to(CUDA)
+    with pytest.raises(ValueError, match="code 64 does not fit into 6 bits"):
+        ops.pack_codes(codes, 6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (3, 9), (8, 16), (1, 2)])
+def test_vq_dequantize(d: int, code_bits: int, dtype: torch.dtype) -> None:
+    assert_op_agrees(ops.vq_dequantize, *random_vq(133, 700, d, code_bits), dtype)
+
+
+def assert_within_bound(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The error bound of vq_gemv.h and sparse_gemv.h, with one rounding to the output's dtype."""
+    x, weight = x.double().cpu(), weight.double().cpu()
+    want = x @ weight.T + (0 if bias is None else bias.double().cpu())
+    bound = 8e-6 * (x.abs() @ weight.abs().T) + 1e-7
+    epsilon = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+    assert ((got.double().cpu() - want).abs() <= bound + epsilon[got.dtype] * want.abs()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (3, 9), (8, 16)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 7), (4096, 4096), (576, 1537), (9000, 1100)])
+def test_vq_gemv(rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype) -> None:
+    vq = [tensor.to(CUDA) for tensor in random_vq(rows, cols, d, code_bits)]
+    weight = ops.vq_dequantize(*vq, torch.float32)
+    x = activations(16, cols, dtype).to(CUDA)
+    bias = randn(rows, seed=3).to(dtype).to(CUDA)
+    alone = ops.vq_gemv(x[:1], *vq, bias)
+    for tokens in (1, 2, 3, 5, 8, 16):
+        y = ops.vq_gemv(x[:tokens], *vq, bias)
+        assert_within_bound(y, x[:tokens], weight, bias)
+        assert torch.equal(y[:1], alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_sparse(dtype: torch.dtype, pattern: str | None) -> None:
+    w = randn(515, 1028)
+    bitmap = (
+        ops.prune_select_nm(w, torch.ones(1028), 2, 4)
+        if pattern
+        else ops.prune_select(w, torch.ones(1028), w.numel() // 2)
+    )
+    assert_op_agrees(ops.sparse_offsets, bitmap, 1028)
+    offsets = ops.sparse_offsets(bitmap, 1028)
+    kept = int(offsets[-1])
+    assert_op_agrees(ops.sparse_pack, w.to(dtype), bitmap, offsets, kept)
+    values = ops.sparse_pack(w.to(dtype), bitmap, offsets, kept)
+    assert_op_agrees(ops.sparse_dequantize, bitmap, values, offsets, 1028, torch.bfloat16)
+    dense = ops.sparse_dequantize(bitmap, values, offsets, 1028, torch.float32)
+    sparse = [tensor.to(CUDA) for tensor in (bitmap, values, offsets)]
+    x = activations(16, 1028, dtype).to(CUDA)
+    for tokens in (1, 3, 16):
+        y = ops.sparse_gemv(x[:tokens], *sparse)
+        assert_within_bound(y, x[:tokens], dense, None)
+
+
+def test_compression_gives_the_bits_of_the_cpu() -> None:
+    w, act_norms = randn(512, 600), randn(600, seed=1).abs() + 0.1
+    settings = {"d": 4, "bits": 2, "iters": 10}
+    got = vq_compress(w.to(CUDA), act_norms.to(CUDA), **settings)
+    want = vq_compress(w, act_norms, **settings)
+    for name, tensor in got.tensors().items():
+        assert tensor.is_cuda
+        assert_same_bits(tensor, want.tensors()[name])
+    pruned = prune(w.to(CUDA), act_norms.to(CUDA), sparsity=0.5)
+    for name, tensor in pruned.tensors().items():
+        assert_same_bits(tensor, prune(w, act_norms, sparsity=0.5).tensors()[name])
+
+
+@pytest.mark.parametrize("kind", ["vq", "sparse"])
+def test_linear_in_a_graph_and_on_another_stream(kind: str) -> None:
+    w, act_norms = randn(512, 768).to(CUDA), torch.ones(768, device=CUDA)
+    if kind == "vq":
+        layer = VQLinear.from_weight(vq_compress(w, act_norms, d=4, bits=2, iters=3))
+    else:
+        layer = SparseLinear.from_weight(prune(w, act_norms, pattern="2:4"))
+    x = activations(1, 768, torch.bfloat16).to(CUDA)
+    want = layer(x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert torch.equal(layer(x), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x)
+    for _ in range(3):
+        out.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+
+
+def test_repeats_give_the_same_bits() -> None:
+    vq = [tensor.to(CUDA) for tensor in random_vq(4096, 4096, 6, 12)]
+    x = activations(1, 4096, torch.bfloat16).to(CUDA)
+    first = ops.vq_gemv(x, *vq)
+    for _ in range(50):
+        assert torch.equal(ops.vq_gemv(x, *vq), first)

@@ -1,0 +1,49 @@
+"""The kernel tests again at every lower instruction set: the level is fixed once a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nowag_ext import _cpu, ops
+
+LEVELS = ["scalar", "avx2", "avx512", "avx512vbmi"]
+TESTS = Path(__file__).parent
+# The package under test, installed or not, and never a source tree that happens to be the cwd.
+PACKAGE_PARENT = str(Path(ops.__file__).parent.parent)
+BELOW_BEST = LEVELS[: LEVELS.index(_cpu.simd_best())]
+
+
+def _run(arguments: list[str], level: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, "NOWAG_SIMD": level, "PYTHONPATH": PACKAGE_PARENT},
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", BELOW_BEST)
+def test_kernels_at(level: str) -> None:
+    arguments = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "kernel and not slow"]
+    result = _run([*arguments, str(TESTS)], level)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize("level", [*BELOW_BEST, _cpu.simd_best()])
+def test_level_is_forced(level: str) -> None:
+    result = _run(["-c", "from nowag_ext import _cpu; print(_cpu.simd_level())"], level)
+    assert result.stdout.strip() == level, result.stderr
+
+
+def test_unknown_level_is_refused() -> None:
+    result = _run(["-c", "import nowag_ext.ops"], "sse9")
+    assert result.returncode != 0
+    assert "NOWAG_SIMD=sse9 is not an instruction set of this machine" in result.stderr

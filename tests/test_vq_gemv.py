@@ -1,0 +1,230 @@
+"""vq_gemv.h against its oracle, and the ops built on it: vq_gemv, vq_linear, vq_linear_grad."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from vq_cases import activations, random_vq
+
+from nowag_ext import ops, reference
+
+pytestmark = pytest.mark.kernel
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# out_features, in_features, d, code_bits: both fast forms, tails, every other d, odd code sizes.
+LAYERS = [
+    (1, 1, 1, 1),
+    (1, 5, 4, 8),
+    (33, 50, 3, 7),
+    (64, 129, 5, 10),
+    (65, 7, 7, 5),
+    (70, 96, 8, 16),
+    (100, 257, 2, 6),
+    (257, 1026, 4, 8),
+    (300, 515, 6, 12),
+    (576, 576, 4, 8),
+    (545, 2075, 4, 8),
+    (705, 131, 8, 8),
+    (513, 70, 1, 8),
+    (64, 4098, 6, 12),
+    (96, 200, 4, 12),
+    (96, 210, 6, 8),
+    (128, 65, 1, 4),
+]
+
+
+def lookup_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
+    """What vq_gemv.h allows tables of 16-bit products, [tokens, out_features]; 0 without them.
+
+    A position's group is not known here: the largest product of any group it can be in bounds it.
+    """
+    _, codebook, row_norms, col_norms = vq
+    d = codebook.shape[1]
+    if codebook.shape[0] != 256 or ops._cpu.simd_level() != "avx512vbmi":
+        return torch.zeros(())
+    scaled = (x.double() * col_norms.double()).abs()
+    scaled = torch.nn.functional.pad(scaled, (0, -x.shape[1] % d)).unflatten(1, (-1, d))
+    products = scaled @ codebook.double().abs().amax(0)
+    group = torch.nn.functional.max_pool1d(products, 511, stride=1, padding=255)
+    return group.sum(1, keepdim=True) / 62000 * row_norms.double()
+
+
+def assert_within_bound(y: Tensor, x: Tensor, vq: tuple[Tensor, ...], bias: Tensor | None) -> None:
+    """The error bound that vq_gemv.h states."""
+    exact = reference.vq_linear(x, *vq, bias)
+    weight = reference.vq_dequantize(*vq, torch.float64)
+    magnitude = x.double().abs() @ weight.abs().T
+    rounding = torch.finfo(y.dtype).eps * exact.abs() + torch.finfo(y.dtype).tiny
+    bound = 8e-6 * magnitude + lookup_error(x, vq) + rounding
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_within_the_error_bound(layer: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    vq = random_vq(*layer)
+    for tokens in (1, 2, 3, 5, 16):
+        x = activations(tokens, layer[1], dtype)
+        bias = torch.randn(layer[0]).to(dtype) if tokens % 2 else None
+        assert_within_bound(ops.vq_gemv(x, *vq, bias), x, vq, bias)
+
+
+@given(
+    rows=st.integers(1, 100),
+    cols=st.integers(1, 300),
+    d=st.integers(1, 8),
+    code_bits=st.integers(1, 12),
+    tokens=st.integers(1, 16),
+    seed=st.integers(0, 2**31),
+)
+def test_within_the_error_bound_anywhere(
+    rows: int, cols: int, d: int, code_bits: int, tokens: int, seed: int
+) -> None:
+    vq = random_vq(rows, cols, d, code_bits, seed)
+    x = activations(tokens, cols, torch.float32, seed)
+    assert_within_bound(ops.vq_gemv(x, *vq, None), x, vq, None)
+
+
+@pytest.mark.parametrize("layer", [(576, 1300, 4, 8), (300, 1100, 6, 12), (100, 90, 3, 7)])
+def test_same_bits_for_any_threads_and_company(layer: tuple[int, int, int, int]) -> None:
+    vq = random_vq(*layer)
+    x = activations(16, layer[1], torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    together = ops.vq_gemv(x, *vq, None)
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for tokens in (1, 2, 3, 4, 7, 8, 15):
+            assert torch.equal(ops.vq_gemv(x[:tokens], *vq, None), together[:tokens])
+        assert torch.equal(ops.vq_gemv(x[5:6], *vq, None), together[5:6])
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("outlier", [1.0, 40.0, 1000.0])
+@pytest.mark.parametrize("layer", [(1000, 1536, 4, 8), (577, 2050, 2, 8), (520, 400, 6, 12)])
+def test_close_on_inputs_with_outlier_channels(
+    layer: tuple[int, int, int, int], outlier: float
+) -> None:
+    vq = random_vq(*layer)
+    x = activations(4, layer[1], torch.float32, outlier=outlier)
+    exact = reference.vq_linear(x, *vq, None)
+    error = (ops.vq_gemv(x, *vq, None).double() - exact).norm(dim=1) / exact.norm(dim=1)
+    assert (error <= 2e-3).all()
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-30, 1e30])
+def test_inputs_of_extreme_magnitude(magnitude: float) -> None:
+    vq = random_vq(600, 300, 4, 8)
+    x = activations(2, 300, torch.float32) * magnitude
+    exact = reference.vq_linear(x, *vq, None)
+    torch.testing.assert_close(
+        ops.vq_gemv(x, *vq, None).double(), exact, rtol=1e-2, atol=max(3e-3 * magnitude, 1e-26)
+    )
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layer", [(600, 90, 4, 8), (100, 90, 6, 12), (100, 90, 3, 7)])
+def test_non_finite_inputs_show(layer: tuple[int, int, int, int], bad: float) -> None:
+    vq = random_vq(*layer)
+    x = activations(3, 90, torch.float32)
+    x[1, 17] = bad
+    y = ops.vq_gemv(x, *vq, None)
+    assert not y[1].isfinite().any()
+    assert y[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(50,), (0, 50), (2, 0, 50), (3, 50), (2, 4, 2, 50), (40, 50)])
+def test_linear_takes_any_leading_shape(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    vq = random_vq(70, 50, 4, 8)
+    x = activations(64, 50, dtype).flatten()[: torch.Size(shape).numel()].view(shape)
+    y = ops.vq_linear(x, *vq, None)
+    assert y.shape == (*shape[:-1], 70)
+    assert y.dtype == dtype
+    want = reference.vq_linear(x, *vq, None)
+    assert (y.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_linear_takes_inputs_that_are_not_contiguous(tokens: int) -> None:
+    vq = random_vq(70, 50, 6, 12)
+    bias = torch.randn(140)[::2]
+    base = activations(50, tokens, torch.float32)
+    got = ops.vq_linear(base.T, *vq, bias)
+    assert torch.equal(got, ops.vq_linear(base.T.contiguous(), *vq, bias.contiguous()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_tokens_go_by_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_TILE_BYTES", 64 * 90 * dtype.itemsize)
+    vq = random_vq(200, 90, 6, 12)
+    x, bias = activations(33, 90, dtype), torch.randn(200).to(dtype)
+    weight = reference.vq_dequantize(*vq, dtype)
+    assert ops._tile_rows(90, dtype) == 64
+    torch.testing.assert_close(
+        ops.vq_linear(x, *vq, bias), torch.nn.functional.linear(x, weight, bias)
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_gradients(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_TILE_BYTES", 32 * 50 * dtype.itemsize)
+    vq = random_vq(70, 50, 4, 8)
+    x = activations(tokens, 50, dtype).view(2, tokens // 2, 50).requires_grad_()
+    bias = torch.randn(70).to(dtype).requires_grad_()
+    grad_y = torch.randn(2, tokens // 2, 70).to(dtype)
+    ops.vq_linear(x, *vq, bias).backward(grad_y)
+    want_x = grad_y.double() @ reference.vq_dequantize(*vq, torch.float64)
+    want_bias = grad_y.double().sum((0, 1))
+    for got, want in ((x.grad, want_x), (bias.grad, want_bias)):
+        assert got is not None
+        assert got.dtype == dtype
+        assert (got.double() - want).norm() <= 4 * torch.finfo(dtype).eps * want.norm()
+
+
+def test_second_derivatives() -> None:
+    vq = random_vq(70, 50, 4, 8)
+    x = activations(3, 50, torch.float32).requires_grad_()
+    (grad_x,) = torch.autograd.grad(
+        ops.vq_linear(x, *vq, None).square().sum(), x, create_graph=True
+    )
+    grad_x.sum().backward()
+    weight = reference.vq_dequantize(*vq, torch.float32)
+    want = 2 * (weight.sum(1) @ weight).expand(3, 50)
+    torch.testing.assert_close(x.grad, want, rtol=1e-4, atol=1e-4)
+
+
+def test_refuses_what_it_cannot_take() -> None:
+    vq = random_vq(70, 50, 4, 8)
+    x = torch.randn(3, 50)
+    with pytest.raises(ValueError, match=r"x must have 50 features .*, not shape \(3, 49\)"):
+        ops.vq_linear(x[:, :49], *vq, None)
+    with pytest.raises(TypeError, match=r"x must be .*bfloat16, not torch\.float64"):
+        ops.vq_linear(x.double(), *vq, None)
+    with pytest.raises(TypeError, match=r"x must be .*bfloat16, not torch\.int64"):
+        ops.vq_linear(x.long(), *vq, None)
+    with pytest.raises(ValueError, match="x must be on cpu, not on meta"):
+        torch.ops.nowag.vq_linear(x.to("meta"), *vq, None)
+    with pytest.raises(TypeError, match=r"bias must be torch\.float32, not torch\.float16"):
+        ops.vq_linear(x, *vq, torch.randn(70).half())
+    with pytest.raises(ValueError, match=r"bias must have shape \(70,\), not \(69,\)"):
+        ops.vq_linear(x, *vq, torch.randn(69))
+    with pytest.raises(ValueError, match="vq_gemv takes at most 16 tokens, not 17"):
+        ops.vq_gemv(torch.randn(17, 50), *vq, None)
+    with pytest.raises(ValueError, match=r"grad_y must have 70 features .*, not shape \(3, 50\)"):
+        ops.vq_linear_grad(x, *vq)
+
+
+@pytest.mark.parametrize("tokens", [5, 20])
+def test_opcheck(tokens: int) -> None:
+    vq = random_vq(70, 50, 4, 8)
+    x = torch.randn(tokens, 50, requires_grad=True)
+    bias = torch.randn(70, requires_grad=True)
+    torch.library.opcheck(ops.vq_linear, (x, *vq, bias))
+    torch.library.opcheck(ops.vq_linear, (x, *vq, None))
+    torch.library.opcheck(ops.vq_linear_grad, (torch.randn(tokens, 70, requires_grad=True), *vq))
+    torch.library.opcheck(ops.vq_gemv, (torch.randn(5, 50), *vq, None))

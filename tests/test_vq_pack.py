@@ -1,0 +1,125 @@
+"""vq_pack.h against its oracle: packed codes and dequantised weights, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vq_cases import random_codes, random_vq
+
+from nowag_ext import ops, reference
+
+pytestmark = pytest.mark.kernel
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# out_features, in_features, d, code_bits: tails of a tile, of a sub-vector; odd code sizes.
+LAYERS = [
+    (1, 1, 1, 1),
+    (1, 33, 6, 12),
+    (31, 65, 4, 8),
+    (32, 64, 8, 16),
+    (33, 50, 3, 7),
+    (65, 7, 7, 5),
+    (64, 129, 5, 10),
+    (96, 100, 2, 6),
+    (200, 514, 6, 12),
+    (257, 1026, 4, 8),
+]
+
+
+@pytest.mark.parametrize("code_bits", range(1, 17))
+def test_pack_matches_oracle_and_inverts(code_bits: int, threads: int) -> None:
+    for rows, positions in [(1, 1), (31, 3), (32, 8), (33, 17), (100, 64)]:
+        codes = random_codes(rows, positions, code_bits)
+        packed = ops.pack_codes(codes, code_bits)
+        assert torch.equal(packed, reference.pack_codes(codes, code_bits))
+        assert torch.equal(ops.unpack_codes(packed, rows), codes)
+        assert torch.equal(reference.unpack_codes(packed, rows), codes)
+
+
+@given(
+    rows=st.integers(1, 70),
+    positions=st.integers(1, 70),
+    code_bits=st.integers(1, 16),
+    seed=st.integers(0, 2**31),
+)
+def test_pack_inverts(rows: int, positions: int, code_bits: int, seed: int) -> None:
+    codes = random_codes(rows, positions, code_bits, seed)
+    packed = ops.pack_codes(codes, code_bits)
+    assert torch.equal(ops.unpack_codes(packed, rows), codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_dequantize_matches_oracle(layer: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    vq = random_vq(*layer)
+    assert torch.equal(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
+
+
+@pytest.mark.parametrize("d", range(1, 9))
+def test_dequantize_at_every_sub_vector_length(d: int) -> None:
+    for cols in range(1, 4 * d + 18):
+        vq = random_vq(40, cols, d, 4, seed=cols)
+        for dtype in DTYPES:
+            assert torch.equal(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
+
+
+def test_dequantize_of_special_values() -> None:
+    codes, codebook, row_norms, col_norms = random_vq(64, 48, 4, 6)
+    codebook.view(-1)[:6] = torch.tensor([65504.0, 6e-8, -6e-8, 6.1e-5, 0.0, -0.0]).half()
+    row_norms[:3] = torch.tensor([6e-8, 65504.0, 0.0]).half()
+    for dtype in DTYPES:
+        vq = (codes, codebook, row_norms, col_norms)
+        assert torch.equal(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
+
+
+def test_rows_of_a_tile_go_where_they_are_told() -> None:
+    vq = random_vq(200, 70, 6, 12)
+    dense = reference.vq_dequantize(*vq, torch.float32)
+    for begin, end in [(0, 200), (32, 64), (64, 101), (160, 200), (192, 193)]:
+        out = torch.full((end - begin + 2, 70), torch.nan)
+        ops._dequantize_vq_rows(vq, (200, 70, 6, 12), begin, end, out)
+        assert torch.equal(out[: end - begin], dense[begin:end])
+        assert out[end - begin :].isnan().all()
+
+
+def test_rows_can_be_spaced_apart() -> None:
+    vq = random_vq(40, 22, 4, 8)
+    wide = torch.full((40, 31), torch.nan)
+    ops._dequantize_vq_rows(vq, (40, 22, 4, 8), 0, 40, wide[:, :22])
+    assert torch.equal(wide[:, :22], reference.vq_dequantize(*vq, torch.float32))
+    assert wide[:, 22:].isnan().all()
+
+
+@pytest.mark.parametrize("rows", [1, 33])
+def test_refuses_codes_that_do_not_fit(rows: int) -> None:
+    codes = random_codes(rows, 9, 6)
+    codes[rows - 1, 4] = 64
+    with pytest.raises(ValueError, match="pack_codes: an argument is outside the contract"):
+        ops.pack_codes(codes, 6)
+
+
+def test_refuses_wrong_shapes_and_dtypes() -> None:
+    codes, codebook, row_norms, col_norms = random_vq(40, 22, 4, 8)
+    with pytest.raises(TypeError, match=r"codes must be torch\.uint16, not torch\.int32"):
+        ops.pack_codes(torch.zeros(3, 3, dtype=torch.int32), 8)
+    with pytest.raises(ValueError, match="code_bits must be from 1 to 16, not 17"):
+        ops.pack_codes(random_codes(3, 3, 8), 17)
+    with pytest.raises(ValueError, match=r"must have shape \(3, 6, 32\), not \(2, 6, 32\)"):
+        ops.unpack_codes(codes, 65)
+    with pytest.raises(ValueError, match=r"codebook must have shape \(256, 4\), not \(255, 4\)"):
+        ops.vq_dequantize(codes, codebook[:255], row_norms, col_norms, torch.float32)
+    with pytest.raises(ValueError, match=r"codes must have shape \(2, 6, 32\), not \(2, 5, 32\)"):
+        ops.vq_dequantize(codes[:, :5], codebook, row_norms, col_norms, torch.float32)
+    with pytest.raises(TypeError, match=r"codebook must be torch\.float16, not torch\.float32"):
+        ops.vq_dequantize(codes, codebook.float(), row_norms, col_norms, torch.float32)
+    with pytest.raises(ValueError, match="codes must be contiguous"):
+        ops.vq_dequantize(codes.mT.contiguous().mT, codebook, row_norms, col_norms, torch.float32)
+
+
+def test_opcheck() -> None:
+    vq = random_vq(40, 22, 4, 8)
+    torch.library.opcheck(ops.pack_codes, (random_codes(40, 6, 8), 8))
+    torch.library.opcheck(ops.unpack_codes, (vq[0], 40))
+    torch.library.opcheck(ops.vq_dequantize, (*vq, torch.bfloat16))
