@@ -1,0 +1,149 @@
+"""Compression on a GPU: assignment and update over a real run, seeding, selection, normalisation.
+
+    python benchmarks/bench_gpu_compress.py --json out.json
+
+Peers, in the same run: the torch expression that materialises distances for the assignment,
+torch.argsort and torch.kthvalue for the selection.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import gpu
+import torch
+from torch import Tensor
+
+from nowag_ext import ops, prune, vq_compress
+
+ROWS, COLS = 4096, 4096
+LLAMA_2_7B = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Wall time of an action with its kernels."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def points(d: int) -> tuple[Tensor, Tensor]:
+    """A normalised weight and importances with outlier channels."""
+    weight = ops.normalize(torch.randn(ROWS, COLS, device="cuda"))[0] * COLS**0.5
+    h = torch.zeros(ops.code_positions(COLS, d) * d, device="cuda")
+    h[:COLS] = torch.randn(COLS, device="cuda").square()
+    h[: COLS // 100] *= 50
+    return weight, h
+
+
+def torch_assign(w: Tensor, h: Tensor, codebook: Tensor, rows: int) -> None:
+    """The reference's expression, a block of rows at a time: n x K distances in memory."""
+    d = codebook.shape[1]
+    x = torch.nn.functional.pad(w[:rows], (0, -COLS % d)).view(rows, -1, 1, d)
+    weights = h.view(1, -1, 1, d)
+    (weights * (x - codebook).square()).sum(-1).argmin(-1)
+
+
+def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
+    """Every iteration of one run from k-means++ seeds, update included."""
+    (w, h), shape = points(d), f"{ROWS}x{COLS} d={d} K={2**code_bits}"
+    entries = 2**code_bits
+    scale = ops.kmeans_scale(float(ROWS * h.double().sum()), float(w.abs().max()))
+    ops.kmeans_seed([w], [h], entries, d, "kmeans++", 0)
+    seeding = seconds(lambda: ops.kmeans_seed([w], [h], entries, d, "kmeans++", 0))
+    codebook = ops.kmeans_seed([w], [h], entries, d, "kmeans++", 0)
+    codes = torch.zeros(ROWS, len(h) // d, dtype=torch.uint16, device="cuda")
+    sums = torch.zeros(entries, 2 * d + 1, dtype=torch.int64, device="cuda")
+
+    def iterate(warm: bool) -> None:
+        ops.kmeans_assign([w], [h], [codebook], [codes], [sums], scale, warm)
+        ops.kmeans_update(sums, scale, codebook)
+
+    times = [seconds(lambda i=i: iterate(i > 0)) for i in range(iterations)]
+    rows = max(1, 2**30 // (len(h) // d * entries * 4 * 8))
+    torch_assign(w, h, codebook, rows)
+    peer = seconds(lambda: torch_assign(w, h, codebook, rows)) * ROWS / rows
+    mean = statistics.fmean(times)
+    ordered = sorted(time * 1e6 for time in times)
+    line = gpu.Line(
+        "assign+update", shape, f"mean of {iterations}", mean * 1e6,
+        ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10],
+        times_peer=peer / mean, peer="torch expression",
+        notes={"first_us": times[0] * 1e6, "last_us": times[-1] * 1e6},
+    )  # fmt: skip
+    seed = gpu.Line(
+        "seed", shape, "k-means++", seeding * 1e6, 0, 0, notes={"assignments": seeding / mean}
+    )
+    return [line, seed]
+
+
+def bench_selection(bandwidth: float) -> list[gpu.Line]:
+    """Half of a layer's weights, from given normalised weights and importances."""
+    count = gpu.copies(ROWS * COLS * 4)
+    weights = [torch.randn(ROWS, COLS, device="cuda") for _ in range(count)]
+    h = torch.rand(COLS, device="cuda")
+    saliency = [h * w.square() for w in weights[:2]]
+    half = ROWS * COLS // 2
+    timings = gpu.compare(
+        {
+            "50 %": [lambda w=w: ops.prune_select(w, h, half) for w in weights],
+            "2:4": [lambda w=w: ops.prune_select_nm(w, h, 2, 4) for w in weights],
+            "normalize": [lambda w=w: ops.normalize(w) for w in weights],
+            "read once": [lambda w=w: w.sum() for w in weights],
+        }
+    )
+    slow = gpu.compare(
+        {
+            "torch.argsort": [lambda s=s: s.view(-1).argsort(stable=True) for s in saliency],
+            "torch.kthvalue": [lambda s=s: s.view(-1).kthvalue(half) for s in saliency],
+        },
+        graphs=False,
+        rounds=5,
+    )
+    size = dict.fromkeys(timings, ROWS * COLS * 4)
+    size["normalize"] *= 3
+    return gpu.lines("select", f"{ROWS}x{COLS}", {**timings, **slow}, size, "read once", bandwidth)
+
+
+def bench_model(quick: bool) -> list[gpu.Line]:
+    """Llama-2-7B's linears one after another, from random weights."""
+    jobs: dict[str, Callable[[Tensor, Tensor], Any]] = {
+        "pruned 50 %": lambda w, a: prune(w, a, sparsity=0.5),
+        "pruned 2:4": lambda w, a: prune(w, a, pattern="2:4"),
+    }
+    iterations = 10 if quick else 100
+    jobs[f"vq d=6, {iterations} iterations"] = lambda w, a: vq_compress(w, a, iters=iterations)
+    results = []
+    for name, job in jobs.items():
+        total = 0.0
+        for (rows, cols), count in LLAMA_2_7B.items():
+            w = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
+            act_norms = torch.rand(cols, device="cuda") + 0.1
+            job(w, act_norms)
+            total += count * seconds(functools.partial(job, w, act_norms))
+        results.append(gpu.Line("Llama-2-7B", "all linears", name, total * 1e6, 0, 0))
+    return results
+
+
+def main() -> None:
+    options = gpu.arguments(__doc__ or "")
+    bandwidth = gpu.copy_bandwidth()
+    results = bench_selection(bandwidth)
+    gpu.print_lines(results)
+    for d, code_bits in [(6, 12), (4, 8)]:
+        found = bench_kmeans(d, code_bits, 20 if options.quick else 100)
+        gpu.print_lines(found)
+        results += found
+    found = bench_model(options.quick)
+    gpu.print_lines(found)
+    gpu.write(options.json, results + found, copy_bandwidth=bandwidth)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""VQ and sparse GEMV on a GPU against dense cuBLAS, under graph replay; aqlm and vptq where found.
+
+python benchmarks/bench_gpu_gemv.py --json out.json
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import gpu
+import torch
+from torch import Tensor
+
+from nowag_ext import ops
+
+# [out_features, in_features] of Llama-2-7B and Llama-3-8B, and two of Llama-2-70B.
+SHAPES = [
+    (4096, 4096), (11008, 4096), (4096, 11008), (1024, 4096), (14336, 4096), (4096, 14336),
+    (28672, 8192), (8192, 28672),
+]  # fmt: skip
+QUICK = [(4096, 4096), (11008, 4096), (28672, 8192)]
+TOKENS = [1, 2, 4, 8, 16]
+VQ = {"vq d=6": (6, 12), "vq d=4": (4, 8)}
+DTYPE = torch.bfloat16
+
+Call = Callable[[Tensor], Tensor]
+
+
+def vq_weight(rows: int, cols: int, d: int, code_bits: int) -> list[Tensor]:
+    """codes, codebook, row_norms, col_norms at random, on the device."""
+    shape = ops.packed_shape(rows, cols, d, code_bits)
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    if rows % 32:
+        raise ValueError("the shapes of this benchmark are whole tiles")
+    codebook = (torch.randn(2**code_bits, d, device="cuda") / cols**0.5).half()
+    norms = [(0.5 + torch.rand(n, device="cuda")).half() for n in (rows, cols)]
+    return [codes, codebook, *norms]
+
+
+def sparse_weight(rows: int, cols: int, pattern: str) -> list[Tensor]:
+    """bitmap, values, row_offsets of a random weight, half of it kept."""
+    weight = torch.randn(rows, cols, device="cuda")
+    h = torch.ones(cols, device="cuda")
+    if pattern == "2:4":
+        bitmap = ops.prune_select_nm(weight, h, 2, 4)
+    else:
+        bitmap = ops.prune_select(weight, h, weight.numel() // 2)
+    offsets = ops.sparse_offsets(bitmap, cols)
+    return [bitmap, ops.sparse_pack(weight.to(DTYPE), bitmap, offsets, int(offsets[-1])), offsets]
+
+
+def check(call: Call, dense: Tensor, cols: int, what: str) -> None:
+    """The kernel computes its weight's product: validated before anything is timed."""
+    x = torch.randn(3, cols, device="cuda", dtype=DTYPE)
+    want = x.double() @ dense.double().T
+    error = float((call(x).double() - want).norm() / want.norm())
+    if not error < 5e-3:
+        raise SystemExit(f"{what}: relative error {error:.2e}, expected under 5e-3")
+
+
+def contenders(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
+    """Name -> (one call an operand copy, bytes of one copy)."""
+    found: dict[str, tuple[list[Call], int]] = {}
+
+    def add(name: str, make: Callable[[], list[Tensor]], apply: Callable[..., Tensor]) -> None:
+        first = make()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in first)
+        weights = [first] + [make() for _ in range(gpu.copies(size) - 1)]
+        found[name] = ([lambda x, w=w: apply(x, *w) for w in weights], size)
+
+    def dense() -> list[Tensor]:
+        return [torch.randn(rows, cols, device="cuda", dtype=DTYPE)]
+
+    add("cuBLAS bf16", dense, torch.nn.functional.linear)
+    for name, (d, code_bits) in VQ.items():
+        weight = vq_weight(rows, cols, d, code_bits)
+        check(
+            lambda x, w=weight: ops.vq_gemv(x, *w),
+            ops.vq_dequantize(*weight, torch.float32),
+            cols,
+            name,
+        )
+        add(name, lambda d=d, bits=code_bits: vq_weight(rows, cols, d, bits), ops.vq_gemv)
+    for pattern in ("50 %", "2:4"):
+        sparse = sparse_weight(rows, cols, pattern)
+        check(
+            lambda x, w=sparse: ops.sparse_gemv(x, *w),
+            ops.sparse_dequantize(*sparse, cols, torch.float32),
+            cols,
+            pattern,
+        )
+        # Copies of one weight: what is measured does not depend on which weights are kept.
+        add(f"sparse {pattern}", lambda w=sparse: [t.clone() for t in w], ops.sparse_gemv)
+    found.update(peers(rows, cols))
+    return found
+
+
+def peers(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
+    """Published kernels for the same purpose, where they are installed."""
+    found: dict[str, tuple[list[Call], int]] = {}
+    try:
+        from torch.sparse import to_sparse_semi_structured
+
+        mask = torch.tensor([1, 1, 0, 0], device="cuda", dtype=torch.bool).repeat(rows, cols // 4)
+        weight = torch.randn(rows, cols, device="cuda", dtype=DTYPE) * mask
+        semi = to_sparse_semi_structured(weight)
+        found["torch 2:4"] = (
+            [lambda x: torch.nn.functional.linear(x, semi)] * 2,
+            rows * cols * 9 // 8,
+        )
+        found["torch 2:4"][0][0](torch.randn(1, cols, device="cuda", dtype=DTYPE))
+    except (ImportError, RuntimeError, NotImplementedError) as reason:
+        found.pop("torch 2:4", None)
+        print(f"torch 2:4 left out: {str(reason).splitlines()[0][:100]}")
+    try:
+        from aqlm import QuantizedLinear
+
+        layer = QuantizedLinear(
+            cols, rows, in_group_size=8, out_group_size=1, num_codebooks=1,
+            nbits_per_codebook=16, bias=False, device="cuda", dtype=torch.float16,
+        )  # fmt: skip
+        found["aqlm 1x16"] = ([lambda x: layer(x.half())] * 2, rows * cols // 4)
+        found["aqlm 1x16"][0][0](torch.randn(1, cols, device="cuda", dtype=DTYPE))
+    except Exception as reason:  # a peer that cannot run here is left out, whatever its reason
+        found.pop("aqlm 1x16", None)
+        print(f"aqlm left out: {str(reason).splitlines()[0][:100]}")
+    return found
+
+
+def main() -> None:
+    options = gpu.arguments(__doc__ or "")
+    bandwidth = gpu.copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
+    results: list[gpu.Line] = []
+    for rows, cols in QUICK if options.quick else SHAPES:
+        found = contenders(rows, cols)
+        for tokens in TOKENS if (rows, cols) in QUICK else TOKENS[:1]:
+            x = torch.randn(tokens, cols, device="cuda", dtype=DTYPE)
+            calls = {
+                name: [functools.partial(call, x) for call in some]
+                for name, (some, _) in found.items()
+            }
+            timings = gpu.compare(calls)
+            lines = gpu.lines(
+                "gemv", f"{rows}x{cols} tokens={tokens}", timings,
+                {name: size for name, (_, size) in found.items()}, "cuBLAS bf16", bandwidth,
+            )  # fmt: skip
+            gpu.print_lines(lines)
+            results += lines
+        del found, calls
+        torch.cuda.empty_cache()
+    gpu.write(options.json, results, copy_bandwidth=bandwidth)
+
+
+if __name__ == "__main__":
+    main()

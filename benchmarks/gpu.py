@@ -1,0 +1,177 @@
+"""What the GPU benchmarks share: timing under graph replay, rotated operands, ceilings, tables.
+
+A figure is the median over replays of a CUDA graph that holds several calls, each on a copy of the
+operands of its own, so that together they exceed the L2 cache. Contenders take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROTATED_BYTES = 256 << 20  # several times any L2
+MOST_COPIES = 64
+
+
+@dataclass
+class Line:
+    """One contender at one shape."""
+
+    op: str
+    shape: str
+    contender: str
+    microseconds: float
+    p10: float
+    p90: float
+    bytes: int = 0
+    percent_of_copy: float = 0.0
+    times_peer: float = 0.0
+    peer: str = ""
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def copies(bytes_each: int) -> int:
+    """How many copies of an operand of this size exceed the cache."""
+    return max(2, min(MOST_COPIES, -(-ROTATED_BYTES // max(1, bytes_each))))
+
+
+def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """A graph of all calls, after each has run once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _elapsed(action: Callable[[], Any]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def compare(
+    contenders: dict[str, Sequence[Callable[[], Any]]], *, graphs: bool = True, rounds: int = 25
+) -> dict[str, tuple[float, float, float]]:
+    """(median, p10, p90) microseconds a call of each contender, replayed in turn."""
+    actions: dict[str, tuple[Callable[[], Any], int]] = {}
+    for name, calls in contenders.items():
+        if graphs:
+            actions[name] = (capture(calls).replay, len(calls))
+        else:
+            actions[name] = (lambda calls=calls: [call() for call in calls], len(calls))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_number in range(rounds + 3):
+        for name, (action, count) in actions.items():
+            elapsed = _elapsed(action) / count
+            if round_number >= 3:
+                samples[name].append(elapsed)
+    return {name: _spread(times) for name, times in samples.items()}
+
+
+def _spread(times: list[float]) -> tuple[float, float, float]:
+    ordered = sorted(times)
+    last = len(ordered) - 1
+    return statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+
+
+def copy_bandwidth() -> float:
+    """Bytes read plus bytes written a second by a large device-to-device copy."""
+    source = torch.randn(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    best = min(_elapsed(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.numel() * 4 / (best * 1e-6)
+
+
+def dense_rate() -> float:
+    """bfloat16 operations a second of a large cuBLAS product on random data."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    best = min(_elapsed(lambda: torch.mm(a, b)) for _ in range(10))
+    return 2 * 8192**3 / (best * 1e-6)
+
+
+def lines(
+    op: str,
+    shape: str,
+    timings: dict[str, tuple[float, float, float]],
+    bytes_of: dict[str, int],
+    peer: str,
+    bandwidth: float,
+) -> list[Line]:
+    """The contenders' lines, with their ratio to the peer's time."""
+    out = []
+    for name, (median, p10, p90) in timings.items():
+        moved = bytes_of.get(name, 0)
+        out.append(
+            Line(
+                op, shape, name, median, p10, p90, moved,
+                100 * moved / (median * 1e-6) / bandwidth,
+                timings[peer][0] / median if peer in timings else 0.0, peer,
+            )
+        )  # fmt: skip
+    return out
+
+
+def print_lines(results: Sequence[Line]) -> None:
+    """One line a contender: us, spread, GB/s as % of a copy's, ratio to the peer."""
+    for line in results:
+        ratio = f"{line.times_peer:6.2f} x {line.peer}" if line.times_peer else ""
+        print(
+            f"{line.op:16} {line.shape:24} {line.contender:22} {line.microseconds:10.2f} us "
+            f"({line.p10:.2f}-{line.p90:.2f}) {line.percent_of_copy:5.1f} % of copy  {ratio}",
+            flush=True,
+        )
+
+
+def machine() -> dict[str, Any]:
+    """Device, driver, clocks as found, versions, commit."""
+    query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
+    return {
+        "device": torch.cuda.get_device_name(),
+        "nvidia_smi": _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "commit": _output("git", "rev-parse", "HEAD"),
+    }
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """--json FILE and --quick, which every GPU benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--quick", action="store_true", help="few shapes and repeats")
+    return parser.parse_args()
+
+
+def write(path: Path | None, results: Sequence[Line], **more: Any) -> None:
+    """Writes the figures with what they were measured on."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"machine": machine(), **more, "lines": [asdict(line) for line in results]}
+        path.write_text(json.dumps(figures, indent=1) + "\n")
