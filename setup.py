@@ -35,8 +35,8 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('NOWAG_BUILD_TYPE', 'Release')}",
-            # Named, because a build directory outlives the isolated environment that it was made in:
-            # its cache would ask for that environment's ninja, which is gone.
+            # Named, because a build directory outlives the isolated environment that it was made
+            # in: its cache would ask for that environment's ninja, which is gone.
             f"-DCMAKE_MAKE_PROGRAM={self._ninja()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DNOWAG_CUDA={os.environ.get('NOWAG_CUDA', 'auto')}",
@@ -60,7 +60,9 @@ class CMakeBuild(build_ext):
     def _ninja() -> str:
         ninja = shutil.which("ninja")
         if ninja is None:
-            raise SystemExit("nowag_ext builds with ninja, and there is none on PATH: pip install ninja.")
+            raise SystemExit(
+                "nowag_ext builds with ninja, and there is none on PATH: pip install ninja."
+            )
         return ninja
 
     def get_outputs(self) -> list[str]:

@@ -14,19 +14,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import harness
 import torch
-from bench_model import CALIBRATION, DATA
+from real_layers import CALIBRATION, add_data_option, calibrated, require_data
 from torch import Tensor
 
 import nowag_ext
-from nowag_ext import evaluate, ops, reference
-from nowag_ext.demo_model import demo_model
+from nowag_ext import ops, reference
 from nowag_ext.normalize import normalize_weight
-from nowag_ext.source import calibration_batches, open_dense_model, read_text
 
 D, BITS, ITERS = 4, 2, 100
 LAYERS = ("5.mlp.down_proj", "5.self_attn.q_proj", "15.mlp.gate_proj")
@@ -96,15 +93,12 @@ def equal_masks(weight: Tensor, norms: Tensor) -> bool:
 
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument("--data", type=Path, default=DATA)
+    add_data_option(parser)
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if not (options.data / CALIBRATION).exists():
-        raise SystemExit(f"{options.data / CALIBRATION} is not there: name its folder with --data.")
-    model, tokenizer = open_dense_model(demo_model(), "float32")
-    tokens = evaluate.tokenize(tokenizer, read_text(options.data / CALIBRATION))
-    norms = nowag_ext.calibrate(model, calibration_batches(tokens, samples=16, length=1024))
+    require_data(options.data, [CALIBRATION])
+    model, _, norms = calibrated(options.data)
     print(harness.machine())
     rows = []
     for layer in LAYERS:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,16 +22,14 @@ from typing import Any
 
 import harness
 import torch
+from real_layers import TEST, add_data_option, calibrated, require_data
 
 import nowag_ext
 from nowag_ext import evaluate
-from nowag_ext.demo_model import demo_model
 from nowag_ext.generate import encode_prompt, tokens_per_second
 from nowag_ext.linear import SparseLinear, VQLinear
-from nowag_ext.source import calibration_batches, open_dense_model, read_text
+from nowag_ext.source import open_dense_model, read_text
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-CALIBRATION, TEST = "wikitext2-valid.tokens.txt", "wikitext2-test.raw.txt"
 DEFAULT = ("vq:d=4,bits=2", "vq:d=2,bits=3", "prune:sparsity=0.5", "prune:pattern=2:4")
 PROMPT = "The history of the city begins with"
 
@@ -170,7 +167,7 @@ def arguments() -> argparse.Namespace:
         "methods", nargs="*", default=DEFAULT, help="vq:d=4,bits=2 prune:pattern=2:4"
     )
     parser.add_argument("--model", help="directory, hub id or .gguf; default: the demo's model")
-    parser.add_argument("--data", type=Path, default=DATA, help=f"where {TEST} is")
+    add_data_option(parser)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=16)
@@ -183,11 +180,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
-    missing = [name for name in (CALIBRATION, TEST) if not (options.data / name).is_file()]
-    if missing:
-        sys.exit(
-            f"bench_model needs {' and '.join(missing)} in {options.data}, which this copy lacks."
-        )
+    require_data(options.data)
     if options.threads:
         torch.set_num_threads(options.threads)
     print(harness.machine(), flush=True)
@@ -196,21 +189,12 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, directory: Path) -> None:
-    source = options.model or demo_model()
-    dense, tokenizer = open_dense_model(source, "float32")
+    start = time.perf_counter()
+    dense, tokenizer, norms = calibrated(options.data, options.model)
+    calibration_seconds = time.perf_counter() - start
     dense.save_pretrained(directory / "dense")
     tokenizer.save_pretrained(directory / "dense")
     test = evaluate.tokenize(tokenizer, read_text(options.data / TEST))
-    start = time.perf_counter()
-    norms = nowag_ext.calibrate(
-        dense,
-        calibration_batches(
-            evaluate.tokenize(tokenizer, read_text(options.data / CALIBRATION)),
-            samples=16,
-            length=1024,
-        ),
-    )
-    calibration_seconds = time.perf_counter() - start
     half, _ = open_dense_model(directory / "dense", "bfloat16")
     contenders = [Loaded("dense fp32", dense, {}), Loaded("dense bf16", half, {})]
     quality(contenders[0], dense, test, options)
@@ -234,7 +218,7 @@ def write(
         "model": str(options.model or "SmolLM2-135M-Instruct, GGUF Q4_1, dequantised"),
         "window": options.window,
         "windows": options.windows,
-        "calibration_seconds": calibration_seconds,
+        "load_and_calibration_seconds": calibration_seconds,
         "rows": [{"name": entry.name, **entry.figures} for entry in contenders],
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)

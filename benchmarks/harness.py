@@ -130,7 +130,7 @@ class Report:
 
     def __init__(self, op: str) -> None:
         self.op = op
-        self.rows: list[Row] = []
+        self.rows: list[dict[str, Any]] = []
         self.ceilings = {"read_gb_s": read_bandwidth() / 1e9, "gemm_gflop_s": fma_rate() / 1e9}
         print(
             f"{op} | {machine()} | read {self.ceilings['read_gb_s']:.1f} GB/s, "
@@ -161,8 +161,8 @@ class Report:
                 if peer in timings and peer != name
             }
             row.notes = (notes or {}).get(name, {})
-            self.rows.append(row)
-            print(_line(row))
+            self.rows.append(asdict(row))
+            print(_line(row), flush=True)
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ class Report:
             "machine": machine(),
             "ceilings": self.ceilings,
             "rotated_bytes": ROTATED_BYTES,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": self.rows,
         }
         path.write_text(json.dumps(document, indent=1) + "\n")
         print(f"wrote {path}")
