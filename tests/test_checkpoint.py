@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fresh_process import fresh_python
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import logits, random_act_norms, tiny_config, tiny_model, tiny_tokens
@@ -106,7 +106,7 @@ def test_dense_form_loads_without_this_package(tmp_path: Path) -> None:
         "torch.save(got, sys.argv[1] + '/logits.pt')\n"
     )
     arguments = [str(tmp_path / "dense"), str(tiny_tokens().tolist())]
-    subprocess.run([sys.executable, "-c", script, *arguments], check=True, timeout=120)
+    subprocess.run(**fresh_python("-c", script, *arguments), check=True, timeout=120)
     got = torch.load(tmp_path / "dense" / "logits.pt")
     assert torch.equal(got, logits(model))
     torch.testing.assert_close(got, packed, rtol=1e-3, atol=1e-3)

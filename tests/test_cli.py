@@ -5,17 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import fresh_python
 from tiny_model import TEXT, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
@@ -243,10 +242,10 @@ def test_env_names_what_runs_and_what_is_missing() -> None:
 
 
 def test_env_says_that_a_level_was_forced() -> None:
+    code = "from nowag_ext.cli import app; app()"
     result = subprocess.run(
-        [sys.executable, "-c", "from nowag_ext.cli import app; app()", "env"],
-        env={**os.environ, "NOWAG_SIMD": "scalar"}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        **fresh_python("-c", code, "env", NOWAG_SIMD="scalar"), capture_output=True, check=True
+    )
     if nowag_ext.ops._cpu.simd_best() != "scalar":
         assert "because NOWAG_SIMD=scalar" in result.stdout
 
@@ -273,10 +272,10 @@ def test_interrupt_leaves_nothing(
     arguments = ["compress", work / "model", "-o", tmp_path / "out", "--d", 4,
                  "--iters", 1_000_000, "--act-norms", work / "stats.safetensors"]  # fmt: skip
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        **fresh_python("-c", code, *arguments, OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     assert process.stdout is not None
     assert "working" in process.stdout.readline()
     time.sleep(0.05)

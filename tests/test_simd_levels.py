@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fresh_process import fresh_python
 
-from nowag_ext import _cpu, ops
+from nowag_ext import _cpu
 
 LEVELS = ["scalar", "avx2", "avx512", "avx512vbmi"]
 TESTS = Path(__file__).parent
-# The package under test, installed or not, and never a source tree that happens to be the cwd.
-PACKAGE_PARENT = str(Path(ops.__file__).parent.parent)
 BELOW_BEST = LEVELS[: LEVELS.index(_cpu.simd_best())]
 
 
 def _run(arguments: list[str], level: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, "NOWAG_SIMD": level, "PYTHONPATH": PACKAGE_PARENT},
-        cwd=TESTS,
-        capture_output=True,
-        text=True,
-        check=False,
+        **fresh_python(*arguments, NOWAG_SIMD=level), capture_output=True, check=False
     )
 
 

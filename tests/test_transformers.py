@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh_process import fresh_python
 from safetensors.torch import load_file, save_file
 from tiny_models import (
     ARCHITECTURES,
@@ -124,7 +124,7 @@ def test_loads_in_a_fresh_process_after_the_import(tmp_path: Path) -> None:
         "assert torch.equal(got, torch.load(sys.argv[1] + '/logits.pt'))\n"
     )
     tokens = str(tiny_tokens().tolist())
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), tokens], check=True, timeout=120)
+    subprocess.run(**fresh_python("-c", script, tmp_path, tokens), check=True, timeout=120)
 
 
 def test_body_without_its_head(tmp_path: Path) -> None:
