@@ -19,6 +19,7 @@ LAYERS = [
     (1, 1, 1, 1),
     (1, 5, 4, 8),
     (33, 50, 3, 7),
+    (70, 1, 1, 1),  # the codes of all tiles together are less than one vector
     (64, 129, 5, 10),
     (65, 7, 7, 5),
     (70, 96, 8, 16),

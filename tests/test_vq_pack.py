@@ -20,6 +20,7 @@ LAYERS = [
     (31, 65, 4, 8),
     (32, 64, 8, 16),
     (33, 50, 3, 7),
+    (70, 1, 1, 1),  # the codes of all tiles together are less than one vector
     (65, 7, 7, 5),
     (64, 129, 5, 10),
     (96, 100, 2, 6),

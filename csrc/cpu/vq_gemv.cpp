@@ -34,7 +34,6 @@ const VqLookupTable* lookup_table() {
 constexpr int64_t kCodesForThreads = 32768;
 // Rows that make a table worth building: building one costs as much as looking this many up.
 constexpr int64_t kLookupRows = 512;
-
 struct Problem {
     const void* x;
     DType dtype;
@@ -53,6 +52,10 @@ struct Problem {
 
     int64_t positions() const { return code_positions(cols, d); }
     int64_t tiles() const { return row_tiles(rows); }
+    int64_t entries() const { return int64_t{1} << code_bits; }
+    // Bytes of a tile's codes, and where all codes end.
+    int64_t stride() const { return positions() * tile_bytes(code_bits); }
+    const uint8_t* codes_end() const { return packed + tiles() * stride(); }
 };
 
 // x * col_norms of one token, [positions * d], zeros in the padding.
@@ -70,6 +73,15 @@ void finish(const Problem& problem, int64_t token, int64_t first, int64_t rows, 
     decode_table()->finish(sums, problem.row_norms + first,
                            bias == nullptr ? nullptr : bias + first * size, problem.dtype, rows,
                            static_cast<char*>(problem.y) + (token * problem.rows + first) * size);
+}
+
+// The rows of a tile from the sums of all tokens, [tokens, 32].
+void finish_tile(const Problem& problem, int64_t tile, const float* sums) {
+    const int64_t first = tile * kTileRows;
+    const int64_t height = std::min<int64_t>(kTileRows, problem.rows - first);
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        finish(problem, t, first, height, sums + t * kTileRows);
+    }
 }
 
 // --- decode: see vq_gemv.h ---
@@ -97,24 +109,19 @@ void decode(const Problem& problem) {
     const int64_t together = problem.tokens == 1 ? 1 : 16 / lanes;
     const int64_t stride = ceil_div(problem.tokens, together) * together;
     const int64_t positions = problem.positions();
-    const int64_t entries = int64_t{1} << problem.code_bits;
     const Buffer<float> inputs = decode_inputs(problem, lanes, stride);
-    const Buffer<float> codebook = buffer<float>(entries * lanes);
-    kernel.expand_codebook(problem.codebook, entries, problem.d, lanes, codebook.get());
+    const Buffer<float> codebook = buffer<float>(problem.entries() * lanes);
+    kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, lanes, codebook.get());
 
     const int64_t codes = problem.rows * positions;
     const int threads = codes < kCodesForThreads ? 1 : problem.threads;
     parallel_for(problem.tiles(), threads, [&](int64_t tile) {
         float sums[kVqGemvMaxTokens * kTileRows];
-        kernel.multiply_tile({problem.packed + tile * positions * tile_bytes(problem.code_bits),
-                              codebook.get(), inputs.get(), positions, problem.code_bits, lanes,
+        kernel.multiply_tile({problem.packed + tile * problem.stride(), codebook.get(),
+                              inputs.get(), positions, problem.code_bits, lanes,
                               static_cast<int>(problem.tokens), static_cast<int>(stride),
-                              tile + 1 == problem.tiles(), sums});
-        const int64_t first = tile * kTileRows;
-        const int64_t height = std::min<int64_t>(kTileRows, problem.rows - first);
-        for (int64_t t = 0; t < problem.tokens; ++t) {
-            finish(problem, t, first, height, sums + t * kTileRows);
-        }
+                              problem.codes_end(), sums});
+        finish_tile(problem, tile, sums);
     });
 }
 

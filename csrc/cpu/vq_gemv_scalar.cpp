@@ -5,6 +5,10 @@
 namespace nowag::cpu {
 namespace {
 
+void arrange_codebook(const uint16_t* codebook, int64_t entries, int d, int lanes, void* out) {
+    expand_codebook(codebook, entries, d, lanes, static_cast<float*>(out));
+}
+
 void scale_inputs(const void* x, DType dtype, const uint16_t* col_norms, int64_t cols, float* out) {
     for (int64_t j = 0; j < cols; ++j) {
         out[j] = load_float(x, j, dtype) * float16_to_float(col_norms[j]);
@@ -18,7 +22,8 @@ void multiply_tile(const VqDecodeTile& tile) {
             for (int64_t p = 0; p < tile.positions; ++p) {
                 const uint32_t code = read_code(tile.codes + p * tile_bytes(tile.code_bits),
                                                 r * tile.code_bits, tile.code_bits);
-                const float* entry = tile.entries + static_cast<int64_t>(code) * tile.lanes;
+                const float* entry = static_cast<const float*>(tile.entries) +
+                                     static_cast<int64_t>(code) * tile.lanes;
                 const float* input = tile.inputs + (p * tile.token_stride + t) * tile.lanes;
                 for (int j = 0; j < tile.lanes; ++j) sums[j] += entry[j] * input[j];
             }
@@ -39,6 +44,6 @@ void finish(const float* sums, const uint16_t* row_norms, const void* bias, DTyp
 
 }  // namespace
 
-const VqDecodeTable kVqDecodeScalar = {scale_inputs, expand_codebook, multiply_tile, finish};
+const VqDecodeTable kVqDecodeScalar = {scale_inputs, arrange_codebook, multiply_tile, finish};
 
 }  // namespace nowag::cpu

@@ -7,28 +7,29 @@
 
 namespace nowag::cpu {
 
-// One tile of 32 rows times all tokens. A codebook entry is padded with zeros to `lanes` floats (4
+// One tile of 32 rows times all tokens. A codebook entry is padded with zeros to `lanes` numbers (4
 // or 8), and so is each token's share of a position's inputs.
 struct VqDecodeTile {
     const uint8_t* codes;  // [positions, 4 * code_bits]
-    const float* entries;  // [K, lanes], 64-byte aligned
+    const void* entries;   // what arrange_codebook wrote
     const float* inputs;   // [positions, token_stride, lanes], 64-byte aligned
     int64_t positions;
     int code_bits;
     int lanes;
     int tokens;
-    int token_stride;  // tokens, padded to whole vectors
-    bool last;         // whether the codes end where the buffer ends: nothing may be read past them
-    float* sums;       // out: [tokens, 32], sum_p of entry . input
+    int token_stride;          // tokens, padded to whole vectors
+    const uint8_t* codes_end;  // of all tiles: nothing may be read from here on
+    float* sums;               // out: [tokens, 32], sum_p of entry . input
 };
 
 struct VqDecodeTable {
     // out[j] = x[j] * col_norms[j]
     void (*scale_inputs)(const void* x, DType dtype, const uint16_t* col_norms, int64_t cols,
                          float* out);
-    // float16 [entries, d] -> float [entries, lanes]
-    void (*expand_codebook)(const uint16_t* codebook, int64_t entries, int d, int lanes,
-                            float* out);
+    // float16 [entries, d] -> [entries, lanes], floats or float16 as the kernel prefers, in room
+    // for floats
+    void (*arrange_codebook)(const uint16_t* codebook, int64_t entries, int d, int lanes,
+                             void* out);
     void (*multiply_tile)(const VqDecodeTile& tile);
     // y[i] = sums[i] * row_norms[i] + bias[i], rounded to dtype; bias may be null
     void (*finish)(const float* sums, const uint16_t* row_norms, const void* bias, DType dtype,

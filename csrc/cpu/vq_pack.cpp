@@ -109,12 +109,13 @@ Status vq_dequantize(const uint8_t* packed, const uint16_t* codebook, const uint
     const Buffer<float> columns = float_norms(col_norms, cols, positions * d - cols + 8);
     const Buffer<float> norms = float_norms(row_norms + row_begin, row_end - row_begin, 0);
     const int64_t first_tile = row_begin / kTileRows;
+    const uint8_t* codes_end = packed + row_tiles(rows) * positions * tile_bytes(code_bits);
     parallel_for(row_tiles(row_end) - first_tile, threads, [&](int64_t index) {
         const int64_t tile = first_tile + index, first_row = index * kTileRows;
         kernel.dequantize_tile(
             {packed + tile * positions * tile_bytes(code_bits), entries.get(),
              norms.get() + first_row, columns.get(), positions, cols, code_bits, d, lanes,
-             tile_height(row_end, tile), tile + 1 == row_tiles(rows),
+             tile_height(row_end, tile), codes_end,
              static_cast<char*>(out) + first_row * out_stride * dtype_size(dtype), out_stride,
              dtype});
     });

@@ -83,8 +83,8 @@ void dequantize_as(const VqDenseTile& tile) {
     for (int64_t first = 0; first < tile.positions; first += kDenseBlock) {
         const int64_t left = tile.positions - first;
         const int64_t count = left < kDenseBlock ? left : kDenseBlock;
-        unpacker.unpack_positions(tile.codes + first * unpacker.bytes(), count,
-                                  tile.last && left == count, offsets);
+        unpacker.unpack_positions(tile.codes + first * unpacker.bytes(), count, tile.codes_end,
+                                  offsets);
         const int64_t room = fits > first ? fits - first : 0;
         const int64_t whole = room < count ? room : count;
         for (int r = 0; r < tile.height; ++r) {

@@ -19,9 +19,9 @@ struct VqDenseTile {
     int code_bits;
     int d;
     int lanes;
-    int height;  // rows wanted, 1 to 32
-    bool last;   // whether the codes end where the buffer ends: nothing may be read past them
-    void* out;   // [height, cols], rows out_stride elements apart
+    int height;                // rows wanted, 1 to 32
+    const uint8_t* codes_end;  // of all tiles: nothing may be read from here on
+    void* out;                 // [height, cols], rows out_stride elements apart
     int64_t out_stride;
     DType dtype;
 };

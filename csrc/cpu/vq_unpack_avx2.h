@@ -66,9 +66,11 @@ class Unpacker {
 
     int bytes() const { return bytes_; }
 
-    // Unpacks `count` positions one after another; `last` as in unpack_last, for the last of them.
-    void unpack_positions(const uint8_t* streams, int64_t count, bool last, uint32_t* codes) const {
-        const int64_t safe = last ? count - (kUnpackLoad + bytes_ - 1) / bytes_ : count;
+    // Unpacks `count` positions one after another; reads nothing from `end` on.
+    void unpack_positions(const uint8_t* streams, int64_t count, const uint8_t* end,
+                          uint32_t* codes) const {
+        int64_t safe = bytes_ >= kUnpackLoad ? count : (end - streams - kUnpackLoad) / bytes_;
+        safe = safe < count ? safe : count;
         int64_t p = 0;
         for (; p < safe; ++p) unpack(streams + p * bytes_, codes + p * kTileRows);
         for (; p < count; ++p) unpack_last(streams + p * bytes_, codes + p * kTileRows);
