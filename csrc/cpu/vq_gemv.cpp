@@ -142,12 +142,21 @@ void look_up_group(const Problem& problem, const float* arranged, const float* l
     const int64_t positions = problem.positions();
     alignas(64) uint8_t tables[kVqLookupGroup * kVqLookupTableBytes];
     for (int64_t t = 0; t < problem.tokens; ++t) {
-        const float unit =
-            kernel.build(arranged, largest, inputs + (t * positions + begin) * problem.d, problem.d,
-                         end - begin, tables);
-        kernel.add_tiles(
-            tables, unit, end - begin, problem.packed + (tile * positions + begin) * kTileRows,
-            positions * kTileRows, tile_end - tile, sums + t * row_stride + tile * kTileRows);
+        const float* group = inputs + (t * positions + begin) * problem.d;
+        float* out = sums + t * row_stride + tile * kTileRows;
+        std::fill(out, out + (tile_end - tile) * kTileRows, 0.0f);
+        VqLookupClasses classes;
+        kernel.divide(largest, group, problem.d, end - begin, &classes);
+        const int32_t* order = classes.order;
+        for (int c = 0; c < 2; ++c) {
+            const int64_t count = classes.count[c];
+            if (count == 0) continue;
+            kernel.build(arranged, group, problem.d, order, count, classes.unit[c], tables);
+            kernel.add_tiles(tables, classes.unit[c], order, count,
+                             problem.packed + (tile * positions + begin) * kTileRows,
+                             positions * kTileRows, tile_end - tile, out);
+            order += count;
+        }
     }
 }
 

@@ -20,6 +20,11 @@ namespace {
 constexpr int kBias = 32768;
 // Largest magnitude of a rounded product; below 32767 so that no rounding reaches past it.
 constexpr float kLargest = 32700.0f;
+// Positions are divided in two classes if that takes rounding's mean square below this share of
+// what it is: codes are then read out of order, and read twice where a line holds both classes. The
+// border is one of so many powers of two below the largest bound.
+constexpr float kWorthDividing = 0.125f;
+constexpr int kBorders = 6;
 // Smallest unit: inputs this small have no need of more precision, and 1 / unit stays finite.
 constexpr float kSmallestUnit = 0x1p-100f;
 
@@ -48,8 +53,10 @@ void arrange_codebook(const uint16_t* codebook, int d, float* arranged, float* l
     }
 }
 
-// A bound on the products of these positions, or NaN if one of the inputs is not finite.
-float largest_product(const float* largest, const float* inputs, int d, int64_t positions) {
+// bounds[p] >= |T_p[k]| for every k; infinity after the last. The largest, or NaN if an input is
+// not finite.
+float bound_products(const float* largest, const float* inputs, int d, int64_t positions,
+                     float* bounds) {
     float most = 0.0f;
     bool finite = true;
     for (int64_t p = 0; p < positions; ++p) {
@@ -60,8 +67,54 @@ float largest_product(const float* largest, const float* inputs, int d, int64_t 
         }
         finite &= bound <= __FLT_MAX__;
         most = bound > most ? bound : most;
+        bounds[p] = bound;
     }
+    for (int64_t p = positions; p % 16 != 0; ++p) bounds[p] = __builtin_inff();
     return finite ? most : __builtin_nanf("");
+}
+
+float unit_for(float bound) {
+    const float wanted = bound / kLargest;
+    return wanted < kSmallestUnit ? kSmallestUnit : wanted;
+}
+
+// Rounding errs by unit^2 / 12 a position: chooses the bound, a power of two below the largest, up
+// to which positions share a unit of their own, such that the sum is least.
+void divide(const float* largest, const float* inputs, int d, int64_t positions,
+            VqLookupClasses* out) {
+    alignas(64) float bounds[kVqLookupGroup + 16];
+    const float most = bound_products(largest, inputs, d, positions, bounds);
+    const float count = static_cast<float>(positions);
+    float least = kWorthDividing * count * most * most, below = 0.0f, limit = -1.0f;
+    float border = most;
+    for (int halved = 0; halved < kBorders; ++halved) {
+        border /= 2;
+        __m512 top = _mm512_setzero_ps();
+        int small = 0;
+        for (int64_t p = 0; p < positions; p += 16) {
+            const __m512 bound = _mm512_load_ps(bounds + p);
+            const __mmask16 under = _mm512_cmp_ps_mask(bound, _mm512_set1_ps(border), _CMP_LE_OQ);
+            small += __builtin_popcount(under);
+            top = _mm512_mask_max_ps(top, under, top, bound);
+        }
+        const float largest_small = _mm512_reduce_max_ps(top), few = static_cast<float>(small);
+        const float error = few * largest_small * largest_small + (count - few) * most * most;
+        if (small > 0 && error < least) {
+            least = error;
+            below = largest_small;
+            limit = border;
+        }
+    }
+    out->count[0] = out->count[1] = 0;
+    for (int c = 0; c < 2; ++c) {
+        for (int64_t p = 0; p < positions; ++p) {
+            if ((bounds[p] <= limit) != (c == 0)) continue;
+            out->order[out->count[0] + out->count[1]] = static_cast<int32_t>(p);
+            ++out->count[c];
+        }
+    }
+    out->unit[0] = unit_for(below);
+    out->unit[1] = unit_for(most);
 }
 
 // 16 biased products of entries at `arranged` with the scaled input of one position.
@@ -73,16 +126,13 @@ __m512i products(const float* arranged, const __m512* input, int d) {
     return _mm512_cvtps_epi32(sum);
 }
 
-float build(const float* arranged, const float* largest, const float* inputs, int d,
-            int64_t positions, uint8_t* tables) {
-    const float bound = largest_product(largest, inputs, d, positions);
-    const float wanted = bound / kLargest;
-    const float unit = wanted < kSmallestUnit ? kSmallestUnit : wanted;
+void build(const float* arranged, const float* inputs, int d, const int32_t* order, int64_t count,
+           float unit, uint8_t* tables) {
     const float scale = 1.0f / unit;
     const __m512i low_bytes = _mm512_set1_epi16(0xff);
-    for (int64_t p = 0; p < positions; ++p) {
+    for (int64_t p = 0; p < count; ++p) {
         __m512 input[kMaxSubvector];
-        for (int j = 0; j < d; ++j) input[j] = _mm512_set1_ps(inputs[p * d + j] * scale);
+        for (int j = 0; j < d; ++j) input[j] = _mm512_set1_ps(inputs[order[p] * d + j] * scale);
         uint8_t* table = tables + p * kVqLookupTableBytes;
         for (int k = 0; k < kVqLookupEntries; k += 64) {
             const __m512i front = _mm512_packus_epi32(products(arranged + k, input, d),
@@ -96,7 +146,6 @@ float build(const float* arranged, const float* largest, const float* inputs, in
                 _mm512_packus_epi16(_mm512_srli_epi16(front, 8), _mm512_srli_epi16(back, 8)));
         }
     }
-    return unit;
 }
 
 // Sums of the low or of the high bytes that 64 codes have chosen.
@@ -140,7 +189,7 @@ __m256i half_of(__m512i words, int half) {
     return half == 0 ? _mm512_castsi512_si256(words) : _mm512_extracti64x4_epi64(words, 1);
 }
 
-// Stores what 64 rows have gathered, even and odd rows interleaved again; the second tile's 32 rows
+// Adds what 64 rows have gathered, even and odd rows interleaved again; the second tile's 32 rows
 // only if they exist.
 void flush(const ByteSums& low, const ByteSums& high, int64_t positions, float unit, bool both,
            float* sums) {
@@ -154,8 +203,11 @@ void flush(const ByteSums& low, const ByteSums& high, int64_t positions, float u
         const __m512 odd =
             worth(half_of(low.odd(), half), half_of(high.odd(), half), bias, worth_of_one);
         float* rows = sums + half * kTileRows;
-        _mm512_storeu_ps(rows, _mm512_permutex2var_ps(even, first, odd));
-        _mm512_storeu_ps(rows + 16, _mm512_permutex2var_ps(even, second, odd));
+        const auto add = [](float* to, __m512 more) {
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), more));
+        };
+        add(rows, _mm512_permutex2var_ps(even, first, odd));
+        add(rows + 16, _mm512_permutex2var_ps(even, second, odd));
     }
 }
 
@@ -168,11 +220,11 @@ __m512i two_tiles(const uint8_t* codes, int64_t second) {
 
 // `tiles` tiles, 2 * kPairs of them or one fewer.
 template <int kPairs>
-void add_pairs(const uint8_t* tables, float unit, int64_t positions, const uint8_t* codes,
-               int64_t tile_stride, int64_t tiles, float* sums) {
+void add_pairs(const uint8_t* tables, float unit, const int32_t* order, int64_t count,
+               const uint8_t* codes, int64_t tile_stride, int64_t tiles, float* sums) {
     const bool whole = tiles == 2 * kPairs;
     ByteSums low[kPairs], high[kPairs];
-    for (int64_t p = 0; p < positions; ++p) {
+    for (int64_t p = 0; p < count; ++p) {
         __m512i table[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
@@ -180,7 +232,7 @@ void add_pairs(const uint8_t* tables, float unit, int64_t positions, const uint8
         }
 #pragma GCC unroll 4
         for (int pair = 0; pair < kPairs; ++pair) {
-            const uint8_t* here = codes + 2 * pair * tile_stride + p * kTileRows;
+            const uint8_t* here = codes + 2 * pair * tile_stride + order[p] * kTileRows;
             // A line holds two positions of a tile: the two tiles take turns.
             _mm_prefetch(reinterpret_cast<const char*>(here + kPrefetchBytes + p % 2 * tile_stride),
                          _MM_HINT_T0);
@@ -193,28 +245,28 @@ void add_pairs(const uint8_t* tables, float unit, int64_t positions, const uint8
     }
 #pragma GCC unroll 4
     for (int pair = 0; pair < kPairs; ++pair) {
-        flush(low[pair], high[pair], positions, unit, whole || pair + 1 < kPairs,
+        flush(low[pair], high[pair], count, unit, whole || pair + 1 < kPairs,
               sums + 2 * pair * kTileRows);
     }
 }
 
-void add_tiles(const uint8_t* tables, float unit, int64_t positions, const uint8_t* codes,
-               int64_t tile_stride, int64_t tiles, float* sums) {
+void add_tiles(const uint8_t* tables, float unit, const int32_t* order, int64_t count,
+               const uint8_t* codes, int64_t tile_stride, int64_t tiles, float* sums) {
     for (; tiles >= 8; tiles -= 8, codes += 8 * tile_stride, sums += 8 * kTileRows) {
-        add_pairs<4>(tables, unit, positions, codes, tile_stride, 8, sums);
+        add_pairs<4>(tables, unit, order, count, codes, tile_stride, 8, sums);
     }
     if (tiles > 6)
-        add_pairs<4>(tables, unit, positions, codes, tile_stride, tiles, sums);
+        add_pairs<4>(tables, unit, order, count, codes, tile_stride, tiles, sums);
     else if (tiles > 4)
-        add_pairs<3>(tables, unit, positions, codes, tile_stride, tiles, sums);
+        add_pairs<3>(tables, unit, order, count, codes, tile_stride, tiles, sums);
     else if (tiles > 2)
-        add_pairs<2>(tables, unit, positions, codes, tile_stride, tiles, sums);
+        add_pairs<2>(tables, unit, order, count, codes, tile_stride, tiles, sums);
     else if (tiles > 0)
-        add_pairs<1>(tables, unit, positions, codes, tile_stride, tiles, sums);
+        add_pairs<1>(tables, unit, order, count, codes, tile_stride, tiles, sums);
 }
 
 }  // namespace
 
-const VqLookupTable kVqLookupAvx512Vbmi = {arrange_codebook, build, add_tiles};
+const VqLookupTable kVqLookupAvx512Vbmi = {arrange_codebook, divide, build, add_tiles};
 
 }  // namespace nowag::cpu

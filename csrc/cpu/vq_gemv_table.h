@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "nowag/dtype.h"
+#include "nowag/vq_gemv.h"
 
 namespace nowag::cpu {
 
@@ -42,17 +43,28 @@ extern const VqDecodeTable kVqDecodeScalar, kVqDecodeAvx2, kVqDecodeAvx512;
 constexpr int64_t kVqLookupEntries = 256;
 constexpr int64_t kVqLookupTableBytes = 512;
 
+// The positions of a group by the size of their products, each class with a unit of its own: the
+// few positions of a model's outlier channels must not coarsen all others. order: the positions of
+// class 0, then those of class 1; class 0 may be empty.
+struct VqLookupClasses {
+    int32_t order[kVqLookupGroup];
+    int64_t count[2];
+    float unit[2];
+};
+
 struct VqLookupTable {
     // float16 [256, d] -> float [d, 256] in the order build() wants; largest[j] = max_k |c_kj|
     void (*arrange_codebook)(const uint16_t* codebook, int d, float* arranged, float* largest);
-    // Tables of `positions` <= kVqLookupGroup positions whose scaled inputs are [positions, d].
-    // Returns what a table's unit is worth.
-    float (*build)(const float* arranged, const float* largest, const float* inputs, int d,
-                   int64_t positions, uint8_t* tables);
-    // sums[r] = unit * sum_p table_p[code(r, p)] for the rows of `tiles` tiles, whose codes start
-    // tile_stride bytes apart.
-    void (*add_tiles)(const uint8_t* tables, float unit, int64_t positions, const uint8_t* codes,
-                      int64_t tile_stride, int64_t tiles, float* sums);
+    // Divides `positions` <= kVqLookupGroup positions whose scaled inputs are [positions, d].
+    void (*divide)(const float* largest, const float* inputs, int d, int64_t positions,
+                   VqLookupClasses* out);
+    // Tables of the positions order[0, count), in multiples of the unit.
+    void (*build)(const float* arranged, const float* inputs, int d, const int32_t* order,
+                  int64_t count, float unit, uint8_t* tables);
+    // sums[r] += unit * sum over p = order[0, count) of table_p[code(r, p)] for the rows of `tiles`
+    // tiles, whose codes start tile_stride bytes apart.
+    void (*add_tiles)(const uint8_t* tables, float unit, const int32_t* order, int64_t count,
+                      const uint8_t* codes, int64_t tile_stride, int64_t tiles, float* sums);
 };
 
 extern const VqLookupTable kVqLookupAvx512Vbmi;
