@@ -1,0 +1,274 @@
+"""Decoding one token after another: tokens/s, and where the time of a token goes.
+
+    python benchmarks/bench_decode.py --json benchmarks/results/cpu/decode.json
+
+Randomly initialised models of the shapes of Llama-3.2-1B and SmolLM2-135M, dense and with every
+decoder linear a VQLinear of random codes (d=4, 2 bits): speed does not depend on what the weights
+are. All contenders take turns in one process, and figures are medians of the rounds. In the same
+rounds the decoder's linears, as bare ops, and the lm_head are timed alone, in the order of a token,
+so that every weight comes from where it comes from in a token; the rest is attention, norms and the
+interpreter. Of the packed linears, the same pass is timed three ways: the kernel by its addresses,
+the op (which checks, allocates and dispatches), and the module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nowag_ext import ops
+from nowag_ext.decoder import decoder_linears
+from nowag_ext.generate import tokens_per_second
+from nowag_ext.linear import VQLinear
+
+D, BITS = 4, 2
+SHAPES: dict[str, dict[str, int]] = {
+    "llama-1b": {
+        "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+    },
+    "smollm2": {
+        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+}  # fmt: skip
+WORST_ERROR = 2e-3  # of ||y - y'|| / ||y'||, the bound of vq_gemv.h
+PASSES = 5  # over the linears, each round
+
+Call = Callable[[], Any]
+
+
+class NoText:
+    """In a tokenizer's place: what a random model says is not text."""
+
+    pad_token_id = 0
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        return ""
+
+
+@dataclass
+class Contender:
+    """A model, the calls that make up parts of its token, and the seconds of each part."""
+
+    name: str
+    model: LlamaForCausalLM
+    parts: dict[str, list[Call]]
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def median(self, part: str) -> float:
+        return statistics.median(self.seconds[part])
+
+
+def dense_model(shape: str) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        **SHAPES[shape], head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+
+
+def random_vq(linear: nn.Linear) -> VQLinear:
+    """Random codes of a weight as large as transformers' random initialisation, std 0.02."""
+    rows, cols = linear.weight.shape
+    packed = VQLinear(cols, rows, d=D, bits=BITS)
+    packed.codes.random_(0, 256)
+    packed.codebook.normal_()
+    packed.row_norms.uniform_(0.01, 0.03)
+    packed.col_norms.uniform_(0.5, 1.5)
+    return packed
+
+
+def compressed(dense: LlamaForCausalLM) -> LlamaForCausalLM:
+    model = copy.deepcopy(dense)
+    for name, linear in decoder_linears(model).items():
+        model.set_submodule(name, random_vq(linear))
+    for module in packed_linears(model)[:7]:
+        validate(module)
+    return model
+
+
+def packed_linears(model: nn.Module) -> list[VQLinear]:
+    return [module for module in model.modules() if isinstance(module, VQLinear)]
+
+
+def tensors(module: VQLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return module.codes, module.codebook, module.row_norms, module.col_norms
+
+
+def validate(module: VQLinear) -> None:
+    x = torch.randn(1, module.in_features)
+    want = x.double() @ ops.vq_dequantize(*tensors(module), torch.float32).double().T
+    error = float((module(x) - want).norm() / want.norm())
+    if not error < WORST_ERROR:
+        raise SystemExit(f"relative error {error:.2e}, expected under {WORST_ERROR}")
+
+
+def contender(name: str, model: LlamaForCausalLM) -> Contender:
+    """The model with its parts: each a list of calls on inputs of one token."""
+    packed = packed_linears(model)
+    linears = packed or list(decoder_linears(model).values())
+    inputs = {
+        size: torch.randn(1, 1, size, dtype=model.dtype)
+        for size in {linear.in_features for linear in linears}
+    }
+    head, x = model.lm_head.weight, inputs[model.config.hidden_size]
+    parts: dict[str, list[Call]] = {"lm_head": [partial(nn.functional.linear, x, head)]}
+    parts["linears"] = [linear_op(linear, inputs[linear.in_features]) for linear in linears]
+    if packed:
+        parts["kernels"] = [kernel(linear, inputs[linear.in_features]) for linear in packed]
+        parts["modules"] = [partial(linear, inputs[linear.in_features]) for linear in packed]
+    return Contender(name, model, parts)
+
+
+def linear_op(linear: nn.Linear | VQLinear, x: Tensor) -> Call:
+    if isinstance(linear, VQLinear):
+        return partial(ops.vq_gemv, x, *tensors(linear))
+    return partial(nn.functional.linear, x, linear.weight)
+
+
+def kernel(linear: VQLinear, x: Tensor) -> Call:
+    """The bare kernel: all addresses known, nothing checked, nothing allocated."""
+    rows, cols = linear.out_features, linear.in_features
+    y = x.new_empty(1, rows)
+    launch, addresses = ops._cpu.vq_gemv, [tensor.data_ptr() for tensor in tensors(linear)]
+    arguments = (
+        x.data_ptr(), ops._DTYPES[x.dtype], 1, *addresses, 0, rows, cols, D, D * BITS,
+        y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+
+    def call() -> tuple[Tensor, Tensor]:
+        launch(*arguments)
+        return x, y  # kept alive with the addresses
+
+    return call
+
+
+def seconds_of(calls: Sequence[Call]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return time.perf_counter() - start
+
+
+def contenders(shape: str) -> list[Contender]:
+    """Dense and compressed in bf16, and in fp32 where memory holds all four."""
+    dense = dense_model(shape)
+    models = [("dense bf16", dense), (f"VQ d={D} bf16", compressed(dense))]
+    if available_memory() > 3 * 4 * dense.num_parameters():
+        for name, model in list(models):
+            models.append((name.replace("bf16", "fp32"), copy.deepcopy(model).float()))
+    else:
+        print(f"{shape}: fp32 is left out, there is too little memory")
+    return [contender(name, model) for name, model in models]
+
+
+def available_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def measure(entries: list[Contender], rounds: int, new_tokens: int) -> None:
+    prompt = torch.ones(1, 1, dtype=torch.int64)
+    for _ in range(rounds):
+        for entry in entries:
+            speed = tokens_per_second(entry.model, NoText(), prompt, new_tokens=new_tokens)
+            entry.seconds["token"].append(1 / speed)
+        for entry in entries:
+            for _ in range(PASSES):
+                for part, calls in entry.parts.items():
+                    if part != "lm_head":
+                        entry.seconds[part].append(seconds_of(calls))
+                        entry.seconds["lm_head"].append(seconds_of(entry.parts["lm_head"]))
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a token reads: every weight, the embeddings once, as the lm_head."""
+    found = [*model.parameters(), *(t for module in packed_linears(model) for t in tensors(module))]
+    return sum(tensor.nbytes for tensor in found)
+
+
+def row(shape: str, entry: Contender, entries: list[Contender], read_gb_s: float) -> dict[str, Any]:
+    token, head, linears = (entry.median(part) for part in ("token", "lm_head", "linears"))
+    found: dict[str, Any] = {
+        "shape": shape, "contender": entry.name, "tokens_per_second": 1 / token,
+        "tokens_per_second_rounds": [1 / seconds for seconds in entry.seconds["token"]],
+        "ms_a_token": {
+            "lm_head": 1e3 * head, "linears": 1e3 * linears, "rest": 1e3 * (token - head - linears)
+        },
+        "read_percent": 100 * weight_bytes(entry.model) / token / 1e9 / read_gb_s,
+        "ratios": {
+            peer.name: peer.median("token") / token
+            for peer in entries if peer.name.startswith("dense") and peer is not entry
+        },
+    }  # fmt: skip
+    if "kernels" in entry.parts:
+        count = len(entry.parts["kernels"])
+        kernels, modules = entry.median("kernels"), entry.median("modules")
+        found["linears"] = count
+        found["us_a_linear"] = {
+            "kernel": 1e6 * kernels / count,
+            "op dispatch": 1e6 * (linears - kernels) / count,
+            "module": 1e6 * (modules - linears) / count,
+        }
+    return found
+
+
+def show(found: dict[str, Any]) -> None:
+    token = 1e3 / found["tokens_per_second"]
+    print(
+        f"{found['shape']:>9} {found['contender']:<12} {found['tokens_per_second']:7.2f} tokens/s, "
+        f"{found['read_percent']:.0f} % of read bandwidth; ms a token {token:.2f}: "
+        + ", ".join(
+            f"{part} {ms:.2f} ({ms / token:.0%})" for part, ms in found["ms_a_token"].items()
+        )
+        + "".join(f"; {ratio:.2f}x {peer}" for peer, ratio in found["ratios"].items()),
+        flush=True,
+    )
+    if "us_a_linear" in found:
+        us = ", ".join(f"{part} {us:.1f}" for part, us in found["us_a_linear"].items())
+        print(f"{'':>22} {found['linears']} linears, us each: {us}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=list(SHAPES), help="one of the shapes alone")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens a round")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's)")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = harness.Report("decode")
+    with torch.inference_mode():
+        for shape in [options.shape] if options.shape else SHAPES:
+            entries = contenders(shape)
+            measure(entries, options.rounds, options.new_tokens)
+            for entry in entries:
+                report.rows.append(row(shape, entry, entries, report.ceilings["read_gb_s"]))
+                show(report.rows[-1])
+            del entries, entry
+    if options.json:
+        report.write(options.json)
+
+
+if __name__ == "__main__":
+    main()
