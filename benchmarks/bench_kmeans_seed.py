@@ -116,12 +116,15 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__)
     add_data_option(parser)
+    parser.add_argument("--only", default="", help="only cases whose 'name d=4' holds this")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     report = harness.Report("kmeans_seed")
     for layer in real_layers(options.data, LAYERS):
         for form in FORMS:
+            if options.only not in f"{layer.name} d={form[0]}":
+                continue
             for row in bench(layer, *form):
                 report.rows.append(row)
                 show(row)

@@ -107,7 +107,13 @@ def main() -> None:
     equal = sum(equal_masks(model.get_submodule(n).weight.detach(), norms[n]) for n in norms)
     print(f"pruning masks equal to a stable sort's: {equal} of {len(norms)} linears")
     if options.json:
-        document = {"machine": harness.machine(), "layers": rows, "masks": [equal, len(norms)]}
+        document = {
+            "command": harness.command(),
+            "machine": harness.machine(),
+            "layers": rows,
+            "masks": [equal, len(norms)],
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 

@@ -214,6 +214,7 @@ def write(
     options: argparse.Namespace, contenders: list[Loaded], calibration_seconds: float
 ) -> None:
     document = {
+        "command": harness.command(),
         "machine": harness.machine(),
         "model": str(options.model or "SmolLM2-135M-Instruct, GGUF Q4_1, dequantised"),
         "window": options.window,

@@ -11,7 +11,9 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -125,6 +127,15 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command() -> str:
+    """How this program was called, without where its figures go."""
+    script, *rest = sys.argv
+    if "--json" in rest:
+        at = rest.index("--json")
+        del rest[at : at + 2]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *rest])
+
+
 class Report:
     """Collects rows, prints each as it comes, writes them all as JSON."""
 
@@ -168,6 +179,7 @@ class Report:
         path.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "op": self.op,
+            "command": command(),
             "machine": machine(),
             "ceilings": self.ceilings,
             "rotated_bytes": ROTATED_BYTES,
