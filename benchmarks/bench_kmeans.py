@@ -27,7 +27,8 @@ from nowag_ext.kmeans import Points
 from nowag_ext.normalize import normalize_weight
 
 REAL = ("5.mlp.down_proj", "5.self_attn.q_proj", "15.mlp.gate_proj")
-TORCH_POINTS = 16384  # of which the torch expression holds all scores at once
+TORCH_POINTS = 16384  # of which the torch expression holds all scores at once,
+TORCH_SCORES = 2**27  # if they are not more than this many (a temporary is half a GiB)
 FAISS_PAIRS = 2e10  # points times entries that FAISS is timed on
 
 
@@ -135,7 +136,8 @@ def bench(case: Case, gemm_flops: float) -> dict[str, Any]:
     flat = flat_points(points.w[0], case.d)
     some = flat[:: max(1, round(flat.shape[0] * case.entries / FAISS_PAIRS))].contiguous()
     search = faiss_search(some, seed)
-    few_rows = max(1, TORCH_POINTS // points.codes[0].shape[1])
+    few_points = min(TORCH_POINTS, TORCH_SCORES // case.entries)
+    few_rows = max(1, few_points // points.codes[0].shape[1])
     few = torch.nn.functional.pad(points.w[0][:few_rows], (0, -case.weight.shape[1] % case.d))
 
     def peers() -> tuple[float, float]:
