@@ -250,7 +250,7 @@ def decode(document: Document, _: Document | None) -> str:
     rows = document["rows"]
     peers = peers_of(rows)
     parts = list(rows[0]["ms_a_token"])
-    header = ["model", "", "tokens/s", "spread", "of read bandwidth",
+    header = ["model", "", "tokens/s", "range of rounds", "of read bandwidth",
               *(f"x {peer}" for peer in peers), *(f"{part}, ms" for part in parts)]  # fmt: skip
     lines = []
     for row in rows:
