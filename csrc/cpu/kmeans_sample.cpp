@@ -114,8 +114,8 @@ class Masses {
     }
 
   private:
-    static constexpr int kEnergyBits = 60;      // the sum of all energies is below 2^60
-    static constexpr int64_t kChunk = 1 << 16;  // points that one thread takes at a time
+    static constexpr int kEnergyBits = 60;   // the sum of all energies is below 2^60
+    static constexpr int64_t kChunk = 4096;  // points that a thread takes at a time
 
     int64_t chunks() const { return ceil_div(size(), kChunk); }
     int64_t begin(int64_t chunk) const { return std::min(chunk * kChunk, size()); }
