@@ -1,5 +1,5 @@
-// Sums and scans over the threads of a block of the seeding kernels. Integers: any order gives the
-// same bits.
+// What the seeding kernels share: sums and scans over the threads of a block, in integers, so that
+// any order gives the same bits, and how floats become those integers.
 #pragma once
 
 #include "device.cuh"
@@ -52,8 +52,8 @@ __device__ __forceinline__ void raise_to_warp(unsigned* largest, float value) {
     if (lane_of_thread() == 0 && bits > *seen) atomicMax(largest, bits);
 }
 
-// The double 2^(bits - exponent), exponent that of a float in whose bits `largest` holds it
-// (frexp), so that the float times it is less than 2^bits.
+// 2^(bits - exponent), where *largest holds the bits of a float and exponent is that of the float
+// (frexp): the float times this scale is less than 2^bits.
 __device__ __forceinline__ double scale_to_bits(const unsigned* largest, int bits) {
     const volatile unsigned* seen = largest;
     int exponent = 0;
