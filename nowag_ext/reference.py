@@ -7,7 +7,9 @@ rounding, so does the oracle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -119,14 +121,86 @@ def kmeans_energy(w: Tensor, h: Tensor) -> float:
 
 
 def kmeans_seed(w: Sequence[Tensor], entries: int, d: int, seed: int) -> Tensor:
-    """init="random": one point of each of K equal strata, drawn with splitmix64."""
+    """init="random": one point of each of K equal strata."""
     points = torch.cat([kmeans_points(matrix, d).reshape(-1, d) for matrix in w])
-    n, state, chosen = len(points), _mix(seed), []
+    n, below, chosen = len(points), _random(seed), []
     for k in range(entries):
         low, high = k * n // entries, (k + 1) * n // entries
-        state = (state + 0x9E3779B97F4A7C15) % 2**64
-        chosen.append(low + (_mix(state) * (high - low) >> 64))
+        chosen.append(low + below(high - low))
     return points[chosen]
+
+
+def kmeans_plus_plus(
+    w: Sequence[Tensor], h: Sequence[Tensor], entries: int, d: int, seed: int
+) -> Tensor:
+    """init="kmeans++": greedy, on a sample."""
+    parts = [kmeans_points(matrix, d) for matrix in w]
+    metrics = [m.view(1, -1, d).expand_as(part) for part, m in zip(parts, h, strict=True)]
+    x = torch.cat([part.reshape(-1, d) for part in parts])
+    metric = torch.cat([part.reshape(-1, d) for part in metrics])
+    below = _random(seed)
+    index, weight = _draw_sample(x, metric, 4096 + 16 * entries, below)
+    x, metric = x[index], metric[index] * weight[:, None]
+
+    def distances(point: int) -> Tensor:
+        total = torch.zeros(len(x))
+        for j in range(d):
+            t = x[:, j] - x[point, j]
+            total = fma(metric[:, j] * t, t, total)
+        return total
+
+    chosen = [below(len(x))]
+    nearest = distances(chosen[0])
+    scale = 2.0 ** (40 - math.frexp(float(nearest.max()))[1])
+    while len(chosen) < entries:
+        upto = _fixed_point(nearest, scale).cumsum(0)
+        total = int(upto[-1])
+        if total == 0:
+            chosen.append(below(len(x)))
+            continue
+        candidates = [int(torch.searchsorted(upto, below(total), right=True)) for _ in range(4)]
+        narrowed = [torch.minimum(nearest, distances(point)) for point in candidates]
+        left = [int(_fixed_point(distance, scale).sum()) for distance in narrowed]
+        best = left.index(min(left))
+        chosen.append(candidates[best])
+        nearest = narrowed[best]
+    return x[chosen]
+
+
+def _draw_sample(
+    x: Tensor, metric: Tensor, wanted: int, below: Callable[[int], int]
+) -> tuple[Tensor, Tensor]:
+    """Numbers and weights of the points of k-means++'s sample."""
+    n, energy = len(x), torch.zeros(len(x))
+    if n <= wanted:
+        return torch.arange(n), torch.ones(n)
+    for j in range(x.shape[1]):
+        energy = energy + metric[:, j] * x[:, j] * x[:, j]
+    fixed = _fixed_point(energy, 2.0 ** (60 - math.frexp(float(energy.max()))[1] - n.bit_length()))
+    mass = fixed + max(1, int(fixed.sum()) // n)
+    upto = mass.cumsum(0)
+    total = int(upto[-1])
+    step, longer = divmod(total, wanted)
+    borders = [s * step + min(s, longer) for s in range(wanted + 1)]
+    targets = [low + below(high - low) for low, high in pairwise(borders)]
+    index = torch.searchsorted(upto, torch.tensor(targets), right=True)
+    return index, (float(total) / (mass[index].double() * wanted)).float()
+
+
+def _fixed_point(values: Tensor, scale: float) -> Tensor:
+    return (values.double() * scale).round().to(torch.int64)
+
+
+def _random(seed: int) -> Callable[[int], int]:
+    """below(n): the next number of splitmix64, from 0 to n - 1."""
+    state = _mix(seed)
+
+    def below(n: int) -> int:
+        nonlocal state
+        state = (state + 0x9E3779B97F4A7C15) % 2**64
+        return _mix(state) * n >> 64
+
+    return below
 
 
 def _mix(bits: int) -> int:

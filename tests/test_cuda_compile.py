@@ -24,6 +24,10 @@ THREADS = {
     "vq_gemv_gather": 512,
     "vq_gemv_decode": 512,
     "kmeans_plus_plus": 512,
+    "kmeans_largest_energy": 512,
+    "kmeans_sum_energies": 512,
+    "kmeans_scan_energies": 512,
+    "kmeans_draw_": 512,
 }
 
 pytestmark = [

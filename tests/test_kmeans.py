@@ -266,6 +266,39 @@ def test_random_seed_is_the_oracle(d: int, entries: int, threads: int) -> None:
         assert torch.equal(got, reference.kmeans_seed(w, entries, d, seed))
 
 
+# All points are the sample, or it is drawn.
+@pytest.mark.parametrize("rows", [40, 900])
+@pytest.mark.parametrize(("d", "entries"), [(1, 9), (2, 1), (3, 20), (4, 64), (6, 30), (8, 7)])
+def test_plus_plus_is_the_oracle(rows: int, d: int, entries: int, threads: int) -> None:
+    one, two = problem(rows, 53, d, 1), problem(13, 31, d, 1)
+    w, h = [one[0], two[0]], [one[1], two[1]]
+    for seed in (0, 2**63 - 1):
+        got = ops.kmeans_seed(w, h, entries, d, "kmeans++", seed)
+        assert torch.equal(got, reference.kmeans_plus_plus(w, h, entries, d, seed))
+
+
+@pytest.mark.parametrize(
+    "kind", ["one point", "coarse", "equal points", "zeros", "no metric", "subnormal"]
+)
+def test_plus_plus_of_extremes_is_the_oracle(kind: str) -> None:
+    """A point with all the energy (the others' q is 0 or small), no energy, one below 2^-126."""
+    w, h, _ = problem(900, 24, 4, 1)
+    if kind == "one point":
+        w[450, :4] = 1e9
+    elif kind == "coarse":
+        w[450, :4] = 3e5
+    elif kind == "equal points":
+        w = torch.full_like(w, 0.5)
+    elif kind == "zeros":
+        w = torch.zeros_like(w)
+    elif kind == "no metric":
+        h = torch.zeros_like(h)
+    elif kind == "subnormal":
+        w *= 1e-20
+    got = ops.kmeans_seed([w], [h], 12, 4, "kmeans++", 1)
+    assert torch.equal(got, reference.kmeans_plus_plus([w], [h], 12, 4, 1))
+
+
 @pytest.mark.parametrize(("d", "entries"), [(4, 256), (6, 64), (1, 1), (3, 390)])
 def test_plus_plus_chooses_distinct_points(d: int, entries: int) -> None:
     w, h, _ = problem(60, 41, d, 1)

@@ -219,33 +219,77 @@ def test_kmeans_errors_spread_and_energy(driver: Driver, rows: int, cols: int, d
     assert_same_bits(energy, ops.kmeans_energy(operands[0], operands[1], d))
 
 
-PLAIN_SEEDING = pytest.mark.xfail(
-    strict=True, reason="the CUDA k-means++ draws one candidate a step, kmeans.h asks for several"
-)
+def assert_same_seeds(
+    driver: Driver, w: list[Tensor], h: list[Tensor], entries: int, d: int, init: str, seed: int
+) -> None:
+    codebook = poisoned(entries, d)
+    problems = [as_argument(*pair, None, None, None) for pair in zip(w, h, strict=True)]
+    number = {"random": 0, "kmeans++": 1}[init]
+    arguments = [problems, len(problems), entries, d, number, 5, codebook]
+    assert driver.run("kmeans_seed", *arguments, seed=seed) == 0
+    assert_same_bits(codebook, ops.kmeans_seed(w, h, entries, d, init, 5))
 
 
-@pytest.mark.parametrize("init", ["random", pytest.param("kmeans++", marks=PLAIN_SEEDING)])
-@pytest.mark.parametrize(("rows", "cols", "d", "entries"), [(9, 7, 3, 12), (90, 260, 4, 7)])
+# All points are the sample, or fewer are drawn (4096 + 16 * entries) from several chunks of points.
+SEEDINGS = [
+    (9, 7, 3, 12),
+    (300, 19, 4, 60),
+    (90, 260, 4, 7),
+    (4400, 1, 1, 6),
+    (1900, 5, 2, 5),
+    (1650, 9, 3, 6),
+    (1010, 21, 5, 5),
+    (480, 57, 6, 6),
+    (760, 40, 7, 5),
+    (1100, 33, 8, 4),
+]
+
+
+@pytest.mark.parametrize("init", ["random", "kmeans++"])
+@pytest.mark.parametrize(("rows", "cols", "d", "entries"), SEEDINGS)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_kmeans_seed(
     driver: Driver, rows: int, cols: int, d: int, entries: int, init: str, seed: int
 ) -> None:
-    one = problem(rows, cols, d, 1, seed=80)
-    two = problem(4, 9, d, 1, seed=90)
-    codebook = poisoned(entries, d)
-    problems = [as_argument(*one), as_argument(*two)]
-    number = {"random": 0, "kmeans++": 1}[init]
-    assert driver.run("kmeans_seed", problems, 2, entries, d, number, 5, codebook, seed=seed) == 0
-    expected = ops.kmeans_seed([one[0], two[0]], [one[1], two[1]], entries, d, init, 5)
-    assert_same_bits(codebook, expected)
+    w, h, *_ = zip(problem(rows, cols, d, 1, seed=80), problem(4, 9, d, 1, seed=90), strict=True)
+    assert_same_seeds(driver, list(w), list(h), entries, d, init, seed)
 
 
-def test_kmeans_seed_of_equal_points(driver: Driver) -> None:
-    w, h = torch.ones(8, 8), torch.ones(8)
-    codebook = poisoned(5, 4)
-    problems = [[w, h, None, None, None, 8, 8]]
-    assert driver.run("kmeans_seed", problems, 1, 5, 4, 1, 3, codebook) == 0
-    assert_same_bits(codebook, ops.kmeans_seed([w], [h], 5, 4, "kmeans++", 3))
+EXTREMES = ["outliers", "one point", "coarse", "equal points", "zeros", "no metric", "subnormal"]
+
+
+@pytest.mark.parametrize("rows", [8, 700])
+@pytest.mark.parametrize("kind", EXTREMES)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kmeans_seed_extremes(driver: Driver, rows: int, kind: str, seed: int) -> None:
+    """Few points with nearly all energy (the others' q is 0 or small), or none at all."""
+    w, h, *_ = problem(rows, 26, 4, 1, seed=85)
+    if kind == "outliers":
+        w[::97] *= 1e3
+        h[5] *= 1e4
+    elif kind == "one point":
+        w[rows // 2, :4] = 1e9
+    elif kind == "coarse":
+        w[rows // 2, :4] = 3e5
+    elif kind == "equal points":
+        w, h = torch.full((rows, 28), 0.5), torch.full((28,), 1.5)
+    elif kind == "zeros":
+        w = torch.zeros_like(w)
+    elif kind == "no metric":
+        h = torch.zeros_like(h)
+    elif kind == "subnormal":
+        w *= 1e-20
+    other_w, other_h, *_ = problem(3, 14, 4, 1, seed=86)
+    if kind in ("equal points", "zeros", "no metric"):
+        other_w, other_h = w[:1].clone(), h.clone()
+    assert_same_seeds(driver, [other_w, w], [other_h, h], 9, 4, "kmeans++", seed)
+
+
+def test_kmeans_seed_of_many_matrices(driver: Driver) -> None:
+    """More chunks of points than a block has threads."""
+    parts = [problem(3, 3, 1, 1, seed=1000 + index) for index in range(560)]
+    w, h = [part[0] for part in parts], [part[1] for part in parts]
+    assert_same_seeds(driver, w, h, 3, 1, "kmeans++", seed=2)
 
 
 # --- prune ----------------------------------------------------------------------------------------

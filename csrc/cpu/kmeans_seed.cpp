@@ -1,60 +1,16 @@
 // Starting codebooks: strata, and k-means++ on a sample (kmeans.h).
+#include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <limits>
 #include <new>
 #include <numeric>
 #include <vector>
 
-#include "cpu/kmeans_points.h"
+#include "cpu/kmeans_sample.h"
 #include "cpu/kmeans_table.h"
 #include "cpu/parallel.h"
 
 namespace nowag::cpu {
 namespace {
-
-// splitmix64, started from the seed's hash.
-class Random {
-  public:
-    explicit Random(uint64_t seed) : state_(mix(seed)) {}
-
-    // Uniform in [0, n), up to 2^-64 * n.
-    uint64_t below(uint64_t n) {
-        state_ += kIncrement;
-        return static_cast<uint64_t>((static_cast<unsigned __int128>(mix(state_)) * n) >> 64);
-    }
-
-  private:
-    static uint64_t mix(uint64_t bits) {
-        bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
-        bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
-        return bits ^ (bits >> 31);
-    }
-
-    static constexpr uint64_t kIncrement = 0x9e3779b97f4a7c15u;
-    uint64_t state_;
-};
-
-struct Points {
-    const KmeansProblem* problems;
-    int64_t count;
-    int d;
-
-    int64_t size() const {
-        int64_t total = 0;
-        for (int64_t b = 0; b < count; ++b) total += points_of(problems[b], d);
-        return total;
-    }
-
-    // Point number `index` of all problems: its coordinates and its metric.
-    void read(int64_t index, float* x, float* h) const {
-        const KmeansProblem* problem = problems;
-        while (index >= points_of(*problem, d)) index -= points_of(*problem++, d);
-        const int64_t positions = positions_of(*problem, d);
-        read_point(*problem, index / positions, index % positions, d, x);
-        std::memcpy(h, problem->h + index % positions * d, sizeof(float) * static_cast<size_t>(d));
-    }
-};
 
 // One point of each of `wanted` equal strata of n points.
 std::vector<int64_t> draw_strata(int64_t n, int64_t wanted, Random& random) {
@@ -63,71 +19,6 @@ std::vector<int64_t> draw_strata(int64_t n, int64_t wanted, Random& random) {
         const int64_t low = s * n / wanted, high = (s + 1) * n / wanted;
         drawn[static_cast<size_t>(s)] =
             low + static_cast<int64_t>(random.below(static_cast<uint64_t>(high - low)));
-    }
-    return drawn;
-}
-
-// A point of the sample and how many points it stands for.
-struct Drawn {
-    int64_t index;
-    float weight;
-};
-
-// sum_j h_j x_j^2 of every point, j ascending.
-std::vector<float> energies(const Points& points, int threads) {
-    std::vector<float> energy(static_cast<size_t>(points.size()));
-    float* out = energy.data();
-    for (int64_t b = 0; b < points.count; ++b) {
-        const KmeansProblem& problem = points.problems[b];
-        const int64_t positions = positions_of(problem, points.d);
-        parallel_for(problem.rows, threads, [&](int64_t row) {
-            for (int64_t p = 0; p < positions; ++p) {
-                const int64_t first = p * points.d, end = std::min(first + points.d, problem.cols);
-                float sum = 0.0f;
-                for (int64_t j = first; j < end; ++j) {
-                    const float x = problem.w[row * problem.cols + j];
-                    sum += problem.h[j] * x * x;
-                }
-                out[row * positions + p] = sum;
-            }
-        });
-        out += problem.rows * positions;
-    }
-    return energy;
-}
-
-// Draws `wanted` points with a probability that is half uniform, half proportional to their energy
-// (a "lightweight coreset"): the few points that carry most of the energy are then not missed.
-std::vector<Drawn> draw_sample(const Points& points, int64_t wanted, Random& random, int threads) {
-    const int64_t n = points.size();
-    std::vector<Drawn> drawn;
-    if (n <= wanted) {
-        for (int64_t i = 0; i < n; ++i) drawn.push_back({i, 1.0f});
-        return drawn;
-    }
-    const std::vector<float> energy = energies(points, threads);
-    const double sum = std::accumulate(energy.begin(), energy.end(), 0.0);
-    int exponent = 0;
-    std::frexp(sum, &exponent);
-    const double scale = std::ldexp(1.0, 60 - exponent);
-    const uint64_t even = (uint64_t{1} << 59) / static_cast<uint64_t>(n);
-    const auto mass = [&](int64_t i) {
-        return even + fixed_point(static_cast<double>(energy[static_cast<size_t>(i)]) * scale);
-    };
-    uint64_t total = 0;
-    for (int64_t i = 0; i < n; ++i) total += mass(i);
-    int64_t index = 0;
-    uint64_t passed = 0;
-    for (int64_t s = 0; s < wanted; ++s) {
-        const auto border = [&](int64_t stratum) {
-            return static_cast<uint64_t>(static_cast<unsigned __int128>(total) *
-                                         static_cast<uint64_t>(stratum) /
-                                         static_cast<uint64_t>(wanted));
-        };
-        const uint64_t target = border(s) + random.below(border(s + 1) - border(s));
-        while (target - passed >= mass(index)) passed += mass(index++);
-        const double share = static_cast<double>(mass(index)) * static_cast<double>(wanted);
-        drawn.push_back({index, static_cast<float>(static_cast<double>(total) / share)});
     }
     return drawn;
 }

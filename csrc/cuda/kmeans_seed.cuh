@@ -1,42 +1,26 @@
-// Seeding (kmeans.h) on a GPU in as many launches as there are matrices, plus one.
+// Greedy k-means++ (kmeans.h) on a GPU.
 //
-// k-means++ chooses entries one after another, so one kernel stays on the device for all of them:
-// its blocks each keep a stretch of the sample and meet at a grid-wide barrier twice an entry, once
-// to know how much distance every block has left, once to learn which point was drawn. About 4 us
-// an entry, most of it waiting at the barriers.
+// Entries are chosen one after another, so one kernel stays on the device for all of them. Each of
+// its blocks keeps a stretch of the sample, and they meet at a grid-wide barrier twice an entry:
+//   every block: how much q its stretch would have left with each candidate -> the board
+//   barrier; every block: adds up the board, takes the best candidate as the next entry, draws the
+//            next candidates; brings its stretch down to the new entry, and where the draws fall
+//            into its share of the running sum of q, finds the points -> the board
+//   barrier; every block: reads the candidates
+// A block that runs ahead cannot overwrite what another still reads: between the two stands the
+// other barrier.
+// Prediction, not measured: 5 us an entry on an H200, 1 us at each barrier and the rest a chain of
+// short steps, each of a few dependent reads from the second-level cache.
 #pragma once
 
-#include "kmeans_points.cuh"
+#include "kmeans_sample.cuh"
 
 namespace nowag::cuda {
 
-constexpr int kSeedThreads = 512;
-constexpr int kSeedWarps = kSeedThreads / kWarpSize;
+constexpr int kCandidates = cpu::kKmeansCandidates;
 constexpr int kMaxSeedBlocks = 256;
 constexpr int64_t kSeedPointsPerBlock = 1024;  // fewer would only make the barrier wider
-
-// splitmix64 as a function of how many numbers were drawn before.
-struct SeedRandom {
-    static constexpr uint64_t kIncrement = 0x9e3779b97f4a7c15u;
-    uint64_t start;
-
-    static __device__ __host__ uint64_t mix(uint64_t bits) {
-        bits = (bits ^ (bits >> 30)) * 0xbf58476d1ce4e5b9u;
-        bits = (bits ^ (bits >> 27)) * 0x94d049bb133111ebu;
-        return bits ^ (bits >> 31);
-    }
-
-    __device__ uint64_t below(int64_t drawn, uint64_t n) const {
-        return product_high(mix(start + static_cast<uint64_t>(drawn + 1) * kIncrement), n);
-    }
-};
-
-// The points of one problem among all: [first, first + count).
-struct SeedRange {
-    int64_t first;
-    int64_t count;
-    int64_t total;  // points of all problems
-};
+constexpr int kDistanceBits = 40;              // of the largest q after the first entry
 
 // The sample, coordinate by coordinate: x and h [d, size], nearest [size].
 struct SeedSample {
@@ -46,44 +30,21 @@ struct SeedSample {
     int64_t size;
 };
 
-// What the blocks of kmeans_plus_plus tell each other; all zero at the start. Two of each, for even
-// and odd entries: a block may be one barrier ahead of another.
+// What the blocks tell each other; all zero at the start.
 struct SeedBoard {
     unsigned arrived;
     unsigned largest;  // bits of the largest distance to the first entry
-    unsigned long long sums[2][kMaxSeedBlocks];
-    float entry[2][kMaxSubvector];
+    int64_t candidates[kCandidates];
+    unsigned long long left[kCandidates][kMaxSeedBlocks];
 };
 
-// Draws one point of each of `wanted` strata; those that fall into this problem are written to
-// x [point * x_point + j * x_coordinate], and h likewise where not null.
-struct SeedTarget {
-    float* x;
-    float* h;
-    int64_t point_stride;
-    int64_t coordinate_stride;
+// A block's shared memory.
+struct SeedShared {
+    unsigned long long warps[kCandidates][kSeedWarps];
+    // Sums of q with each candidate: over this block, the blocks before it, all blocks.
+    unsigned long long own[kCandidates], before[kCandidates], total[kCandidates];
+    float candidates[kCandidates][kMaxSubvector];
 };
-
-template <int kD>
-__global__ void kmeans_draw_strata(KmeansProblem problem, SeedRange range, int64_t wanted,
-                                   SeedRandom random, SeedTarget target) {
-    const int64_t s = static_cast<int64_t>(blockIdx.x) * kSeedThreads + threadIdx.x;
-    if (s >= wanted) return;
-    const int64_t low = s * range.total / wanted, high = (s + 1) * range.total / wanted;
-    const int64_t drawn =
-        low + static_cast<int64_t>(random.below(s, static_cast<uint64_t>(high - low)));
-    const int64_t point = drawn - range.first;
-    if (point < 0 || point >= range.count) return;
-    const int64_t positions = positions_of(problem, kD), position = point % positions;
-    float x[kD];
-    read_point<kD>(problem, point / positions, position, x);
-#pragma unroll
-    for (int j = 0; j < kD; ++j) {
-        const int64_t place = s * target.point_stride + j * target.coordinate_stride;
-        target.x[place] = x[j];
-        if (target.h != nullptr) target.h[place] = problem.h[position * kD + j];
-    }
-}
 
 // Waits until every block of the grid has come here `generation` times. Blocks must all be
 // resident.
@@ -99,136 +60,201 @@ __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned generat
     __syncthreads();
 }
 
-__device__ __forceinline__ unsigned long long warp_sum(unsigned long long value) {
-    for (int flip = kWarpSize / 2; flip > 0; flip /= 2) {
-        value += __shfl_xor_sync(kFullWarp, value, flip);
-    }
-    return value;
-}
-
-// The sum over the block, in every thread. shared: kSeedWarps numbers.
-__device__ __forceinline__ unsigned long long block_sum(unsigned long long value,
-                                                        unsigned long long* shared) {
-    value = warp_sum(value);
-    __syncthreads();
-    if (threadIdx.x % kWarpSize == 0) shared[threadIdx.x / kWarpSize] = value;
-    __syncthreads();
-    unsigned long long sum = 0;
-    for (int warp = 0; warp < kSeedWarps; ++warp) sum += shared[warp];
-    return sum;
-}
-
-__device__ __forceinline__ unsigned long long quantized(float distance, double scale) {
-    return static_cast<unsigned long long>(round_to_integer(distance * scale));
-}
-
-// A block's stretch of the sample and what it does with it for one entry.
+// A block's stretch of the sample and what it does with it.
 template <int kD>
 struct SeedBlock {
     SeedSample sample;
     int64_t begin, end;
-    unsigned long long* shared;  // kSeedWarps + 1 numbers
+    SeedShared& shared;
+    SeedBoard* board;
 
-    // Brings every distance down to `entry`; returns the sum of q over the block, and the largest
-    // distance of this thread.
-    __device__ unsigned long long narrow(const float (&entry)[kD], double scale, float* largest) {
-        unsigned long long sum = 0;
-        for (int64_t i = begin + threadIdx.x; i < end; i += kSeedThreads) {
-            float distance = 0.0f;
+    __device__ float distance(int64_t i, const float (&entry)[kD]) const {
+        float sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < kD; ++j) {
-                const float t = sample.x[j * sample.size + i] - entry[j];
-                distance = fused(sample.h[j * sample.size + i] * t, t, distance);
-            }
-            distance = fminf(distance, sample.nearest[i]);
-            sample.nearest[i] = distance;
-            *largest = fmaxf(*largest, distance);
-            sum += quantized(distance, scale);
+        for (int j = 0; j < kD; ++j) {
+            const float t = sample.x[j * sample.size + i] - entry[j];
+            sum = fused(sample.h[j * sample.size + i] * t, t, sum);
         }
-        return block_sum(sum, shared);
+        return sum;
     }
 
-    // The point of this block whose share of the running sum of q holds `target`.
-    __device__ int64_t find(unsigned long long target, double scale) {
-        const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-        for (int64_t first = begin; first < end; first += kSeedThreads) {
-            const int64_t i = first + threadIdx.x;
-            const unsigned long long q = i < end ? quantized(sample.nearest[i], scale) : 0u;
-            unsigned long long upto = q;
-            for (int step = 1; step < kWarpSize; step *= 2) {
-                const unsigned long long before = __shfl_up_sync(kFullWarp, upto, step);
-                if (lane >= step) upto += before;
-            }
-            const unsigned long long total = block_sum(q, shared);
-            for (int other = 0; other < warp; ++other) {
-                upto += shared[other];
-            }
-            if (upto - q <= target && target < upto)
-                shared[kSeedWarps] = static_cast<unsigned long long>(i);
-            if (target < total) break;
-            target -= total;
+    // Distances to the first entry, which is also put down as the only candidate.
+    __device__ void start(int64_t first) {
+        float entry[kD], largest = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kD; ++j) entry[j] = sample.x[j * sample.size + first];
+        for (int64_t i = begin + threadIdx.x; i < end; i += kSeedThreads) {
+            const float far = distance(i, entry);
+            sample.nearest[i] = far;
+            largest = fmaxf(largest, far);
+        }
+        raise_to_warp(&board->largest, largest);
+        if (blockIdx.x == 0 && threadIdx.x < kCandidates) put_down(threadIdx.x, first);
+    }
+
+    __device__ void put_down(int candidate, int64_t index) {
+        volatile int64_t* candidates = board->candidates;
+        candidates[candidate] = index;
+    }
+
+    __device__ void read_candidates() {
+        if (threadIdx.x < kCandidates * kD) {
+            const int candidate = threadIdx.x / kD, j = threadIdx.x % kD;
+            const volatile int64_t* candidates = board->candidates;
+            shared.candidates[candidate][j] = sample.x[j * sample.size + candidates[candidate]];
         }
         __syncthreads();
-        return static_cast<int64_t>(shared[kSeedWarps]);
+    }
+
+    // What would be left of q over this block with each candidate.
+    __device__ void consider(double scale) {
+        float entries[kCandidates][kD];
+        unsigned long long left[kCandidates] = {};
+#pragma unroll
+        for (int c = 0; c < kCandidates; ++c) {
+#pragma unroll
+            for (int j = 0; j < kD; ++j) entries[c][j] = shared.candidates[c][j];
+        }
+        for (int64_t i = begin + threadIdx.x; i < end; i += kSeedThreads) {
+            const float nearest = sample.nearest[i];
+#pragma unroll
+            for (int c = 0; c < kCandidates; ++c) {
+                left[c] += quantized(fminf(distance(i, entries[c]), nearest), scale);
+            }
+        }
+        const int warp = warp_of_thread(), lane = lane_of_thread();
+#pragma unroll
+        for (int c = 0; c < kCandidates; ++c) {
+            left[c] = warp_sum(left[c]);
+            if (lane == 0) shared.warps[c][warp] = left[c];
+        }
+        __syncthreads();
+        if (warp < kCandidates) {
+            const unsigned long long own =
+                warp_sum(lane < kSeedWarps ? shared.warps[warp][lane] : 0u);
+            volatile unsigned long long* sums = board->left[warp];
+            if (lane == 0) {
+                shared.own[warp] = own;
+                sums[blockIdx.x] = own;
+            }
+        }
+    }
+
+    // Adds the board up, a warp a candidate; returns the best candidate.
+    __device__ int best_candidate() {
+        constexpr int kEach = kMaxSeedBlocks / kWarpSize;
+        const int warp = warp_of_thread(), lane = lane_of_thread();
+        if (warp < kCandidates) {
+            const volatile unsigned long long* sums = board->left[warp];
+            unsigned long long left[kEach], before = 0, total = 0;
+            // All on their way before the first is needed; beyond the grid the board holds zeros.
+#pragma unroll
+            for (int e = 0; e < kEach; ++e) left[e] = sums[e * kWarpSize + lane];
+#pragma unroll
+            for (int e = 0; e < kEach; ++e) {
+                const unsigned block = static_cast<unsigned>(e * kWarpSize + lane);
+                before += block < blockIdx.x ? left[e] : 0u;
+                total += left[e];
+            }
+            before = warp_sum(before);
+            total = warp_sum(total);
+            if (lane == 0) {
+                shared.before[warp] = before;
+                shared.total[warp] = total;
+            }
+        }
+        __syncthreads();
+        int best = 0;
+        for (int c = 1; c < kCandidates; ++c) {
+            if (shared.total[c] < shared.total[best]) best = c;
+        }
+        return best;
+    }
+
+    // Makes a candidate an entry, and puts down the points of this block in whose share of the
+    // running sum of q the targets lie.
+    __device__ void accept(int candidate, double scale, const uint64_t (&targets)[kCandidates]) {
+        const unsigned long long share_begin = shared.before[candidate];
+        const unsigned long long share_end = share_begin + shared.own[candidate];
+        bool drawn_here = false;
+        float entry[kD];
+#pragma unroll
+        for (int c = 0; c < kCandidates; ++c) {
+            drawn_here |= share_begin <= targets[c] && targets[c] < share_end;
+        }
+#pragma unroll
+        for (int j = 0; j < kD; ++j) entry[j] = shared.candidates[candidate][j];
+        unsigned long long passed = share_begin;
+        for (int64_t first = begin; first < end; first += kSeedThreads) {
+            const int64_t i = first + threadIdx.x;
+            float nearest = 0.0f;
+            if (i < end) {
+                nearest = fminf(distance(i, entry), sample.nearest[i]);
+                sample.nearest[i] = nearest;
+            }
+            if (!drawn_here) continue;
+            const unsigned long long q = quantized(nearest, scale);
+            const BlockScan scan = block_scan(q, shared.warps[0]);
+            const unsigned long long upto = passed + scan.upto;
+#pragma unroll
+            for (int c = 0; c < kCandidates; ++c) {
+                if (upto - q <= targets[c] && targets[c] < upto) put_down(c, i);
+            }
+            passed += scan.total;
+        }
     }
 };
 
-// k-means++ on the sample; `drawn` numbers have been used to draw it. Launched cooperatively.
+// Entries [from, entries), once every point of the sample is an entry: any points.
+template <int kD>
+__device__ __forceinline__ void draw_uniformly(const SeedSample& sample, int64_t from,
+                                               int64_t entries, const SeedRandom& random,
+                                               int64_t drawn, float* codebook) {
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * kSeedThreads + threadIdx.x;
+    const int64_t threads = static_cast<int64_t>(gridDim.x) * kSeedThreads;
+    for (int64_t k = from + thread; k < entries; k += threads) {
+        const int64_t index = static_cast<int64_t>(
+            random.below(drawn + k - from, static_cast<uint64_t>(sample.size)));
+#pragma unroll
+        for (int j = 0; j < kD; ++j) codebook[k * kD + j] = sample.x[j * sample.size + index];
+    }
+}
+
+// k-means++ on the sample; `drawn` random numbers have been used to draw it. Launched
+// cooperatively.
 template <int kD>
 __global__ void __launch_bounds__(kSeedThreads, 1)
     kmeans_plus_plus(SeedSample sample, int64_t entries, SeedRandom random, int64_t drawn,
                      SeedBoard* board, float* __restrict__ codebook) {
     const int64_t share = (sample.size + gridDim.x - 1) / gridDim.x;
-    const int64_t begin = blockIdx.x * share;
-    SeedBlock<kD> block{sample, begin < sample.size ? begin : sample.size,
-                        begin + share < sample.size ? begin + share : sample.size,
-                        reinterpret_cast<unsigned long long*>(shared_memory())};
-    for (int64_t i = block.begin + threadIdx.x; i < block.end; i += kSeedThreads) {
-        sample.nearest[i] = INFINITY;
-    }
-    double scale = 1.0;
+    const int64_t begin = blockIdx.x * share < sample.size ? blockIdx.x * share : sample.size;
+    const int64_t end = begin + share < sample.size ? begin + share : sample.size;
+    SeedBlock<kD> block{sample, begin, end, *reinterpret_cast<SeedShared*>(shared_memory()), board};
+    const uint64_t size = static_cast<uint64_t>(sample.size);
     unsigned generation = 0;
-    unsigned long long total = 0;
+    block.start(static_cast<int64_t>(random.below(drawn++, size)));
+    grid_barrier(&board->arrived, ++generation);
+    const double scale = scale_to_bits(&board->largest, kDistanceBits);
     for (int64_t k = 0; k < entries; ++k) {
-        volatile unsigned long long* sums = board->sums[(k + 1) % 2];
-        volatile float* chosen = board->entry[k % 2];
-        // The block that holds the drawn point, and the target within it.
-        unsigned long long target = 0;
-        int64_t index = -1;
+        block.read_candidates();
+        block.consider(scale);
+        grid_barrier(&board->arrived, ++generation);
+        const int best = block.best_candidate();
+        if (blockIdx.x == 0 && threadIdx.x < kD) {
+            codebook[k * kD + threadIdx.x] = block.shared.candidates[best][threadIdx.x];
+        }
+        const unsigned long long total = block.shared.total[best];
+        if (k + 1 == entries) return;
         if (total == 0) {
-            index =
-                static_cast<int64_t>(random.below(drawn + k, static_cast<uint64_t>(sample.size)));
-            if (index < block.begin || index >= block.end) index = -1;
-        } else {
-            target = random.below(drawn + k, total);
-            unsigned owner = 0;
-            while (target >= sums[owner]) target -= sums[owner++];
-            if (owner == blockIdx.x) index = block.find(target, scale);
+            draw_uniformly<kD>(sample, k + 1, entries, random, drawn, codebook);
+            return;
         }
-        if (index >= 0 && threadIdx.x < kD) {
-            const float value = sample.x[threadIdx.x * sample.size + index];
-            chosen[threadIdx.x] = value;
-            codebook[k * kD + threadIdx.x] = value;
-        }
-        grid_barrier(&board->arrived, ++generation);
-        float entry[kD], largest = 0.0f;
+        uint64_t targets[kCandidates];
 #pragma unroll
-        for (int j = 0; j < kD; ++j) entry[j] = chosen[j];
-        unsigned long long sum = block.narrow(entry, scale, &largest);
-        if (k == 0) {
-            atomicMax(&board->largest, __float_as_uint(largest));
-            grid_barrier(&board->arrived, ++generation);
-            const volatile unsigned* bits = &board->largest;
-            int exponent = 0;
-            frexpf(__uint_as_float(*bits), &exponent);
-            scale = ldexp(1.0, 40 - exponent);
-            sum = block.narrow(entry, scale, &largest);
-        }
-        volatile unsigned long long* next = board->sums[k % 2];
-        if (threadIdx.x == 0) next[blockIdx.x] = sum;
+        for (int c = 0; c < kCandidates; ++c) targets[c] = random.below(drawn + c, total);
+        drawn += kCandidates;
+        block.accept(best, scale, targets);
         grid_barrier(&board->arrived, ++generation);
-        total = 0;
-        for (unsigned other = 0; other < gridDim.x; ++other) total += next[other];
     }
 }
 

@@ -86,18 +86,26 @@ Status kmeans_energy(const KmeansProblem& problem, int d, double* energy, int th
 // mix(seed), mix its output function; below(n) is the high word of the next one's product with n.
 //   random:    K distinct points: entry k is point lo + below(hi - lo) of the k-th of K equal
 //              strata, lo = k * n / K, hi = (k + 1) * n / K.
-//   plus_plus: greedy weighted k-means++ on a sample: all points if there are at most
-//              kmeans_sample_size(K), else that many, each drawn with a probability that is half
-//              uniform and half proportional to its energy sum_j h_j x_j^2, its metric multiplied
-//              by how many points it stands for (a lightweight coreset: Bachem, Lucic, Krause,
-//              2018; without it the few points that carry most of the energy are missed). The first
-//              entry is uniform among the sample. Each next one is the best of kKmeansCandidates,
-//              drawn with probability proportional to q = round(dist * 2^e), dist being the squared
-//              distance to the nearest chosen entry, the fp32 fma chain of (h_j * t_j) * t_j with
-//              t_j = x_j - c_j, and e such that the largest q after the first entry is at most
-//              2^40: integer sums, so that the choice is the same at any thread count and
-//              instruction set. The best candidate leaves the smallest sum of q. Once every q is 0
-//              the remaining entries are drawn uniformly.
+//   plus_plus: greedy weighted k-means++ on a sample: all points, with weight 1, if there are at
+//              most kmeans_sample_size(K), else that many (below), the metric of each multiplied by
+//              its weight. The first entry is uniform among the sample. Each next one is the best
+//              of kKmeansCandidates, drawn with probability proportional to q = round(dist * 2^e),
+//              dist being the squared distance to the nearest chosen entry, the fp32 fma chain of
+//              (h_j * t_j) * t_j with t_j = x_j - c_j, and e such that the largest q after the
+//              first entry is at most 2^40: integer sums, so that the choice is the same at any
+//              thread count, instruction set and device. The best candidate leaves the smallest sum
+//              of q, the first among equals. Once every q is 0 the remaining entries are drawn
+//              uniformly, with one random number each.
+// The sample is drawn half uniformly and half in proportion to energy (a lightweight coreset:
+// Bachem, Lucic, Krause, 2018; without it the few points that carry most of the energy are missed).
+// The energy of a point is the fp32 sum of (h_j * x_j) * x_j, j ascending, without fma, and
+//   e_i    = round(energy_i * 2^(60 - exponent - bits)), exponent that of the largest energy
+//            (frexp) and bits the bit length of the number n of points: sum e_i < 2^60
+//   mass_i = e_i + max(1, floor(sum e_i / n))
+// Running sums of masses, in the points' order, are cut into S = kmeans_sample_size(K) strata: the
+// border of stratum s is s * floor(total / S) + min(s, total mod S). Number s of the sample is the
+// point whose share of the running sum holds border(s) + below(border(s + 1) - border(s)); its
+// weight, how many points it stands for, is float(total / (mass * S)), in float64.
 enum class KmeansInit : int { random = 0, plus_plus = 1 };
 
 // Few enough points that seeding costs less than an assignment of a large layer.
