@@ -188,19 +188,12 @@ class Points:
     def _cheapest(self, codebook: Tensor, sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` entries that cost least to give up, cheapest first, and what each costs.
 
-        The points of entry k, moved to entry m, add sum_j weight_kj (c_kj - c_mj)^2 to the
-        objective (times the scale), exactly, since c_k is their mean. Only entries of small weight
-        are looked at: 4 times as many as are wanted.
+        Only entries of small weight are looked at: 4 times as many as are wanted.
         """
-        weights = sums[:, self.d : 2 * self.d].double()
         light = torch.argsort(sums[:, self.d : 2 * self.d].sum(1), stable=True)[: 4 * count]
-        c = codebook.double()
-        cost = c.new_zeros(light.numel(), c.shape[0])
-        for j in range(self.d):
-            cost += weights[light, j, None] * (c[light, j, None] - c[None, :, j]).square()
-        cost[torch.arange(light.numel(), device=c.device), light] = torch.inf
-        cheapest, order = torch.sort(cost.amin(1), stable=True)
-        return light[order[:count]], cheapest[:count]
+        costs = ops.kmeans_merge_costs(sums, codebook, self.scale, light)
+        cheapest, order = torch.sort(costs, stable=True)
+        return light[order[:count]], cheapest[:count].double() * self.scale
 
     def _spread(self, codebook: Tensor) -> Tensor:
         """sum h (x - c)^2 of every cluster by coordinate, times the scale, int64 [K, d]."""

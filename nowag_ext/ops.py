@@ -323,6 +323,32 @@ def kmeans_spread(w: Tensor, h: Tensor, codebook: Tensor, codes: Tensor, scale: 
     return spread
 
 
+def _kmeans_merge_costs_fake(
+    sums: Tensor, codebook: Tensor, scale: float, chosen: Tensor
+) -> Tensor:
+    return codebook.new_empty(chosen.shape, dtype=torch.float32)
+
+
+@_op(
+    "kmeans_merge_costs(Tensor sums, Tensor codebook, float scale, Tensor chosen) -> Tensor",
+    _kmeans_merge_costs_fake,
+)
+def kmeans_merge_costs(sums: Tensor, codebook: Tensor, scale: float, chosen: Tensor) -> Tensor:
+    """What giving up each of the entries chosen, int64 [n] below K, adds to the objective: [n]."""
+    entries, d = codebook.shape
+    _check(codebook, "codebook", torch.float32, (entries, d))
+    _check(sums, "sums", torch.int64, (entries, 2 * d + 1))
+    _check(chosen, "chosen", torch.int64, (chosen.numel(),))
+    _same_device(codebook.device, sums=sums, chosen=chosen)
+    costs = _kmeans_merge_costs_fake(sums, codebook, scale, chosen)
+    backend, queue = _backend(codebook.device)
+    backend.kmeans_merge_costs(
+        sums.data_ptr(), codebook.data_ptr(), entries, d, scale, chosen.data_ptr(),
+        chosen.numel(), costs.data_ptr(), queue,
+    )  # fmt: skip
+    return costs
+
+
 def _kmeans_energy_fake(w: Tensor, h: Tensor, d: int) -> Tensor:
     return w.new_empty((), dtype=torch.float64)
 

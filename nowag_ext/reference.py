@@ -115,6 +115,18 @@ def kmeans_spread(w: Tensor, h: Tensor, codebook: Tensor, codes: Tensor, scale: 
     return spread.index_add_(0, index.flatten(), error.reshape(-1, d))
 
 
+def kmeans_merge_costs(sums: Tensor, codebook: Tensor, scale: float, chosen: Tensor) -> Tensor:
+    """The least that moving an entry's points to another entry adds to the objective, fp32 [n]."""
+    d = codebook.shape[1]
+    weights = (sums[chosen, d : 2 * d].double() / scale).float()
+    cost = torch.zeros(len(chosen), len(codebook))
+    for j in range(d):
+        t = codebook[chosen, j, None] - codebook[None, :, j]
+        cost = fma(weights[:, j, None] * t, t, cost)
+    cost[torch.arange(len(chosen)), chosen] = torch.inf
+    return cost.amin(1)
+
+
 def kmeans_energy(w: Tensor, h: Tensor) -> float:
     """sum of h w^2 in float64."""
     return float((h[: w.shape[1]].double() * w.double().square()).sum())

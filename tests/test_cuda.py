@@ -93,6 +93,7 @@ def test_kmeans_iterations(rows: int, cols: int, d: int, entries: int) -> None:
         assert_op_agrees(ops.kmeans_update, sums, scale, codebook)
     assert_op_agrees(ops.kmeans_errors, w, h, codebook, codes)
     assert_op_agrees(ops.kmeans_spread, w, h, codebook, codes, scale)
+    assert_op_agrees(ops.kmeans_merge_costs, sums, codebook, scale, torch.arange(0, entries, 3))
     assert_op_agrees(ops.kmeans_energy, w, h, d)
 
 

@@ -155,6 +155,23 @@ def test_spread(rows: int, cols: int, d: int, code_bits: int, threads: int) -> N
     assert got.sum().item() / scale == pytest.approx(total, rel=1e-6, abs=w.numel() / scale)
 
 
+@pytest.mark.parametrize(("rows", "cols", "d", "code_bits"), CASES)
+def test_merge_costs_are_the_oracle_bit_for_bit(
+    rows: int, cols: int, d: int, code_bits: int, threads: int
+) -> None:
+    w, h, codebook = problem(rows, cols, d, code_bits)
+    sums, scale = zero_sums(codebook), scale_of(w, h)
+    ops.kmeans_assign([w], [h], [codebook], [empty_codes(w, d)], [sums], scale, False)
+    chosen = torch.randperm(len(codebook))[: max(1, len(codebook) // 2)]
+    got = ops.kmeans_merge_costs(sums, codebook, scale, chosen)
+    assert torch.equal(got, reference.kmeans_merge_costs(sums, codebook, scale, chosen))
+
+
+def test_merge_cost_of_the_only_entry_is_infinite() -> None:
+    sums, only = torch.ones(1, 9, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    assert ops.kmeans_merge_costs(sums, torch.ones(1, 4), 1.0, only).isinf().all()
+
+
 @pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize(("rows", "cols", "d", "code_bits"), CASES)
 def test_every_warm_iteration_is_brute_force(

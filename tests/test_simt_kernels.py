@@ -205,6 +205,17 @@ def test_kmeans_update(driver: Driver, entries: int, d: int) -> None:
     assert_same_bits(empty, expected[1].to(torch.uint8))
 
 
+@pytest.mark.parametrize(("entries", "d"), [(1, 1), (2, 3), (37, 8), (300, 6)])
+def test_kmeans_merge_costs(driver: Driver, entries: int, d: int) -> None:
+    w, h, codebook, codes, sums = problem(64, 20, d, entries, seed=65)
+    ops.kmeans_assign([w], [h], [codebook], [codes], [sums], 2.0**30, False)
+    chosen = torch.randperm(entries)[: (entries + 1) // 2]
+    costs = poisoned(len(chosen))
+    arguments = [sums, codebook, entries, d, 2.0**30, chosen, len(chosen), costs]
+    assert driver.run("kmeans_merge_costs", *arguments) == 0
+    assert_same_bits(costs, ops.kmeans_merge_costs(sums, codebook, 2.0**30, chosen))
+
+
 @pytest.mark.parametrize(("rows", "cols", "d"), [(1, 1, 1), (35, 41, 6), (3, 530, 1)])
 def test_kmeans_errors_spread_and_energy(driver: Driver, rows: int, cols: int, d: int) -> None:
     operands = problem(rows, cols, d, 40, seed=70)

@@ -56,6 +56,15 @@ void spread(const py::sequence& items, int64_t entries, int d, double scale, Add
     });
 }
 
+void merge_costs(Address sums, Address codebook, int64_t entries, int d, double scale,
+                 Address chosen, int64_t count, Address costs, int threads) {
+    run("kmeans_merge_costs", [&] {
+        return cpu::kmeans_merge_costs(pointer<const int64_t>(sums), pointer<const float>(codebook),
+                                       entries, d, scale, pointer<const int64_t>(chosen), count,
+                                       pointer<float>(costs), threads);
+    });
+}
+
 void energy(const py::sequence& items, int d, Address out, int threads) {
     const std::vector<KmeansProblem> all = problems(items);
     run("kmeans_energy",
@@ -80,6 +89,7 @@ void bind_kmeans(py::module_& module) {
     module.def("kmeans_update", update);
     module.def("kmeans_errors", errors);
     module.def("kmeans_spread", spread);
+    module.def("kmeans_merge_costs", merge_costs);
     module.def("kmeans_energy", energy);
     module.def("kmeans_seed", seed);
 }

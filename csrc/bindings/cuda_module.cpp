@@ -98,6 +98,7 @@ PYBIND11_MODULE(_cuda, module) {
     NOWAG_BIND(bind, kmeans_update);
     NOWAG_BIND(bind_problems, kmeans_errors);
     NOWAG_BIND(bind_problems, kmeans_spread);
+    NOWAG_BIND(bind, kmeans_merge_costs);
     NOWAG_BIND(bind_problems, kmeans_energy);
     NOWAG_BIND(bind_problems, kmeans_seed);
     NOWAG_BIND(bind, prune_select);

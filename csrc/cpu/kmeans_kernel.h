@@ -200,7 +200,31 @@ uint64_t narrow(const float* x, const float* h, int64_t stride, int64_t begin, i
     return kByLength[d - 1](x, h, stride, begin, end, entry, scale, nearest, narrowed);
 }
 
-constexpr KmeansTable kTable = {collect, frame, search, drift, shrink, narrow};
+float merge(const float* columns, int64_t entries, int64_t begin, int64_t end, const float* entry,
+            const float* weights, int d) {
+    Float lowest = Lanes::all(__builtin_inff());
+    int64_t m = begin;
+    for (; m + Lanes::kWidth <= end; m += Lanes::kWidth) {
+        Float sum = Lanes::all(0.0f);
+        for (int j = 0; j < d; ++j) {
+            const Float t = Lanes::sub(Lanes::all(entry[j]), Lanes::load(columns + j * entries + m));
+            sum = Lanes::fma(Lanes::mul(Lanes::all(weights[j]), t), t, sum);
+        }
+        lowest = Lanes::min(sum, lowest);
+    }
+    float cost = Lanes::lowest(lowest);
+    for (; m < end; ++m) {
+        float sum = 0.0f;
+        for (int j = 0; j < d; ++j) {
+            const float t = entry[j] - columns[j * entries + m];
+            sum = __builtin_fmaf(weights[j] * t, t, sum);
+        }
+        if (sum < cost) cost = sum;
+    }
+    return cost;
+}
+
+constexpr KmeansTable kTable = {collect, frame, search, drift, shrink, merge, narrow};
 
 }  // namespace
 }  // namespace nowag::cpu

@@ -77,6 +77,11 @@ struct KmeansTable {
     uint32_t (*shrink)(const uint16_t* codes, const float* drift, int64_t entries, int count,
                        float* gaps);
 
+    // The smallest merge cost (kmeans.h) of an entry of these weights with entries [begin, end) of
+    // columns [d, entries]; infinity if there are none.
+    float (*merge)(const float* columns, int64_t entries, int64_t begin, int64_t end,
+                   const float* entry, const float* weights, int d);
+
     // One step of k-means++ on points [begin, end) of a sample: narrowed[i] is the smaller of
     // nearest[i] and the distance to `entry`; returns the sum of round(narrowed[i] * scale).
     // nearest and narrowed may be the same.

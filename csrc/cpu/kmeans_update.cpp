@@ -1,9 +1,11 @@
-// Everything of kmeans.h that is cheap beside an assignment: update, errors, spread, energy.
+// Everything of kmeans.h that is cheap beside an assignment: update, errors, spread, merge costs,
+// energy.
 #include <cmath>
 #include <new>
 #include <vector>
 
 #include "cpu/kmeans_points.h"
+#include "cpu/kmeans_table.h"
 #include "cpu/parallel.h"
 
 namespace nowag::cpu {
@@ -103,6 +105,35 @@ Status kmeans_spread(const KmeansProblem& problem, int64_t entries, int d, doubl
         spread[i] = 0;
         for (int64_t share = 0; share < shares; ++share) spread[i] += tables[share * size + i];
     }
+    return Status::ok;
+} catch (const std::bad_alloc&) {
+    return Status::out_of_memory;
+}
+
+Status kmeans_merge_costs(const int64_t* sums, const float* codebook, int64_t entries, int d,
+                          double scale, const int64_t* chosen, int64_t count, float* costs,
+                          int threads) try {
+    if (!valid_entries(entries) || d < 1 || d > kMaxSubvector || count < 0 || threads < 1) {
+        return Status::invalid_argument;
+    }
+    std::vector<float> columns(static_cast<size_t>(entries * d));
+    for (int64_t k = 0; k < entries; ++k) {
+        for (int j = 0; j < d; ++j) {
+            columns[static_cast<size_t>(j * entries + k)] = codebook[k * d + j];
+        }
+    }
+    const auto merge = kmeans_table().merge;
+    parallel_for(count, threads, [&](int64_t i) {
+        const int64_t k = chosen[i];
+        float weights[kMaxSubvector];
+        for (int j = 0; j < d; ++j) {
+            weights[j] =
+                static_cast<float>(static_cast<double>(sums[k * (2 * d + 1) + d + j]) / scale);
+        }
+        const float* entry = codebook + k * d;
+        costs[i] = std::min(merge(columns.data(), entries, 0, k, entry, weights, d),
+                            merge(columns.data(), entries, k + 1, entries, entry, weights, d));
+    });
     return Status::ok;
 } catch (const std::bad_alloc&) {
     return Status::out_of_memory;

@@ -136,6 +136,23 @@ Status kmeans_errors(const KmeansProblem* problems, int64_t count, int64_t entri
     });
 }
 
+int64_t kmeans_merge_costs_workspace(const int64_t*, const float*, int64_t, int, double,
+                                     const int64_t*, int64_t, float*) {
+    return 0;
+}
+
+Status kmeans_merge_costs(const int64_t* sums, const float* codebook, int64_t entries, int d,
+                          double scale, const int64_t* chosen, int64_t count, float* costs, void*,
+                          Stream stream) {
+    if (!valid_entries(entries) || count < 0) return Status::invalid_argument;
+    if (count == 0) return Status::ok;
+    return with_subvector(d, [&](auto subvector) {
+        return launch(kmeans_merge_cost<subvector.value>, static_cast<unsigned>(count),
+                      kKmeansThreads, sizeof(float) * kKmeansThreads / kWarpSize, stream, sums,
+                      codebook, entries, scale, chosen, costs);
+    });
+}
+
 int64_t kmeans_energy_workspace(const KmeansProblem* problems, int64_t, int, double*) {
     return problems[0].rows * static_cast<int64_t>(sizeof(double));
 }

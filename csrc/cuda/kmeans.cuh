@@ -1,4 +1,4 @@
-// Everything of kmeans.h that is cheap beside an assignment: update, errors, spread,
+// Everything of kmeans.h that is cheap beside an assignment: update, errors, spread, merge costs,
 // energy.
 #pragma once
 
@@ -84,6 +84,39 @@ __global__ void kmeans_add_spread(KmeansProblem problem, double scale,
         const double error = problem.h[position * kD + j] * distance * distance;
         add_integer(spread + k * kD + j, round_to_integer(error * scale));
     }
+}
+
+// A block an entry: its threads share out the others. The smallest does not depend on the order.
+template <int kD>
+__global__ void kmeans_merge_cost(const int64_t* __restrict__ sums,
+                                  const float* __restrict__ codebook, int64_t entries, double scale,
+                                  const int64_t* __restrict__ chosen, float* __restrict__ costs) {
+    float* warps = reinterpret_cast<float*>(shared_memory());
+    const int64_t k = chosen[blockIdx.x];
+    float entry[kD], weights[kD];
+#pragma unroll
+    for (int j = 0; j < kD; ++j) {
+        entry[j] = codebook[k * kD + j];
+        weights[j] = static_cast<float>(sums[k * (2 * kD + 1) + kD + j] / scale);
+    }
+    float cost = INFINITY;
+    for (int64_t m = threadIdx.x; m < entries; m += kKmeansThreads) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int j = 0; j < kD; ++j) {
+            const float t = entry[j] - codebook[m * kD + j];
+            sum = fused(weights[j] * t, t, sum);
+        }
+        if (m != k && sum < cost) cost = sum;
+    }
+    for (int flip = kWarpSize / 2; flip > 0; flip /= 2) {
+        cost = fminf(cost, __shfl_xor_sync(kFullWarp, cost, flip));
+    }
+    if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = cost;
+    __syncthreads();
+    if (threadIdx.x > 0) return;
+    for (int warp = 1; warp < kKmeansThreads / kWarpSize; ++warp) cost = fminf(cost, warps[warp]);
+    costs[blockIdx.x] = cost;
 }
 
 // A warp sums h x^2 of 32 rows, a lane a row, ascending; tiles go through shared memory so that

@@ -33,6 +33,8 @@ NOWAG_CUDA_OP(kmeans_errors, const KmeansProblem* problems, int64_t count, int64
               float* errors);
 NOWAG_CUDA_OP(kmeans_spread, const KmeansProblem* problems, int64_t count, int64_t entries, int d,
               double scale, int64_t* spread);
+NOWAG_CUDA_OP(kmeans_merge_costs, const int64_t* sums, const float* codebook, int64_t entries,
+              int d, double scale, const int64_t* chosen, int64_t count, float* costs);
 NOWAG_CUDA_OP(kmeans_energy, const KmeansProblem* problems, int64_t count, int d, double* energy);
 NOWAG_CUDA_OP(kmeans_seed, const KmeansProblem* problems, int64_t count, int64_t entries, int d,
               int init, int64_t seed, float* codebook);

@@ -117,7 +117,8 @@ std::map<std::string, Operation> operations() {
         NOWAG_ENTRY(prune_select),  NOWAG_ENTRY(prune_select_nm),   NOWAG_ENTRY(pack_codes),
         NOWAG_ENTRY(unpack_codes),  NOWAG_ENTRY(vq_dequantize),     NOWAG_ENTRY(sparse_offsets),
         NOWAG_ENTRY(sparse_pack),   NOWAG_ENTRY(sparse_dequantize), NOWAG_ENTRY(vq_gemv),
-        NOWAG_ENTRY(sparse_gemv),   NOWAG_ENTRY(prune_objective),   NOWAG_ENTRY(kmeans_spread)};
+        NOWAG_ENTRY(sparse_gemv),   NOWAG_ENTRY(prune_objective),   NOWAG_ENTRY(kmeans_spread),
+        NOWAG_ENTRY(kmeans_merge_costs)};
     for (const auto& [name, planted] : simt::planted_kernels()) {
         all[name] = [run = planted](std::vector<Argument>& arguments) {
             run(convert<int*>(arguments.at(0)));

@@ -76,6 +76,16 @@ Status kmeans_errors(const KmeansProblem& problem, int64_t entries, int d, float
 Status kmeans_spread(const KmeansProblem& problem, int64_t entries, int d, double scale,
                      int64_t* spread, int threads);
 
+// costs[i] = what moving all points of entry k = chosen[i] to the entry that suits them best adds to
+// the objective, since c_k is their mean: the smallest over m != k of
+//   fma over j ascending from 0 of  (weight_kj * t) * t,  t = c_kj - c_mj,
+//   weight_kj = float(sums[k][d + j] / scale)
+// in float32, so that every instruction set and device gives the same bits; infinity if K is 1.
+// sums as above, codebook float32 [K, d], chosen in [0, K).
+Status kmeans_merge_costs(const int64_t* sums, const float* codebook, int64_t entries, int d,
+                          double scale, const int64_t* chosen, int64_t count, float* costs,
+                          int threads);
+
 // sum of h x^2 over all points in float64: the denominator of the relative objective. Fixed order:
 // one sum a row (j ascending), rows ascending.
 Status kmeans_energy(const KmeansProblem& problem, int d, double* energy, int threads);
