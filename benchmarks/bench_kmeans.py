@@ -201,13 +201,15 @@ def show(row: dict[str, Any]) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__)
     add_data_option(parser)
-    parser.add_argument("--only", default="", help="only cases whose 'name d=4' holds this")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="only cases whose 'name d=4' holds one of these"
+    )
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     report = harness.Report("kmeans")
     for case in cases(options):
-        if options.only in f"{case.name} d={case.d}":
+        if any(part in f"{case.name} d={case.d}" for part in options.only):
             report.rows.append(bench(case, report.ceilings["gemm_gflop_s"] * 1e9))
             show(report.rows[-1])
     if options.json:

@@ -836,8 +836,13 @@ def vq_gemv(
     return _run_vq_gemv(x, tokens, vq, sizes, bias)
 
 
-def _vq_gemv_tokens(code_bits: int) -> int:
-    """Up to how many tokens the kernel, run for 16 at a time, beats dense tiles."""
+def _vq_gemv_tokens(code_bits: int, dtype: torch.dtype) -> int:
+    """Up to how many tokens the kernel, run for 16 at a time, beats dense tiles.
+
+    Measured (benchmarks/bench_vq_gemv.py): torch's GEMM is several times faster in bf16.
+    """
+    if dtype == torch.float32:
+        return 4 * GEMV_MAX_TOKENS
     return 2 * GEMV_MAX_TOKENS if code_bits <= 8 else GEMV_MAX_TOKENS
 
 
@@ -854,7 +859,7 @@ def vq_linear(
     vq = (codes, codebook, row_norms, col_norms)
     sizes = _vq_sizes(*vq)
     x, tokens, bias = _check_linear(x, bias, sizes[0], sizes[1], codes.device)
-    if tokens <= _vq_gemv_tokens(sizes[3]):
+    if tokens <= _vq_gemv_tokens(sizes[3], x.dtype):
         return _run_vq_gemv(x, tokens, vq, sizes, bias)
     return _tiled_linear(
         x,

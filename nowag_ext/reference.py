@@ -151,7 +151,7 @@ def kmeans_plus_plus(
     x = torch.cat([part.reshape(-1, d) for part in parts])
     metric = torch.cat([part.reshape(-1, d) for part in metrics])
     below = _random(seed)
-    index, weight = _draw_sample(x, metric, 4096 + 16 * entries, below)
+    index, weight = _draw_sample(x, metric, min(4096 + 16 * entries, 2**18), below)
     x, metric = x[index], metric[index] * weight[:, None]
 
     def distances(point: int) -> Tensor:

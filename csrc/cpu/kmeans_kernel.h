@@ -207,7 +207,8 @@ float merge(const float* columns, int64_t entries, int64_t begin, int64_t end, c
     for (; m + Lanes::kWidth <= end; m += Lanes::kWidth) {
         Float sum = Lanes::all(0.0f);
         for (int j = 0; j < d; ++j) {
-            const Float t = Lanes::sub(Lanes::all(entry[j]), Lanes::load(columns + j * entries + m));
+            const Float t =
+                Lanes::sub(Lanes::all(entry[j]), Lanes::load(columns + j * entries + m));
             sum = Lanes::fma(Lanes::mul(Lanes::all(weights[j]), t), t, sum);
         }
         lowest = Lanes::min(sum, lowest);

@@ -112,12 +112,12 @@ Operation operation(int64_t (*workspace)(Ts...), Launcher* launcher) {
 
 std::map<std::string, Operation> operations() {
     std::map<std::string, Operation> all = {
-        NOWAG_ENTRY(normalize),     NOWAG_ENTRY(kmeans_assign),     NOWAG_ENTRY(kmeans_update),
-        NOWAG_ENTRY(kmeans_errors), NOWAG_ENTRY(kmeans_energy),     NOWAG_ENTRY(kmeans_seed),
-        NOWAG_ENTRY(prune_select),  NOWAG_ENTRY(prune_select_nm),   NOWAG_ENTRY(pack_codes),
-        NOWAG_ENTRY(unpack_codes),  NOWAG_ENTRY(vq_dequantize),     NOWAG_ENTRY(sparse_offsets),
-        NOWAG_ENTRY(sparse_pack),   NOWAG_ENTRY(sparse_dequantize), NOWAG_ENTRY(vq_gemv),
-        NOWAG_ENTRY(sparse_gemv),   NOWAG_ENTRY(prune_objective),   NOWAG_ENTRY(kmeans_spread),
+        NOWAG_ENTRY(normalize),         NOWAG_ENTRY(kmeans_assign),     NOWAG_ENTRY(kmeans_update),
+        NOWAG_ENTRY(kmeans_errors),     NOWAG_ENTRY(kmeans_energy),     NOWAG_ENTRY(kmeans_seed),
+        NOWAG_ENTRY(prune_select),      NOWAG_ENTRY(prune_select_nm),   NOWAG_ENTRY(pack_codes),
+        NOWAG_ENTRY(unpack_codes),      NOWAG_ENTRY(vq_dequantize),     NOWAG_ENTRY(sparse_offsets),
+        NOWAG_ENTRY(sparse_pack),       NOWAG_ENTRY(sparse_dequantize), NOWAG_ENTRY(vq_gemv),
+        NOWAG_ENTRY(sparse_gemv),       NOWAG_ENTRY(prune_objective),   NOWAG_ENTRY(kmeans_spread),
         NOWAG_ENTRY(kmeans_merge_costs)};
     for (const auto& [name, planted] : simt::planted_kernels()) {
         all[name] = [run = planted](std::vector<Argument>& arguments) {

@@ -76,8 +76,8 @@ Status kmeans_errors(const KmeansProblem& problem, int64_t entries, int d, float
 Status kmeans_spread(const KmeansProblem& problem, int64_t entries, int d, double scale,
                      int64_t* spread, int threads);
 
-// costs[i] = what moving all points of entry k = chosen[i] to the entry that suits them best adds to
-// the objective, since c_k is their mean: the smallest over m != k of
+// costs[i] = what moving all points of entry k = chosen[i] to the entry that suits them best adds
+// to the objective, since c_k is their mean: the smallest over m != k of
 //   fma over j ascending from 0 of  (weight_kj * t) * t,  t = c_kj - c_mj,
 //   weight_kj = float(sums[k][d + j] / scale)
 // in float32, so that every instruction set and device gives the same bits; infinity if K is 1.
@@ -118,8 +118,12 @@ Status kmeans_energy(const KmeansProblem& problem, int d, double* energy, int th
 // weight, how many points it stands for, is float(total / (mass * S)), in float64.
 enum class KmeansInit : int { random = 0, plus_plus = 1 };
 
-// Few enough points that seeding costs less than an assignment of a large layer.
-constexpr int64_t kmeans_sample_size(int64_t entries) { return 4096 + 16 * entries; }
+// Few enough points that seeding costs no more than a few assignments of a large layer. What it
+// costs grows with sample and entries: 2^18 points, 4 for each of 65536 entries, must do.
+constexpr int64_t kmeans_sample_size(int64_t entries) {
+    constexpr int64_t kMost = int64_t{1} << 18;
+    return 4096 + 16 * entries < kMost ? 4096 + 16 * entries : kMost;
+}
 
 // On layers of SmolLM2 four candidates end 0.3 to 1 % lower than one, eight no lower than four.
 constexpr int kKmeansCandidates = 4;
