@@ -2,8 +2,8 @@
 
     python benchmarks/bench_gpu_compress.py --json out.json
 
-Peers, in the same run: the torch expression that materialises distances for the assignment,
-torch.argsort and torch.kthvalue for the selection.
+Peers, in the same run: for the assignment the torch expression that materialises distances, and
+flash-kmeans where it is installed; torch.argsort and torch.kthvalue for the selection.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import gpu
+import gpu_peers
 import torch
 from torch import Tensor
 
@@ -50,6 +51,14 @@ def torch_assign(w: Tensor, h: Tensor, codebook: Tensor, rows: int) -> None:
     (weights * (x - codebook).square()).sum(-1).argmin(-1)
 
 
+def flash_seconds(w: Tensor, codebook: Tensor, iterations: int = 10) -> float | None:
+    """Seconds an iteration of flash-kmeans, without weights, on the same points."""
+    d = codebook.shape[1]
+    flat = torch.nn.functional.pad(w, (0, -COLS % d)).view(-1, d)
+    run = gpu_peers.flash_kmeans(flat, codebook, iterations)
+    return None if run is None else seconds(run) / iterations
+
+
 def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
     """Every iteration of one run from k-means++ seeds, update included."""
     (w, h), shape = points(d), f"{ROWS}x{COLS} d={d} K={2**code_bits}"
@@ -70,6 +79,7 @@ def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
     torch_assign(w, h, codebook, rows)
     peer = seconds(lambda: torch_assign(w, h, codebook, rows)) * ROWS / rows
     mean = statistics.fmean(times)
+    flash = flash_seconds(w, codebook)
     ordered = sorted(time * 1e6 for time in times)
     line = gpu.Line(
         "assign+update", shape, f"mean of {iterations}", mean * 1e6,
@@ -77,6 +87,8 @@ def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
         times_peer=peer / mean, peer="torch expression",
         notes={"first_us": times[0] * 1e6, "last_us": times[-1] * 1e6},
     )  # fmt: skip
+    if flash is not None:
+        line.notes["times_flash_kmeans"] = flash / mean
     seed = gpu.Line(
         "seed", shape, "k-means++", seeding * 1e6, 0, 0, notes={"assignments": seeding / mean}
     )

@@ -1,4 +1,4 @@
-"""VQ and sparse GEMV on a GPU against dense cuBLAS, under graph replay; aqlm and vptq where found.
+"""VQ and sparse GEMV on a GPU against dense cuBLAS and published kernels, under graph replay.
 
 python benchmarks/bench_gpu_gemv.py --json out.json
 """
@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 
 import gpu
+import gpu_peers
 import torch
 from torch import Tensor
 
@@ -22,9 +23,9 @@ SHAPES = [
 QUICK = [(4096, 4096), (11008, 4096), (28672, 8192)]
 TOKENS = [1, 2, 4, 8, 16]
 VQ = {"vq d=6": (6, 12), "vq d=4": (4, 8)}
-DTYPE = torch.bfloat16
+DTYPE = gpu_peers.DTYPE
 
-Call = Callable[[Tensor], Tensor]
+Call = gpu_peers.Call
 
 
 def vq_weight(rows: int, cols: int, d: int, code_bits: int) -> list[Tensor]:
@@ -73,6 +74,11 @@ def contenders(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
         return [torch.randn(rows, cols, device="cuda", dtype=DTYPE)]
 
     add("cuBLAS bf16", dense, torch.nn.functional.linear)
+    add(
+        "cuBLAS fp16",
+        lambda: [weight.half() for weight in dense()],
+        lambda x, w: torch.nn.functional.linear(x.half(), w),
+    )
     for name, (d, code_bits) in VQ.items():
         weight = vq_weight(rows, cols, d, code_bits)
         check(
@@ -92,39 +98,7 @@ def contenders(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
         )
         # Copies of one weight: what is measured does not depend on which weights are kept.
         add(f"sparse {pattern}", lambda w=sparse: [t.clone() for t in w], ops.sparse_gemv)
-    found.update(peers(rows, cols))
-    return found
-
-
-def peers(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
-    """Published kernels for the same purpose, where they are installed."""
-    found: dict[str, tuple[list[Call], int]] = {}
-    try:
-        from torch.sparse import to_sparse_semi_structured
-
-        mask = torch.tensor([1, 1, 0, 0], device="cuda", dtype=torch.bool).repeat(rows, cols // 4)
-        weight = torch.randn(rows, cols, device="cuda", dtype=DTYPE) * mask
-        semi = to_sparse_semi_structured(weight)
-        found["torch 2:4"] = (
-            [lambda x: torch.nn.functional.linear(x, semi)] * 2,
-            rows * cols * 9 // 8,
-        )
-        found["torch 2:4"][0][0](torch.randn(1, cols, device="cuda", dtype=DTYPE))
-    except (ImportError, RuntimeError, NotImplementedError) as reason:
-        found.pop("torch 2:4", None)
-        print(f"torch 2:4 left out: {str(reason).splitlines()[0][:100]}")
-    try:
-        from aqlm import QuantizedLinear
-
-        layer = QuantizedLinear(
-            cols, rows, in_group_size=8, out_group_size=1, num_codebooks=1,
-            nbits_per_codebook=16, bias=False, device="cuda", dtype=torch.float16,
-        )  # fmt: skip
-        found["aqlm 1x16"] = ([lambda x: layer(x.half())] * 2, rows * cols // 4)
-        found["aqlm 1x16"][0][0](torch.randn(1, cols, device="cuda", dtype=DTYPE))
-    except Exception as reason:  # a peer that cannot run here is left out, whatever its reason
-        found.pop("aqlm 1x16", None)
-        print(f"aqlm left out: {str(reason).splitlines()[0][:100]}")
+    found.update(gpu_peers.gemv(rows, cols))
     return found
 
 

@@ -134,6 +134,7 @@ def print_lines(results: Sequence[Line]) -> None:
     """One line a contender: us, spread, GB/s as % of a copy's, ratio to the peer."""
     for line in results:
         ratio = f"{line.times_peer:6.2f} x {line.peer}" if line.times_peer else ""
+        ratio += "".join(f"  {name}={value:.4g}" for name, value in line.notes.items())
         print(
             f"{line.op:16} {line.shape:24} {line.contender:22} {line.microseconds:10.2f} us "
             f"({line.p10:.2f}-{line.p90:.2f}) {line.percent_of_copy:5.1f} % of copy  {ratio}",

@@ -4,7 +4,8 @@
     python benchmarks/render.py --check        # exit status 1 if the README says anything else
 
 A section is what stands between `<!-- measured: NAME -->` and `<!-- end -->`. It is made from
-NAME.json and, for its column at AVX2, avx2/NAME.json; without NAME.json it stays as it is. Plots go
+NAME.json and, for its column at AVX2, avx2/NAME.json; the section `gpu` from the result.json of every
+device, in folders beside that of the results. Without figures a section stays as it is. Plots go
 to plots/ beside the README, and need matplotlib: `pip install '.[bench]'`.
 """
 
@@ -15,7 +16,7 @@ import json
 import re
 from pathlib import Path
 
-from tables import TABLES, Document, source
+from tables import TABLES, Document, gpu, source
 
 HERE = Path(__file__).resolve().parent
 SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -28,6 +29,8 @@ def load(path: Path) -> Document | None:
 
 def section(name: str, results: Path) -> str | None:
     """The text of one section; None where the benchmark has not been run."""
+    if name == "gpu":
+        return gpu_section(results)
     document = load(results / f"{name}.json")
     if document is None:
         return None
@@ -37,13 +40,21 @@ def section(name: str, results: Path) -> str | None:
     return "\n\n".join(parts)
 
 
+def gpu_section(results: Path) -> str | None:
+    """What was measured on GPUs, a device a heading; None where nothing was."""
+    parts = []
+    for path in sorted(results.parent.glob("*/result.json")):
+        parts += [f"### {path.parent.name}", gpu(json.loads(path.read_text()))]
+    return "\n\n".join(parts) or None
+
+
 def render(text: str, results: Path) -> str:
     """The README with every section made anew."""
 
     def replaced(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
-        if name not in TABLES:
-            raise SystemExit(f"there is no benchmark {name!r}: one of {', '.join(TABLES)}.")
+        if name not in (*TABLES, "gpu"):
+            raise SystemExit(f"there is no benchmark {name!r}: one of {', '.join(TABLES)}, gpu.")
         found = section(name, results)
         return match.group() if found is None else f"{begin}\n{found}\n\n{end}"
 

@@ -205,3 +205,26 @@ def test_plots_are_the_same_bytes_each_time(results: Path) -> None:
 )  # fmt: skip
 def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_gpu_results_of_every_device(tmp_path: Path) -> None:
+    line = {
+        "op": "gemv", "shape": "64x96 tokens=1", "contender": "vq d=6", "microseconds": 5.0,
+        "p10": 4.5, "p90": 5.5, "bytes": 4096, "percent_of_copy": 40.0, "times_peer": 2.5,
+        "peer": "cuBLAS bf16", "notes": {"assignments": 3.0},
+    }  # fmt: skip
+    machine = {
+        "device": "a GPU", "nvidia_smi": "a GPU, 1.2", "torch": "2.11", "cuda": "13.0",
+        "commit": "0123456789abcdef",
+    }  # fmt: skip
+    for device in ("h100", "h200"):
+        (tmp_path / device).mkdir()
+        (tmp_path / device / "result.json").write_text(
+            json.dumps({"machine": machine, "lines": [line]})
+        )
+    text = render.render("<!-- measured: gpu -->\n<!-- end -->", tmp_path / "cpu")
+    assert "### h100" in text
+    assert "### h200" in text
+    assert "| gemv | 64x96 tokens=1 | vq d=6 | 5.00 | ±10 % | 40 % | 2.50x cuBLAS bf16 |" in text
+    assert render.render(text, tmp_path / "cpu") == text
+    assert render.gpu_section(tmp_path / "none" / "cpu") is None
