@@ -4,9 +4,9 @@
     python benchmarks/render.py --check        # exit status 1 if the README says anything else
 
 A section is what stands between `<!-- measured: NAME -->` and `<!-- end -->`. It is made from
-NAME.json and, for its column at AVX2, avx2/NAME.json; the section `gpu` from the result.json of every
-device, in folders beside that of the results. Without figures a section stays as it is. Plots go
-to plots/ beside the README, and need matplotlib: `pip install '.[bench]'`.
+NAME.json and, for its column at AVX2, avx2/NAME.json; the section `gpu` from the result.json of
+every device, in folders beside that of the results. Without figures a section stays as it is. Plots
+go to plots/ beside the README, and need matplotlib: `pip install '.[bench]'`.
 """
 
 from __future__ import annotations
