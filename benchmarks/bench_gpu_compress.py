@@ -9,6 +9,7 @@ flash-kmeans where it is installed; torch.argsort and torch.kthvalue for the sel
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -74,7 +75,14 @@ def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
         ops.kmeans_assign([w], [h], [codebook], [codes], [sums], scale, warm)
         ops.kmeans_update(sums, scale, codebook)
 
-    times = [seconds(lambda i=i: iterate(i > 0)) for i in range(iterations)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]
+    torch.cuda._sleep(gpu.HEAD_START)
+    marks[0].record()
+    for iteration in range(iterations):
+        iterate(iteration > 0)
+        marks[iteration + 1].record()
+    torch.cuda.synchronize()
+    times = [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(marks)]
     rows = max(1, 2**30 // (len(h) // d * entries * 4 * 8))
     torch_assign(w, h, codebook, rows)
     peer = seconds(lambda: torch_assign(w, h, codebook, rows)) * ROWS / rows
@@ -146,15 +154,19 @@ def bench_model(quick: bool) -> list[gpu.Line]:
 def main() -> None:
     options = gpu.arguments(__doc__ or "")
     bandwidth = gpu.copy_bandwidth()
-    results = bench_selection(bandwidth)
-    gpu.print_lines(results)
-    for d, code_bits in [(6, 12), (4, 8)]:
-        found = bench_kmeans(d, code_bits, 20 if options.quick else 100)
+    iterations = 20 if options.quick else 100
+    parts: list[Callable[[], list[gpu.Line]]] = [
+        lambda: bench_selection(bandwidth),
+        lambda: bench_kmeans(6, 12, iterations),
+        lambda: bench_kmeans(4, 8, iterations),
+        lambda: bench_model(options.quick),
+    ]
+    results: list[gpu.Line] = []
+    for part in parts:
+        found = part()
         gpu.print_lines(found)
         results += found
-    found = bench_model(options.quick)
-    gpu.print_lines(found)
-    gpu.write(options.json, results + found, copy_bandwidth=bandwidth)
+        gpu.write(options.json, results, copy_bandwidth=bandwidth)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -19,7 +20,12 @@ from typing import Any
 import torch
 
 ROTATED_BYTES = 256 << 20  # several times any L2
-MOST_COPIES = 64
+MOST_COPIES = 256
+# Calls that one graph holds, the same number for all contenders: what a replay costs beside its
+# calls then weighs the same on each. Fewer where a call is long.
+GRAPH_CALLS = 64
+GRAPH_MICROSECONDS = 5000.0
+HEAD_START = 1_000_000  # cycles that the device waits: the host has then queued all that is timed
 
 
 @dataclass
@@ -61,6 +67,7 @@ def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
 
 def _elapsed(action: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
     start.record()
     action()
     end.record()
@@ -68,14 +75,26 @@ def _elapsed(action: Callable[[], Any]) -> float:
     return start.elapsed_time(end) * 1e3
 
 
+def graph_calls(contenders: dict[str, Sequence[Callable[[], Any]]]) -> int:
+    """How many calls each contender's graph holds: all its copies, unless calls are long."""
+    longest = 0.0
+    for calls in contenders.values():
+        calls[0]()
+        longest = max(longest, _elapsed(calls[0]))
+    most = max(GRAPH_CALLS, *(len(calls) for calls in contenders.values()))
+    return max(4, min(most, int(GRAPH_MICROSECONDS / longest)))
+
+
 def compare(
     contenders: dict[str, Sequence[Callable[[], Any]]], *, graphs: bool = True, rounds: int = 25
 ) -> dict[str, tuple[float, float, float]]:
     """(median, p10, p90) microseconds a call of each contender, replayed in turn."""
     actions: dict[str, tuple[Callable[[], Any], int]] = {}
+    count = graph_calls(contenders) if graphs else 0
     for name, calls in contenders.items():
         if graphs:
-            actions[name] = (capture(calls).replay, len(calls))
+            rotated = [calls[i % len(calls)] for i in range(count)]
+            actions[name] = (capture(rotated).replay, count)
         else:
             actions[name] = (lambda calls=calls: [call() for call in calls], len(calls))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
@@ -151,7 +170,7 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "commit": _output("git", "rev-parse", "HEAD"),
+        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("COMMIT", ""),
     }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import gpu
 import torch
 from torch import Tensor
 
@@ -33,12 +34,16 @@ def _aqlm(rows: int, cols: int) -> tuple[Call, int]:
         cols, rows, in_group_size=8, out_group_size=1, num_codebooks=1, nbits_per_codebook=16,
         bias=False, device="cuda", dtype=torch.float16,
     )  # fmt: skip
-    return lambda x: layer(x.half()), rows * cols // 4
+    return layer, rows * cols // 4
 
 
 def _vptq(rows: int, cols: int) -> tuple[Call, int]:
     """VPTQ's 2 bits a weight: one codebook of 65536 entries of 8, no residual, no outliers."""
     from vptq.layers.vqlinear import VQuantLinear
+    from vptq.ops import quant_gemm
+
+    if not vars(quant_gemm).get("__cuda_ops_installed"):
+        raise RuntimeError("its CUDA kernels do not load, and it would fall back to PyTorch")
 
     layer = VQuantLinear(
         cols, rows, vector_lens=(-1, 8), num_centroids=(-1, 65536), num_res_centroids=(-1, -1),
@@ -52,6 +57,12 @@ def _vptq(rows: int, cols: int) -> tuple[Call, int]:
 
 
 GEMV = {"torch 2:4": _torch_2_4, "aqlm 1x16": _aqlm, "vptq 8x16": _vptq}
+IN_HALF = {"cuBLAS fp16", "aqlm 1x16"}  # contenders that take float16 inputs
+
+
+def inputs(name: str, x: Tensor) -> Tensor:
+    """x as this contender takes it."""
+    return x.half() if name in IN_HALF else x
 
 
 def gemv(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
@@ -59,12 +70,13 @@ def gemv(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
     found: dict[str, tuple[list[Call], int]] = {}
     for name, make in GEMV.items():
         try:
-            made = [make(rows, cols) for _ in range(2)]
-            made[0][0](torch.randn(1, cols, device="cuda", dtype=DTYPE))
+            first = make(rows, cols)
+            first[0](inputs(name, torch.randn(1, cols, device="cuda", dtype=DTYPE)))
+            made = [first] + [make(rows, cols) for _ in range(gpu.copies(first[1]) - 1)]
         except Exception as reason:  # whatever it is: see the module's text
             print(f"{name} left out: {type(reason).__name__}: {str(reason)[:100]!r}")
         else:
-            found[name] = ([call for call, _ in made], made[0][1])
+            found[name] = ([call for call, _ in made], first[1])
     return found
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every CPU benchmark, one after another, with nothing else running (half an hour on two cores):
+# Every CPU benchmark, one after another, with nothing else running (three quarters of an hour on two cores):
 #
 #     bash benchmarks/run_cpu.sh [OUTDIR]        (default: benchmarks/results/cpu)
 #
@@ -19,7 +19,7 @@ python=${PYTHON:-python3}
 export PYTHONPATH=$PWD
 failed=()
 
-declare -A full=([prune]="--seconds 1" [vq_gemv]="--seconds 1" [sparse_gemv]="--seconds 1")
+declare -A full=([prune]="--seconds 0.5" [vq_gemv]="--seconds 0.5" [sparse_gemv]="--seconds 0.5")
 # 65536 entries take minutes without AVX-512.
 declare -A narrow=([kmeans]="--only 4096x4096\ d=6 4096x4096\ d=4")
 declare -A quick=(

@@ -55,7 +55,12 @@ class Points:
             torch.zeros(m.shape[0], p, dtype=torch.uint16, device=m.device)
             for m, p in zip(w, positions, strict=True)
         ]
-        self.gaps = [torch.zeros(codes.shape, device=codes.device) for codes in self.codes]
+        # Spares later iterations work on the CPU; the CUDA kernels have no use for it.
+        self.gaps = (
+            [torch.zeros(codes.shape) for codes in self.codes]
+            if w[0].device.type == "cpu"
+            else None
+        )
         weight = sum(m.shape[0] * float(h.double().sum()) for m, h in zip(w, self.h, strict=True))
         largest = max(float(matrix.abs().max()) for matrix in w)
         self.scale = ops.kmeans_scale(weight, largest)

@@ -212,6 +212,7 @@ def test_linear_in_a_graph_and_on_another_stream(kind: str) -> None:
     x = activations(1, 768, torch.bfloat16).to(CUDA)
     want = layer(x)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         assert torch.equal(layer(x), want)
     graph = torch.cuda.CUDAGraph()

@@ -8,6 +8,7 @@
 
 namespace nowag::cuda {
 
+// Blocks along y; along x there may be 2^31 - 1: rows go there where there is one block each.
 constexpr int64_t kMaxGridY = 65535;
 
 // body(constant) with the element type as a compile-time constant.

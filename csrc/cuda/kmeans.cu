@@ -103,13 +103,13 @@ int64_t kmeans_spread_workspace(const KmeansProblem*, int64_t, int64_t, int, dou
 Status kmeans_spread(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
                      double scale, int64_t* spread, void*, Stream stream) {
     if (count != 1 || !valid_entries(entries) || !valid_problem(problems[0], d) ||
-        problems[0].rows > kMaxGridY) {
+        problems[0].cols > kMaxGridY * kKmeansThreads) {
         return Status::invalid_argument;
     }
     return with_subvector(d, [&](auto subvector) {
         const int64_t positions = code_positions(problems[0].cols, d);
-        const dim3 grid(blocks_for(positions, kKmeansThreads),
-                        static_cast<unsigned>(problems[0].rows));
+        const dim3 grid(static_cast<unsigned>(problems[0].rows),
+                        blocks_for(positions, kKmeansThreads));
         const size_t bytes = static_cast<size_t>(entries * d) * sizeof(int64_t);
         return in_order([&] { return clear(spread, bytes, stream); },
                         [&] {
@@ -124,13 +124,13 @@ int64_t kmeans_errors_workspace(const KmeansProblem*, int64_t, int64_t, int, flo
 Status kmeans_errors(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
                      float* errors, void*, Stream stream) {
     if (count != 1 || !valid_entries(entries) || !valid_problem(problems[0], d) ||
-        problems[0].rows > kMaxGridY) {
+        problems[0].cols > kMaxGridY * kKmeansThreads) {
         return Status::invalid_argument;
     }
     return with_subvector(d, [&](auto subvector) {
         const int64_t positions = code_positions(problems[0].cols, d);
-        const dim3 grid(blocks_for(positions, kKmeansThreads),
-                        static_cast<unsigned>(problems[0].rows));
+        const dim3 grid(static_cast<unsigned>(problems[0].rows),
+                        blocks_for(positions, kKmeansThreads));
         return launch(kmeans_point_errors<subvector.value>, grid, kKmeansThreads, 0, stream,
                       problems[0], errors);
     });

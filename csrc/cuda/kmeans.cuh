@@ -51,8 +51,8 @@ __global__ void kmeans_add_terms(const double* __restrict__ terms, int64_t count
 template <int kD>
 __global__ void kmeans_point_errors(KmeansProblem problem, float* __restrict__ errors) {
     const int64_t positions = positions_of(problem, kD);
-    const int64_t position = static_cast<int64_t>(blockIdx.x) * kKmeansThreads + threadIdx.x;
-    const int64_t row = blockIdx.y;
+    const int64_t position = static_cast<int64_t>(blockIdx.y) * kKmeansThreads + threadIdx.x;
+    const int64_t row = blockIdx.x;
     if (position >= positions) return;
     float x[kD];
     read_point<kD>(problem, row, position, x);
@@ -72,8 +72,8 @@ template <int kD>
 __global__ void kmeans_add_spread(KmeansProblem problem, double scale,
                                   int64_t* __restrict__ spread) {
     const int64_t positions = positions_of(problem, kD);
-    const int64_t position = static_cast<int64_t>(blockIdx.x) * kKmeansThreads + threadIdx.x;
-    const int64_t row = blockIdx.y;
+    const int64_t position = static_cast<int64_t>(blockIdx.y) * kKmeansThreads + threadIdx.x;
+    const int64_t row = blockIdx.x;
     if (position >= positions) return;
     float x[kD];
     read_point<kD>(problem, row, position, x);

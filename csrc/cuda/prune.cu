@@ -195,13 +195,13 @@ int64_t prune_select_nm_workspace(const float*, const float*, int64_t, int64_t, 
 
 Status prune_select_nm(const float* w, const float* h, int64_t rows, int64_t cols, int n, int m,
                        uint8_t* bitmap, void*, Stream stream) {
-    if (!valid_layer(rows, cols) || rows > kMaxGridY || n < 1 || n > m || m > kWarpSize ||
+    const dim3 grid(static_cast<unsigned>(rows),
+                    blocks_for(8 * bitmap_row_bytes(cols), kPruneThreads));
+    if (!valid_layer(rows, cols) || grid.y > kMaxGridY || n < 1 || n > m || m > kWarpSize ||
         cols % m != 0) {
         return Status::invalid_argument;
     }
     const PruneLayer layer{w, h, rows, cols, 1};
-    const dim3 grid(blocks_for(8 * bitmap_row_bytes(cols), kPruneThreads),
-                    static_cast<unsigned>(rows));
     const auto kernel = kWarpSize % m == 0 ? prune_nm<true> : prune_nm<false>;
     return launch(kernel, grid, kPruneThreads, 0, stream, layer, n, m, bitmap);
 }

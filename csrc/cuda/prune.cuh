@@ -120,8 +120,8 @@ __global__ void prune_keep_all(int64_t rows, int64_t cols, uint8_t* bitmap);
 template <bool kShuffled>
 __global__ void prune_nm(PruneLayer layer, int n, int m, uint8_t* __restrict__ bitmap) {
     const int64_t padded = padded_columns(layer.cols);
-    const int64_t i = blockIdx.y;
-    const int64_t j = static_cast<int64_t>(blockIdx.x) * kPruneThreads + threadIdx.x;
+    const int64_t i = blockIdx.x;
+    const int64_t j = static_cast<int64_t>(blockIdx.y) * kPruneThreads + threadIdx.x;
     if (j - threadIdx.x % kWarpSize >= padded) return;
     const bool inside = j < layer.cols;
     const unsigned mine = inside ? saliency_bits(layer, i, j) : 0u;
