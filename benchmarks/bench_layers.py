@@ -1,6 +1,6 @@
 """Three layers of SmolLM2 by vq_compress, against plain PyTorch; pruning masks of every layer.
 
-    python benchmarks/bench_layers.py --json benchmarks/results/layers.json
+    python benchmarks/bench_layers.py --json benchmarks/results/cpu/layers.json
 
 act_norms as in bench_model.py. d=4, 2 bits, 100 iterations with the default settings. The peers do
 one iteration of the same k-means in the same process, times 100: reference.py, and the usual torch

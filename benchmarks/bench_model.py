@@ -1,6 +1,6 @@
 """A whole model: quality, size and speed of each method, by the protocol below.
 
-    python benchmarks/bench_model.py --json benchmarks/results/model.json
+    python benchmarks/bench_model.py --json benchmarks/results/cpu/model.json
 
 SmolLM2-135M-Instruct (or --model), fp32. act_norms from the first 16 windows of 1024 tokens of
 WikiText-2's validation text, perplexity and KL on the first 16 windows of its test text; both are
