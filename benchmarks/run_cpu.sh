@@ -19,7 +19,7 @@ python=${PYTHON:-python3}
 export PYTHONPATH=$PWD
 failed=()
 
-declare -A full=([prune]="--seconds 0.5" [vq_gemv]="--seconds 0.5" [sparse_gemv]="--seconds 0.5")
+declare -A full=([prune]="--seconds 2" [vq_gemv]="--seconds 0.5" [sparse_gemv]="--seconds 0.5")
 # 65536 entries take minutes without AVX-512.
 declare -A narrow=([kmeans]="--only 4096x4096\ d=6 4096x4096\ d=4")
 declare -A quick=(
