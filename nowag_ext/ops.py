@@ -260,6 +260,19 @@ def kmeans_assign(
     return changed
 
 
+def kmeans_assign_exhaustive(w: Tensor, h: Tensor, codebook: Tensor, codes: Tensor) -> None:
+    """Nearest entry of every sub-vector of a matrix on the CPU, by looking at every entry.
+
+    A yardstick for tests and benchmarks: ``kmeans_assign`` gives the same codes sooner.
+    """
+    entries, d = codebook.shape
+    problems = _problems([w], [h], d, [codebook], [codes])
+    changed = torch.empty(1, dtype=torch.int64)
+    _cpu.kmeans_assign(
+        problems, entries, d, 1.0, False, changed.data_ptr(), torch.get_num_threads(), True
+    )
+
+
 def _kmeans_update_fake(sums: Tensor, scale: float, codebook: Tensor) -> tuple[Tensor, Tensor]:
     return codebook.new_empty((), dtype=torch.float64), codebook.new_empty(
         codebook.shape[0], dtype=torch.bool

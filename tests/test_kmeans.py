@@ -26,6 +26,7 @@ CASES = [
     (300, 26, 6, 12),
     (40, 30, 7, 7),
     (70, 40, 8, 12),
+    (90, 31, 5, 11),
     (2100, 6, 4, 8),
 ]
 
@@ -66,6 +67,12 @@ def assign(w: Tensor, h: Tensor, codebook: Tensor) -> Tensor:
     return codes
 
 
+def assign_exhaustively(w: Tensor, h: Tensor, codebook: Tensor) -> Tensor:
+    codes = empty_codes(w, codebook.shape[1])
+    ops.kmeans_assign_exhaustive(w, h, codebook, codes)
+    return codes
+
+
 def as_ints(codes: Tensor) -> Tensor:
     return codes.to(torch.int32)
 
@@ -93,8 +100,9 @@ def test_assign_is_the_oracle_bit_for_bit(
     rows: int, cols: int, d: int, code_bits: int, threads: int
 ) -> None:
     w, h, codebook = problem(rows, cols, d, code_bits)
-    want = reference.kmeans_assign(w, h, codebook)
-    assert torch.equal(as_ints(assign(w, h, codebook)), as_ints(want))
+    want = as_ints(reference.kmeans_assign(w, h, codebook))
+    assert torch.equal(as_ints(assign(w, h, codebook)), want)
+    assert torch.equal(as_ints(assign_exhaustively(w, h, codebook)), want)
 
 
 @given(
@@ -108,6 +116,39 @@ def test_assign_property(rows: int, cols: int, d: int, code_bits: int, seed: int
     w, h, codebook = problem(rows, cols, d, code_bits, seed)
     want = reference.kmeans_assign(w, h, codebook)
     assert torch.equal(as_ints(assign(w, h, codebook)), as_ints(want))
+
+
+# What becomes of a codebook, of the points or of the metric where there are many entries: their
+# search compares 13-bit coordinates (kmeans_grid.h), whose range must never cost the right answer.
+EXTREMES = {
+    "plain": lambda w, h, c: (w, h, c),
+    "entries far from 0": lambda w, h, c: (w + 300, h, c + 300),
+    "points beyond the entries": lambda w, h, c: (w * 40, h, c),
+    "points far within the entries": lambda w, h, c: (w / 400, h, c),
+    "one entry far away": lambda w, h, c: (w, h, c.index_fill(0, torch.tensor([5]), 1e4)),
+    "entries in a heap": lambda w, h, c: (w, h, torch.cat([c[:9], c[9:] * 1e-4])),
+    "each entry twice": lambda w, h, c: (w, h, torch.cat([c[::2], c[::2]])),
+    "all entries the same": lambda w, h, c: (w, h, c[:1].expand_as(c).contiguous()),
+    "entries on a line": lambda w, h, c: (w, h, c[:, :1].expand_as(c).contiguous()),
+    "points that are entries": lambda w, h, c: (c.flatten()[: w.numel()].view_as(w), h, c),
+    "huge weights": lambda w, h, c: (w, h * 1e30, c),
+    "tiny weights": lambda w, h, c: (w, h * 1e-35, c),
+    "tiny values": lambda w, h, c: (w * 1e-18, h, c * 1e-18),
+    "one coordinate counts": lambda w, h, c: (w, h * (torch.arange(len(h)) % 3 == 0), c),
+    "no coordinate counts": lambda w, h, c: (w, h * 0, c),
+}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize(("d", "code_bits"), [(1, 11), (3, 10), (4, 12), (6, 12), (8, 13)])
+def test_assign_among_many_entries(extreme: str, d: int, code_bits: int) -> None:
+    """From nothing, and from any previous entries, all of them the wrong ones."""
+    w, h, codebook = EXTREMES[extreme](*problem(40, 25, d, code_bits))
+    want = as_ints(reference.kmeans_assign(w, h, codebook))
+    assert torch.equal(as_ints(assign(w, h, codebook)), want)
+    codes = (want * 7 + 11).remainder(len(codebook)).to(torch.uint16)
+    ops.kmeans_assign([w], [h], [codebook], [codes], [], 1.0, True)
+    assert torch.equal(as_ints(codes), want)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -177,7 +218,7 @@ def test_merge_cost_of_the_only_entry_is_infinite() -> None:
 def test_every_warm_iteration_is_brute_force(
     rows: int, cols: int, d: int, code_bits: int, tracked: bool, threads: int
 ) -> None:
-    """Codes, sums and the number of changes of every iteration, against assigning from nothing."""
+    """Codes, sums and the number of changes of every iteration, against assigning from nothing and brute force."""
     w, h, codebook = problem(rows, cols, d, code_bits)
     scale = scale_of(w, h)
     codes, sums = empty_codes(w, d), zero_sums(codebook)
@@ -197,6 +238,7 @@ def test_every_warm_iteration_is_brute_force(
         fresh, fresh_sums = empty_codes(w, d), zero_sums(codebook)
         ops.kmeans_assign([w], [h], [codebook], [fresh], [fresh_sums], scale, False)
         assert torch.equal(as_ints(codes), as_ints(fresh))
+        assert torch.equal(as_ints(codes), as_ints(assign_exhaustively(w, h, codebook)))
         assert torch.equal(sums, fresh_sums)
         assert changed.item() == (as_ints(codes) != before).sum()
 

@@ -25,11 +25,11 @@ std::vector<KmeansProblem> problems(const py::sequence& items) {
 }
 
 void assign(const py::sequence& items, int64_t entries, int d, double scale, bool warm,
-            Address changed, int threads) {
+            Address changed, int threads, bool exhaustive) {
     const std::vector<KmeansProblem> all = problems(items);
     run("kmeans_assign", [&] {
         return cpu::kmeans_assign(all.data(), static_cast<int64_t>(all.size()), entries, d, scale,
-                                  warm, pointer<int64_t>(changed), threads);
+                                  warm, pointer<int64_t>(changed), threads, exhaustive);
     });
 }
 
@@ -85,7 +85,9 @@ void seed(const py::sequence& items, int64_t entries, int d, int init, int64_t s
 }  // namespace
 
 void bind_kmeans(py::module_& module) {
-    module.def("kmeans_assign", assign);
+    module.def("kmeans_assign", assign, py::arg("items"), py::arg("entries"), py::arg("d"),
+               py::arg("scale"), py::arg("warm"), py::arg("changed"), py::arg("threads"),
+               py::arg("exhaustive") = false);
     module.def("kmeans_update", update);
     module.def("kmeans_errors", errors);
     module.def("kmeans_spread", spread);

@@ -8,10 +8,13 @@
 #include <omp.h>
 
 #include <cmath>
+#include <cstring>
 #include <new>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/kmeans_points.h"
 #include "cpu/kmeans_table.h"
 #include "cpu/kmeans_tree.h"
@@ -26,6 +29,8 @@ namespace {
 constexpr int kRowBits = 12;
 constexpr int64_t kLeastRows = 256, kMostRows = 1 << kRowBits;
 constexpr int64_t kTilesPerThread = 4;
+// Rows of W are asked for before they are packed: hardware does not see them coming.
+constexpr int64_t kRowsAhead = 8;
 // Weights of a tile are addressed by 32-bit offsets from its first.
 constexpr int64_t kMostOffset = int64_t{1} << 30;
 static_assert(kRowBits + kMaxCodeBits <= 32, "a key is 32 bits");
@@ -43,11 +48,11 @@ int32_t row_of(Key key) { return static_cast<int32_t>(key & ((1u << kRowBits) - 
 // What one thread works with, and what it adds up for its points: integers, so that the sum of all
 // threads does not depend on who had which point.
 struct Worker {
-    std::vector<float> bias, lower, upper, drift, x, gaps;
-    std::vector<uint16_t> slots, best;
-    std::vector<uint32_t> leaf_ends;
-    std::vector<int32_t> rows, near_branches, near_leaves;
-    std::vector<Key> keys[kTilePositions];
+    Buffer<float> tile, bias, lower, upper, drift, x, gaps;
+    Buffer<uint16_t> slots, best, near_entries;
+    Buffer<uint32_t> leaf_ends;
+    Buffer<int32_t> rows, grid_entries, grid_boxes, near_branches, near_leaves;
+    Buffer<Key> keys[kTilePositions];
     int64_t key_count[kTilePositions];
     std::vector<int64_t> sums;
     int64_t changed = 0;
@@ -55,12 +60,14 @@ struct Worker {
 
 class Assignment {
   public:
-    Assignment(const KmeansProblem& problem, int64_t entries, int d, double scale, bool warm)
+    Assignment(const KmeansProblem& problem, int64_t entries, int d, double scale, bool warm,
+               KmeansStart start)
         : problem_(problem),
           entries_(entries),
           d_(d),
           scale_(scale),
           warm_(warm),
+          start_(start),
           positions_(positions_of(problem, d)),
           tree_(problem.codebook, entries, d, mean_metric().data()),
           leaves_(tree_.leaves()),
@@ -77,7 +84,7 @@ class Assignment {
         std::vector<Worker> workers(static_cast<size_t>(threads));
         parallel_for(tiles * blocks, threads, [&](int64_t item) {
             Worker& worker = workers[static_cast<size_t>(omp_get_thread_num())];
-            if (worker.bias.empty()) prepare(worker, block_rows);
+            if (worker.bias == nullptr) prepare(worker, block_rows);
             const int64_t first = item % blocks * block_rows;
             assign_tile(worker, item / blocks * kTilePositions, first,
                         std::min(problem_.rows, first + block_rows));
@@ -95,8 +102,10 @@ class Assignment {
         return mean;
     }
 
+    bool many() const { return leaves_.count >= kManyLeaves; }
+
     bool tracking() const {
-        return warm_ && problem_.gaps != nullptr && problem_.previous != nullptr;
+        return warm_ && !many() && problem_.gaps != nullptr && problem_.previous != nullptr;
     }
 
     // [d, K]: how far each entry moved along each coordinate since the gaps were taken.
@@ -114,34 +123,94 @@ class Assignment {
         return moves;
     }
 
-    int64_t branch_room() const { return leaves_.branches + 2 * kMaxLanes; }
-    int64_t leaf_room() const { return leaves_.count + 2 * kMaxLanes; }
-
     void prepare(Worker& worker, int64_t rows) const {
-        const size_t points = static_cast<size_t>(pad_lanes(rows));
-        worker.bias.resize(static_cast<size_t>(leaves_.count * kLeafEntries));
-        worker.lower.resize(static_cast<size_t>(leaves_.stride * d_));
-        worker.upper.resize(worker.lower.size());
-        worker.leaf_ends.resize(static_cast<size_t>(leaves_.count));
-        worker.near_branches.resize(static_cast<size_t>(kMaxLanes * branch_room()));
-        worker.near_leaves.resize(static_cast<size_t>(kMaxLanes * leaf_room()));
-        worker.x.resize(points * static_cast<size_t>(d_));
-        worker.gaps.resize(points);
-        worker.slots.resize(points);
-        worker.best.resize(points);
-        worker.rows.resize(points);
-        for (std::vector<Key>& keys : worker.keys) keys.resize(points);
-        if (tracking()) worker.drift.resize(static_cast<size_t>(kTilePositions * entries_));
+        const int64_t points = pad_lanes(rows), slots = leaves_.count * kLeafEntries;
+        worker.tile = buffer<float>(kTilePositions * plane(rows) + kCollectSlack);
+        worker.bias = buffer<float>(slots);
+        worker.lower = buffer<float>(leaves_.stride * d_);
+        worker.upper = buffer<float>(leaves_.stride * d_);
+        worker.leaf_ends = buffer<uint32_t>(leaves_.count);
+        if (many()) {
+            const int64_t pairs = ceil_div(d_, 2);
+            worker.grid_entries = buffer<int32_t>(slots * pairs);
+            worker.grid_boxes = buffer<int32_t>(2 * leaves_.stride * pairs);
+            worker.near_branches = buffer<int32_t>(kMaxLanes * (leaves_.branches + 1));
+            worker.near_leaves = buffer<int32_t>(kMaxLanes * (leaves_.count + 1));
+            worker.near_entries = buffer<uint16_t>(kMaxLanes * (leaves_.count + 1));
+        }
+        worker.x = buffer<float>(points * d_);
+        worker.gaps = buffer<float>(points);
+        worker.slots = buffer<uint16_t>(points);
+        worker.best = buffer<uint16_t>(points);
+        worker.rows = buffer<int32_t>(points);
+        for (Buffer<Key>& keys : worker.keys) keys = buffer<Key>(points);
+        if (tracking()) worker.drift = buffer<float>(kTilePositions * entries_);
         if (problem_.sums != nullptr) {
             worker.sums.assign(static_cast<size_t>(entries_ * (2 * d_ + 1)), 0);
         }
     }
 
+    // Floats from one point of the tile to the next: a power of two, so that none crosses a line.
+    int64_t point_stride() const {
+        int64_t stride = 1;
+        while (stride < d_) stride *= 2;
+        return stride;
+    }
+
+    // Floats from one position of the tile to the next: an odd number of lines, or they would all
+    // be in the same sets of the caches.
+    int64_t plane(int64_t rows) const {
+        constexpr int64_t kLine = 16;
+        return (ceil_div(rows * point_stride(), kLine) | 1) * kLine;
+    }
+
     void assign_tile(Worker& worker, int64_t first, int64_t row_begin, int64_t row_end) const {
         const int count = static_cast<int>(std::min<int64_t>(kTilePositions, positions_ - first));
         collect_keys(worker, first, count, row_begin, row_end);
+        pack_tile(worker, first, count, row_begin, row_end);
         for (int p = 0; p < count; ++p) {
-            if (worker.key_count[p] > 0) assign_position(worker, first, p, row_begin);
+            if (worker.key_count[p] > 0) {
+                assign_position(worker, first, p, row_begin, row_end - row_begin);
+            }
+        }
+    }
+
+    // The tile's points, position by position: rows of W lie so far apart that what is read of them
+    // once is not in a cache any more for the next position.
+    void pack_tile(Worker& worker, int64_t first, int count, int64_t row_begin,
+                   int64_t row_end) const {
+        const auto pack = [&](auto stride) {
+            constexpr int64_t kStride = decltype(stride)::value;
+            const int64_t rows = row_end - row_begin,
+                          last = problem_.rows * problem_.cols - kStride;
+            for (int64_t row = 0; row < rows; ++row) {
+                const int64_t start = (row_begin + row) * problem_.cols;
+                const float* ahead =
+                    problem_.w +
+                    (row_begin + std::min(row + kRowsAhead, rows - 1)) * problem_.cols + first * d_;
+                for (int j = 0; j < count * d_; j += 16) __builtin_prefetch(ahead + j);
+                for (int p = 0; p < count; ++p) {
+                    const int64_t col = (first + p) * d_;
+                    float* to = worker.tile.get() + p * plane(rows) + row * kStride;
+                    if (col + d_ <= problem_.cols && start + col <= last) {
+                        std::memcpy(to, problem_.w + start + col, kStride * sizeof(float));
+                    } else {
+                        for (int j = 0; j < d_; ++j) {
+                            to[j] = col + j < problem_.cols ? problem_.w[start + col + j] : 0.0f;
+                        }
+                    }
+                }
+            }
+        };
+        switch (point_stride()) {
+            case 1:
+                return pack(std::integral_constant<int64_t, 1>{});
+            case 2:
+                return pack(std::integral_constant<int64_t, 2>{});
+            case 4:
+                return pack(std::integral_constant<int64_t, 4>{});
+            default:
+                return pack(std::integral_constant<int64_t, 8>{});
         }
     }
 
@@ -151,14 +220,14 @@ class Assignment {
         std::fill_n(worker.key_count, count, 0);
         for (int p = 0; tracking() && p < count; ++p) {
             kmeans_table().drift(moves_.data(), entries_, problem_.h + (first + p) * d_, d_,
-                                 worker.drift.data() + p * entries_);
+                                 worker.drift.get() + p * entries_);
         }
         for (int64_t row = row_begin; row < row_end; ++row) {
             const int64_t point = row * positions_ + first;
             const uint16_t* codes = problem_.codes + point;
             uint32_t spent = (1u << count) - 1u;
             if (tracking()) {
-                spent = kmeans_table().shrink(codes, worker.drift.data(), entries_, count,
+                spent = kmeans_table().shrink(codes, worker.drift.get(), entries_, count,
                                               problem_.gaps + point);
             }
             for (; spent != 0; spent &= spent - 1) {
@@ -171,32 +240,27 @@ class Assignment {
     }
 
     // Assigns the collected points of position first + p.
-    void assign_position(Worker& worker, int64_t first, int p, int64_t row_begin) const {
+    void assign_position(Worker& worker, int64_t first, int p, int64_t row_begin,
+                         int64_t rows) const {
         const int64_t position = first + p, count = worker.key_count[p], padded = pad_lanes(count);
         const float* h = problem_.h + position * d_;
-        const KmeansFrame frame{worker.bias.data(),
-                                worker.lower.data(),
-                                worker.upper.data(),
-                                worker.near_branches.data(),
-                                worker.near_leaves.data(),
-                                branch_room(),
-                                leaf_room()};
-        order_points(worker, worker.keys[p].data(), count);
-        const int present = static_cast<int>(std::min<int64_t>(d_, problem_.cols - position * d_));
-        kmeans_table().collect(problem_.w + row_begin * problem_.cols + position * d_,
-                               problem_.cols, worker.rows.data(), padded, present, d_,
-                               worker.x.data());
-        const KmeansSlice points{worker.x.data(), h, worker.slots.data(), padded, padded};
-        kmeans_table().frame(leaves_, entries_, h, d_, frame);
-        kmeans_table().search(points, leaves_, frame, d_, warm_, worker.best.data(),
-                              worker.gaps.data());
+        const KmeansFrame frame{worker.bias.get(),        worker.lower.get(),
+                                worker.upper.get(),       worker.grid_entries.get(),
+                                worker.grid_boxes.get(),  worker.near_branches.get(),
+                                worker.near_leaves.get(), worker.near_entries.get()};
+        order_points(worker, worker.keys[p].get(), count);
+        kmeans_table().collect(worker.tile.get() + p * plane(rows), point_stride(),
+                               worker.rows.get(), padded, d_, worker.x.get());
+        const KmeansSlice points{worker.x.get(), h, worker.slots.get(), padded, padded};
+        kmeans_table().search(points, leaves_, entries_, d_, start_, frame, worker.best.get(),
+                              worker.gaps.get());
         store(worker, row_begin * positions_ + position, position, count, padded);
     }
 
     // Rows and slots in the order of the previous entries' leaves: neighbours then visit the same
     // leaves. Filled up with copies of the last.
     void order_points(Worker& worker, const Key* keys, int64_t count) const {
-        uint32_t* ends = worker.leaf_ends.data();
+        uint32_t* ends = worker.leaf_ends.get();
         std::fill_n(ends, leaves_.count, 0u);
         for (int64_t i = 0; i < count; ++i) ++ends[slot_of(keys[i]) / kLeafEntries];
         std::partial_sum(ends, ends + leaves_.count, ends);
@@ -217,12 +281,12 @@ class Assignment {
                int64_t stride) const {
         for (size_t i = 0; i < static_cast<size_t>(count); ++i) {
             const int64_t point = origin + worker.rows[i] * positions_;
-            if (problem_.gaps != nullptr) problem_.gaps[point] = worker.gaps[i];
+            if (problem_.gaps != nullptr && !many()) problem_.gaps[point] = worker.gaps[i];
             if (warm_ && worker.best[i] == worker.slots[i]) continue;
             const uint16_t entry = leaves_.entry[worker.best[i]];
             ++worker.changed;
             if (problem_.sums != nullptr) {
-                const float* x = worker.x.data() + i;
+                const float* x = worker.x.get() + i;
                 if (warm_) add(worker, position, x, stride, problem_.codes[point], -1);
                 add(worker, position, x, stride, entry, 1);
             }
@@ -257,6 +321,7 @@ class Assignment {
     const int d_;
     const double scale_;
     const bool warm_;
+    const KmeansStart start_;
     const int64_t positions_;
     const KmeansTree tree_;
     const KmeansLeaves leaves_;
@@ -276,7 +341,7 @@ const KmeansTable& kmeans_table() {
 }
 
 Status kmeans_assign(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
-                     double scale, bool warm, int64_t* changed, int threads) try {
+                     double scale, bool warm, int64_t* changed, int threads, bool exhaustive) try {
     if (count < 1 || !valid_entries(entries) || threads < 1) return Status::invalid_argument;
     for (int64_t b = 0; b < count; ++b) {
         const KmeansProblem& problem = problems[b];
@@ -284,8 +349,11 @@ Status kmeans_assign(const KmeansProblem* problems, int64_t count, int64_t entri
             return Status::invalid_argument;
         }
     }
+    const KmeansStart start = exhaustive ? KmeansStart::exhaustive
+                              : warm     ? KmeansStart::previous
+                                         : KmeansStart::nothing;
     for (int64_t b = 0; b < count; ++b) {
-        changed[b] = Assignment(problems[b], entries, d, scale, warm).run(threads);
+        changed[b] = Assignment(problems[b], entries, d, scale, warm, start).run(threads);
     }
     return Status::ok;
 } catch (const std::bad_alloc&) {

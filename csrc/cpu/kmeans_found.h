@@ -39,12 +39,10 @@ struct Found {
 
     Float near() const { return Lanes::max(Lanes::add(best, energy), Lanes::all(0.0f)); }
 
-    // The squared distance beyond which no entry can win or tie. Never infinite: what fills up the
-    // boxes is.
+    // The squared distance beyond which no entry can win or tie.
     Float limit() const {
-        const Float square = Lanes::fma(near(), Lanes::all(1.0f + 3.0f * kappa(D)),
-                                        Lanes::mul(energy, Lanes::all(3.0f * kappa(D))));
-        return Lanes::min(square, Lanes::all(kFar));
+        return Lanes::fma(near(), Lanes::all(1.0f + 3.0f * kappa(D)),
+                          Lanes::mul(energy, Lanes::all(3.0f * kappa(D))));
     }
 
     Float noise(Float square) const {

@@ -11,73 +11,61 @@
 namespace nowag::cpu {
 namespace {
 
-// From this many leaves on, searching them point by point is faster: measured.
-constexpr int64_t kManyLeaves = 64;
-
-void collect(const float* from, int64_t cols, const int32_t* rows, int64_t count, int present,
-             int d, float* x) {
-    const Int stride = Lanes::all_int(static_cast<int32_t>(cols));
+void collect(const float* points, int64_t stride, const int32_t* rows, int64_t count, int d,
+             float* x) {
     for (int64_t i = 0; i < count; i += Lanes::kWidth) {
-        const Int row = Lanes::multiply(Lanes::load_int(rows + i), stride);
-        for (int j = 0; j < d; ++j) {
-            const Float value = j < present ? Lanes::gather(from + j, row) : Lanes::all(0.0f);
-            Lanes::store(x + j * count + i, value);
+        for (int first = 0; first < d; first += 4) {
+            Float column[4];
+            Lanes::columns(points + first, stride, rows + i, column);
+            for (int j = first; j < d && j < first + 4; ++j) {
+                Lanes::store(x + j * count + i, column[j - first]);
+            }
         }
     }
 }
 
-void frame(const KmeansLeaves& leaves, int64_t entries, const float* h, int d,
-           const KmeansFrame& out) {
+// sum h c^2 of every slot.
+template <int D>
+void frame_bias(const KmeansLeaves& leaves, int64_t entries, const float* h, float* bias) {
     for (int64_t leaf = 0; leaf < leaves.count; ++leaf) {
-        const float* c = leaves.c + leaf * d * kLeafEntries;
+        const float* c = leaves.c + leaf * D * kLeafEntries;
         for (int e = 0; e < kLeafEntries; e += Lanes::kWidth) {
             Float sum = Lanes::all(0.0f);
-            for (int j = 0; j < d; ++j) {
+            for (int j = 0; j < D; ++j) {
                 const Float value = Lanes::load(c + j * kLeafEntries + e);
                 sum = Lanes::fma(Lanes::mul(Lanes::all(h[j]), value), value, sum);
             }
-            Lanes::store(out.bias + leaf * kLeafEntries + e, sum);
+            Lanes::store(bias + leaf * kLeafEntries + e, sum);
         }
     }
     for (int64_t slot = entries; slot < leaves.count * kLeafEntries; ++slot) {
-        out.bias[slot] = __builtin_inff();
-    }
-    for (int j = 0; j < d; ++j) {
-        const Float root = Lanes::all(__builtin_sqrtf(h[j]));
-        const int64_t end = (j + 1) * leaves.stride;
-        for (int64_t at = j * leaves.stride; at < end; at += Lanes::kWidth) {
-            Lanes::store(out.lower + at, Lanes::mul(Lanes::load(leaves.lower + at), root));
-            Lanes::store(out.upper + at, Lanes::mul(Lanes::load(leaves.upper + at), root));
-        }
-        // What fills up must stay infinitely far even where h is 0.
-        float* lower = out.lower + j * leaves.stride;
-        float* upper = out.upper + j * leaves.stride;
-        const auto fill = [&](int64_t from, int64_t to) {
-            for (; from < to; ++from) lower[from] = upper[from] = __builtin_inff();
-        };
-        fill(leaves.count, leaves.first_branch);
-        fill(leaves.first_branch + leaves.branches, leaves.stride);
+        bias[slot] = __builtin_inff();
     }
 }
 
 template <int D>
-void search_any(const KmeansSlice& points, const KmeansLeaves& leaves, const KmeansFrame& in,
-                bool guided, uint16_t* best, float* gaps) {
+void search_any(const KmeansSlice& points, const KmeansLeaves& leaves, int64_t entries,
+                KmeansStart start, const KmeansFrame& frame, uint16_t* best, float* gaps) {
     float root[D];
     for (int j = 0; j < D; ++j) root[j] = __builtin_sqrtf(points.h[j]);
-    if (guided && leaves.count >= kManyLeaves) {
-        search_deep<D>(points, leaves, in, root, best, gaps);
+    frame_bias<D>(leaves, entries, points.h, frame.bias);
+    const Scale<D> scale(leaves, root);
+    const bool guided = start == KmeansStart::previous;
+    if (start != KmeansStart::exhaustive && leaves.count >= kManyLeaves && scale.steps > 0.0f) {
+        frame_grid<D>(leaves, entries, scale, frame);
+        search_deep<D>(points, leaves, frame, scale, guided, best);
     } else {
-        search_wide<D>(points, leaves, in, root, guided, best, gaps);
+        frame_boxes<D>(leaves, root, frame);
+        search_wide<D>(points, leaves, frame, root, guided, best, gaps);
     }
 }
 
-void search(const KmeansSlice& points, const KmeansLeaves& leaves, const KmeansFrame& in, int d,
-            bool guided, uint16_t* best, float* gaps) {
+void search(const KmeansSlice& points, const KmeansLeaves& leaves, int64_t entries, int d,
+            KmeansStart start, const KmeansFrame& frame, uint16_t* best, float* gaps) {
     constexpr decltype(&search_any<1>) kByLength[kMaxSubvector] = {
         search_any<1>, search_any<2>, search_any<3>, search_any<4>,
         search_any<5>, search_any<6>, search_any<7>, search_any<8>};
-    kByLength[d - 1](points, leaves, in, guided, best, gaps);
+    kByLength[d - 1](points, leaves, entries, start, frame, best, gaps);
 }
 
 // How far entry k moved in a position's metric, rounded up; entries is a multiple of the lanes or
@@ -225,7 +213,7 @@ float merge(const float* columns, int64_t entries, int64_t begin, int64_t end, c
     return cost;
 }
 
-constexpr KmeansTable kTable = {collect, frame, search, drift, shrink, merge, narrow};
+constexpr KmeansTable kTable = {collect, search, drift, shrink, merge, narrow};
 
 }  // namespace
 }  // namespace nowag::cpu

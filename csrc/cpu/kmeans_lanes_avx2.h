@@ -53,10 +53,42 @@ struct Lanes {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                          _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
     }
+    static void store_int(int32_t* to, Int a) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), a);
+    }
+    static Int nearest_int(Float a) { return _mm256_cvtps_epi32(a); }
     static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
     static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
     static Float gather(const float* from, Int index) {
         return _mm256_i32gather_ps(from, index, sizeof(float));
+    }
+
+    static Mask at_most(Int a, Int b) {
+        return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(a, b), all_int(-1)));
+    }
+
+    // Pairs of 16-bit numbers in an Int.
+    static Int pair(Int low, Int high) { return _mm256_or_si256(low, _mm256_slli_epi32(high, 16)); }
+    static Int pair_sub(Int a, Int b) { return _mm256_sub_epi16(a, b); }
+    // How far x is outside [low, high], all of them unsigned.
+    static Int pair_outside(Int x, Int low, Int high) {
+        return _mm256_or_si256(_mm256_subs_epu16(low, x), _mm256_subs_epu16(x, high));
+    }
+    static Int pair_squares(Int a) { return _mm256_madd_epi16(a, a); }
+
+    // out[j], lane i = from[rows[i] * stride + j] for four j.
+    static void columns(const float* from, int64_t stride, const int32_t* rows, Float (&out)[4]) {
+        const auto row = [&](int i) { return _mm_loadu_ps(from + rows[i] * stride); };
+        Float part[4];
+        for (int i = 0; i < 4; ++i) part[i] = _mm256_set_m128(row(4 + i), row(i));
+        const Float low[2] = {_mm256_unpacklo_ps(part[0], part[1]),
+                              _mm256_unpacklo_ps(part[2], part[3])};
+        const Float high[2] = {_mm256_unpackhi_ps(part[0], part[1]),
+                               _mm256_unpackhi_ps(part[2], part[3])};
+        out[0] = _mm256_shuffle_ps(low[0], low[1], 0x44);
+        out[1] = _mm256_shuffle_ps(low[0], low[1], 0xee);
+        out[2] = _mm256_shuffle_ps(high[0], high[1], 0x44);
+        out[3] = _mm256_shuffle_ps(high[0], high[1], 0xee);
     }
 
     // Appends first + lane to a list for every lane of `chosen`.

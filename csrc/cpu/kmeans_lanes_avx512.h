@@ -43,10 +43,42 @@ struct Lanes {
     static void store_codes(uint16_t* to, Int a) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(a));
     }
+    static void store_int(int32_t* to, Int a) { _mm512_storeu_si512(to, a); }
+    static Int nearest_int(Float a) { return _mm512_cvtps_epi32(a); }
     static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
     static Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
     static Float gather(const float* from, Int index) {
         return _mm512_i32gather_ps(index, from, sizeof(float));
+    }
+
+    static Mask at_most(Int a, Int b) { return _mm512_cmple_epi32_mask(a, b); }
+
+    // Pairs of 16-bit numbers in an Int.
+    static Int pair(Int low, Int high) { return _mm512_or_si512(low, _mm512_slli_epi32(high, 16)); }
+    static Int pair_sub(Int a, Int b) { return _mm512_sub_epi16(a, b); }
+    // How far x is outside [low, high], all of them unsigned.
+    static Int pair_outside(Int x, Int low, Int high) {
+        return _mm512_or_si512(_mm512_subs_epu16(low, x), _mm512_subs_epu16(x, high));
+    }
+    static Int pair_squares(Int a) { return _mm512_madd_epi16(a, a); }
+
+    // out[j], lane i = from[rows[i] * stride + j] for four j.
+    static void columns(const float* from, int64_t stride, const int32_t* rows, Float (&out)[4]) {
+        const auto row = [&](int i) { return _mm_loadu_ps(from + rows[i] * stride); };
+        Float part[4];
+        for (int i = 0; i < 4; ++i) {
+            part[i] = _mm512_insertf32x4(_mm512_castps128_ps512(row(i)), row(4 + i), 1);
+            part[i] = _mm512_insertf32x4(part[i], row(8 + i), 2);
+            part[i] = _mm512_insertf32x4(part[i], row(12 + i), 3);
+        }
+        const Float low[2] = {_mm512_unpacklo_ps(part[0], part[1]),
+                              _mm512_unpacklo_ps(part[2], part[3])};
+        const Float high[2] = {_mm512_unpackhi_ps(part[0], part[1]),
+                               _mm512_unpackhi_ps(part[2], part[3])};
+        out[0] = _mm512_shuffle_ps(low[0], low[1], 0x44);
+        out[1] = _mm512_shuffle_ps(low[0], low[1], 0xee);
+        out[2] = _mm512_shuffle_ps(high[0], high[1], 0x44);
+        out[3] = _mm512_shuffle_ps(high[0], high[1], 0xee);
     }
 
     // Appends first + lane to a list for every lane of `chosen`; the list has room for kWidth more.

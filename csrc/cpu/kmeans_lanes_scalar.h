@@ -38,9 +38,33 @@ struct Lanes {
     static Int load_int(const int32_t* from) { return *from; }
     static Int load_codes(const uint16_t* from) { return *from; }
     static void store_codes(uint16_t* to, Int a) { *to = static_cast<uint16_t>(a); }
+    static void store_int(int32_t* to, Int a) { *to = a; }
+    static Int nearest_int(Float a) { return static_cast<Int>(std::lrint(a)); }
     static Int add(Int a, Int b) { return a + b; }
     static Int multiply(Int a, Int b) { return a * b; }
     static Float gather(const float* from, Int index) { return from[index]; }
+
+    static Mask at_most(Int a, Int b) { return a <= b; }
+
+    // Pairs of 16-bit numbers in an Int.
+    static int32_t low(Int a) { return static_cast<int16_t>(a); }
+    static int32_t high(Int a) { return a >> 16; }
+    static Int pair(Int low, Int high) { return (low & 0xffff) | high * 0x10000; }
+    static Int pair_sub(Int a, Int b) { return pair(low(a) - low(b), high(a) - high(b)); }
+    // How far x is outside [below, above], none of them negative.
+    static Int pair_outside(Int x, Int below, Int above) {
+        const auto outside = [](int32_t at, int32_t from, int32_t to) {
+            return at < from ? from - at : at > to ? at - to : 0;
+        };
+        return pair(outside(low(x), low(below), low(above)),
+                    outside(high(x), high(below), high(above)));
+    }
+    static Int pair_squares(Int a) { return low(a) * low(a) + high(a) * high(a); }
+
+    // out[j] = from[rows[0] * stride + j] for four j.
+    static void columns(const float* from, int64_t stride, const int32_t* rows, Float (&out)[4]) {
+        for (int j = 0; j < 4; ++j) out[j] = from[rows[0] * stride + j];
+    }
 
     // Appends `first` to a list if `chosen`.
     static int64_t append(int32_t* list, int64_t count, Mask chosen, int32_t first) {

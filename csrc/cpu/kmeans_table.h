@@ -14,8 +14,14 @@ constexpr int kBranchLeaves = 16;
 // Positions that are taken together: 16 floats are a cache line, so that threads do not share one.
 constexpr int kTilePositions = 16;
 
+// From this many leaves on, points are searched one by one and gaps are not kept, which hardly ever
+// hold among so many entries: measured.
+constexpr int64_t kManyLeaves = 64;
+
 // Points are padded to a multiple of this, the widest vector.
 constexpr int kMaxLanes = 16;
+
+constexpr int kCollectSlack = 8;
 
 // A codebook cut into leaves of entries that are near each other, each in a box (kmeans_tree.h).
 // Slot s is entry s % kLeafEntries of leaf s / kLeafEntries. Sixteen neighbouring leaves are a
@@ -27,7 +33,9 @@ struct KmeansLeaves {
     int64_t stride;         // of lower and upper: first_branch + branches, padded likewise
     const float* c;         // [count, d, kLeafEntries]
     const float* lower;     // [d, stride]: the boxes of leaves, then those of branches; what fills
-    const float* upper;     // [d, stride]  up is far from everything
+    const float* upper;     // [d, stride]  up is of no account
+    const float* least;     // [d]: the box of all entries
+    const float* most;      // [d]
     const uint16_t* entry;  // [count * kLeafEntries]: slot -> entry
 };
 
@@ -41,32 +49,37 @@ struct KmeansSlice {
     int64_t count;  // a multiple of kMaxLanes
 };
 
-// What the searches at one position share.
+// Where a search looks first: at the slots of KmeansSlice, or where it likes; `exhaustive`: it
+// looks at every entry.
+enum class KmeansStart { previous, nothing, exhaustive };
+
+// Room for what the searches at one position share.
 struct KmeansFrame {
     float* bias;   // [slots], of kmeans.h; infinity for slots that hold no entry
-    float* lower;  // [d, stride]: the boxes with coordinate j times sqrt(h_j), so that distances in
-    float* upper;  // the position's metric are plain ones
-    // Lists of kMaxLanes points each: room for the numbers of all branches or leaves, and for a
-    // vector more.
+    float* lower;  // [d, stride]: the leaves' boxes in the position's metric
+    float* upper;
+    // For many leaves only. On the grid of kmeans_grid.h, coordinates in pairs: entries [count,
+    // pairs, kLeafEntries] and, for every kBranchLeaves boxes, [lower and upper, pairs,
+    // kBranchLeaves].
+    int32_t* grid_entries;
+    int32_t* grid_boxes;
+    // Lists of all branches or leaves for each of kMaxLanes points, and a vector more.
     int32_t* near_branches;
     int32_t* near_leaves;
-    int64_t branch_room, leaf_room;
+    uint16_t* near_entries;  // of each of near_leaves
 };
 
 struct KmeansTable {
-    // x[j * count + i] = from[rows[i] * cols + j] for the `present` first coordinates, 0 for the
-    // others. count is a multiple of kMaxLanes.
-    void (*collect)(const float* from, int64_t cols, const int32_t* rows, int64_t count,
-                    int present, int d, float* x);
-
-    void (*frame)(const KmeansLeaves& leaves, int64_t entries, const float* h, int d,
-                  const KmeansFrame& frame);
+    // x[j * count + i] = points[rows[i] * stride + j]; count is a multiple of kMaxLanes, and
+    // kCollectSlack floats after the last point may be read.
+    void (*collect)(const float* points, int64_t stride, const int32_t* rows, int64_t count, int d,
+                    float* x);
 
     // best[i] = slot of the entry of the smallest score, the lowest entry among equals; gaps[i] =
-    // a lower bound of how much nearer it is than any other (kmeans_kernel.h). With `guided` the
-    // points' slots say where to look first; without, every leaf is visited.
-    void (*search)(const KmeansSlice& points, const KmeansLeaves& leaves, const KmeansFrame& frame,
-                   int d, bool guided, uint16_t* best, float* gaps);
+    // a lower bound of how much nearer it is than any other (kmeans_found.h), if there are not many
+    // leaves.
+    void (*search)(const KmeansSlice& points, const KmeansLeaves& leaves, int64_t entries, int d,
+                   KmeansStart start, const KmeansFrame& frame, uint16_t* best, float* gaps);
 
     // drift[k] = an upper bound of how much nearer any other entry can have come to a point of
     // entry k at one position, given how far entries moved: moves[j * entries + k].

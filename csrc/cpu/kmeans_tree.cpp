@@ -39,11 +39,16 @@ KmeansTree::KmeansTree(const float* codebook, int64_t entries, int d, const floa
       branches_(ceil_div(count_, kBranchLeaves)),
       first_branch_(branches_ * kBranchLeaves),
       stride_(first_branch_ + ceil_div(branches_, kBranchLeaves) * kBranchLeaves),
-      c_(static_cast<size_t>(count_ * kLeafEntries * d), 0.0f),
-      lower_(static_cast<size_t>(stride_ * d), kNowhere),
-      upper_(static_cast<size_t>(stride_ * d), kNowhere),
+      c_(buffer<float>(count_ * kLeafEntries * d)),
+      lower_(buffer<float>(stride_ * d)),
+      upper_(buffer<float>(stride_ * d)),
+      least_(codebook, codebook + d),
+      most_(least_),
       entry_(static_cast<size_t>(count_ * kLeafEntries), 0),
       slots_(static_cast<size_t>(entries)) {
+    std::fill_n(c_.get(), count_ * kLeafEntries * d, 0.0f);
+    std::fill_n(lower_.get(), stride_ * d, kNowhere);
+    std::fill_n(upper_.get(), stride_ * d, kNowhere);
     std::iota(entry_.begin(), entry_.begin() + entries, uint16_t{0});
     split(codebook, d, spread, entry_.data(), entry_.data() + entries);
     fill(codebook, entries, d);
@@ -71,25 +76,29 @@ void KmeansTree::fill(const float* codebook, int64_t entries, int d) {
         slots_[static_cast<size_t>(k)] = static_cast<uint16_t>(slot);
         for (int j = 0; j < d; ++j) {
             const float value = codebook[k * d + j];
+            float& least = least_[static_cast<size_t>(j)];
+            float& most = most_[static_cast<size_t>(j)];
+            least = std::min(least, value);
+            most = std::max(most, value);
             enclose(leaf, j, value);
             enclose(first_branch_ + leaf / kBranchLeaves, j, value);
-            c_[static_cast<size_t>((leaf * d + j) * kLeafEntries + slot % kLeafEntries)] = value;
+            c_[(leaf * d + j) * kLeafEntries + slot % kLeafEntries] = value;
         }
     }
 }
 
 // Widens a box, or makes it if it is still nowhere.
 void KmeansTree::enclose(int64_t box, int j, float value) {
-    float& lower = lower_[static_cast<size_t>(j * stride_ + box)];
-    float& upper = upper_[static_cast<size_t>(j * stride_ + box)];
+    float& lower = lower_[j * stride_ + box];
+    float& upper = upper_[j * stride_ + box];
     const bool first = lower == kNowhere;
     lower = first ? value : std::min(lower, value);
     upper = first ? value : std::max(upper, value);
 }
 
 KmeansLeaves KmeansTree::leaves() const {
-    return {count_,    branches_,     first_branch_, stride_,
-            c_.data(), lower_.data(), upper_.data(), entry_.data()};
+    return {count_,       branches_,    first_branch_, stride_,      c_.get(),
+            lower_.get(), upper_.get(), least_.data(), most_.data(), entry_.data()};
 }
 
 }  // namespace nowag::cpu

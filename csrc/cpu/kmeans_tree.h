@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/kmeans_table.h"
 
 namespace nowag::cpu {
@@ -23,7 +24,8 @@ class KmeansTree {
     void enclose(int64_t box, int j, float value);
 
     int64_t count_, branches_, first_branch_, stride_;
-    std::vector<float> c_, lower_, upper_;
+    Buffer<float> c_, lower_, upper_;
+    std::vector<float> least_, most_;
     std::vector<uint16_t> entry_, slots_;
 };
 

@@ -21,6 +21,20 @@ constexpr LeafIndex leaf_index() {
 }
 alignas(64) constexpr LeafIndex kLeafIndex = leaf_index();
 
+// Boxes with coordinate j times sqrt(h_j), so that distances in the position's metric are plain
+// ones.
+template <int D>
+void frame_boxes(const KmeansLeaves& leaves, const float* root, const KmeansFrame& frame) {
+    for (int j = 0; j < D; ++j) {
+        const int64_t end = j * leaves.stride + leaves.first_branch;
+        for (int64_t at = j * leaves.stride; at < end; at += Lanes::kWidth) {
+            const Float factor = Lanes::all(root[j]);
+            Lanes::store(frame.lower + at, Lanes::mul(Lanes::load(leaves.lower + at), factor));
+            Lanes::store(frame.upper + at, Lanes::mul(Lanes::load(leaves.upper + at), factor));
+        }
+    }
+}
+
 template <int D>
 struct Wide : Found<D> {
     using Found<D>::energy;

@@ -54,9 +54,11 @@ namespace cpu {
 // `warm`, and is overwritten. Where a problem has sums: if `warm`, points that changed are taken
 // out of their old entry and added to the new one (sums must be those of the previous assignment);
 // otherwise every point is added (zero the sums before). changed[b] = number of points of problem b
-// whose code differs from the previous one (all of them if not warm).
+// whose code differs from the previous one (all of them if not warm). `exhaustive`: every entry is
+// looked at for every point, as a yardstick; the result is the same.
 Status kmeans_assign(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
-                     double scale, bool warm, int64_t* changed, int threads);
+                     double scale, bool warm, int64_t* changed, int threads,
+                     bool exhaustive = false);
 
 // Moves each entry to the weighted mean of its points. objective_drop = sum over k and j of
 // (2 c num - c^2 den) / scale in float64, with the new, float32-rounded c, k ascending then j: the
