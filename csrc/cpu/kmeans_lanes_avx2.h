@@ -8,6 +8,22 @@
 namespace nowag::cpu {
 namespace {
 
+// The numbers of the bits that are set in a byte, ascending.
+struct ChosenLanes {
+    uint8_t value[256][8];
+};
+constexpr ChosenLanes chosen_lanes() {
+    ChosenLanes table{};
+    for (int byte = 0; byte < 256; ++byte) {
+        int count = 0;
+        for (int lane = 0; lane < 8; ++lane) {
+            if ((byte >> lane & 1) != 0) table.value[byte][count++] = static_cast<uint8_t>(lane);
+        }
+    }
+    return table;
+}
+constexpr ChosenLanes kChosenLanes = chosen_lanes();
+
 struct Lanes {
     static constexpr int kWidth = 8;
     using Float = __m256;
@@ -91,12 +107,13 @@ struct Lanes {
         out[3] = _mm256_shuffle_ps(high[0], high[1], 0xee);
     }
 
-    // Appends first + lane to a list for every lane of `chosen`.
+    // Appends first + lane to a list for every lane of `chosen`; the list has room for kWidth more.
     static int64_t append(int32_t* list, int64_t count, Mask chosen, int32_t first) {
-        for (uint32_t left = bits(chosen); left != 0; left &= left - 1) {
-            list[count++] = first + __builtin_ctz(left);
-        }
-        return count;
+        const uint32_t lanes = bits(chosen);
+        const __m128i packed =
+            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kChosenLanes.value[lanes]));
+        store_int(list + count, add(_mm256_cvtepu8_epi32(packed), all_int(first)));
+        return count + __builtin_popcount(lanes);
     }
 };
 
