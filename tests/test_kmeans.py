@@ -218,7 +218,7 @@ def test_merge_cost_of_the_only_entry_is_infinite() -> None:
 def test_every_warm_iteration_is_brute_force(
     rows: int, cols: int, d: int, code_bits: int, tracked: bool, threads: int
 ) -> None:
-    """Codes, sums and the number of changes of every iteration, against assigning from nothing and brute force."""
+    """Codes, sums and changes of every iteration, against starting from nothing and brute force."""
     w, h, codebook = problem(rows, cols, d, code_bits)
     scale = scale_of(w, h)
     codes, sums = empty_codes(w, d), zero_sums(codebook)

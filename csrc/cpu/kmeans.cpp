@@ -28,6 +28,7 @@ namespace {
 // their weights stay in the second-level cache and that a row's number fits beside a slot.
 constexpr int kRowBits = 12;
 constexpr int64_t kLeastRows = 256, kMostRows = 1 << kRowBits;
+constexpr int64_t kEntriesPerRow = 8;
 constexpr int64_t kTilesPerThread = 4;
 // Rows of W are asked for before they are packed: hardware does not see them coming.
 constexpr int64_t kRowsAhead = 8;
@@ -61,7 +62,7 @@ struct Worker {
 class Assignment {
   public:
     Assignment(const KmeansProblem& problem, int64_t entries, int d, double scale, bool warm,
-               KmeansStart start)
+               KmeansStart start, int threads)
         : problem_(problem),
           entries_(entries),
           d_(d),
@@ -69,20 +70,22 @@ class Assignment {
           warm_(warm),
           start_(start),
           positions_(positions_of(problem, d)),
-          tree_(problem.codebook, entries, d, mean_metric().data()),
+          tree_(problem.codebook, entries, d, mean_metric().data(), threads),
           leaves_(tree_.leaves()),
-          moves_(moves()) {}
+          moves_(moves()),
+          threads_(threads) {}
 
-    int64_t run(int threads) {
+    int64_t run() {
         const int64_t tiles = ceil_div(positions_, kTilePositions);
-        const int64_t wanted = std::max(ceil_div(threads * kTilesPerThread, tiles),
+        const int64_t wanted = std::max(ceil_div(threads_ * kTilesPerThread, tiles),
                                         ceil_div(problem_.rows, kMostRows));
-        int64_t blocks = std::clamp<int64_t>(problem_.rows / kLeastRows, 1, wanted);
+        const int64_t least = std::max(kLeastRows, entries_ / kEntriesPerRow);
+        int64_t blocks = std::clamp<int64_t>(problem_.rows / least, 1, wanted);
         const int64_t block_rows =
             std::clamp<int64_t>(kMostOffset / problem_.cols, 1, ceil_div(problem_.rows, blocks));
         blocks = ceil_div(problem_.rows, block_rows);
-        std::vector<Worker> workers(static_cast<size_t>(threads));
-        parallel_for(tiles * blocks, threads, [&](int64_t item) {
+        std::vector<Worker> workers(static_cast<size_t>(threads_));
+        parallel_for(tiles * blocks, threads_, [&](int64_t item) {
             Worker& worker = workers[static_cast<size_t>(omp_get_thread_num())];
             if (worker.bias == nullptr) prepare(worker, block_rows);
             const int64_t first = item % blocks * block_rows;
@@ -326,6 +329,7 @@ class Assignment {
     const KmeansTree tree_;
     const KmeansLeaves leaves_;
     const std::vector<float> moves_;
+    const int threads_;
 };
 
 }  // namespace
@@ -353,7 +357,7 @@ Status kmeans_assign(const KmeansProblem* problems, int64_t count, int64_t entri
                               : warm     ? KmeansStart::previous
                                          : KmeansStart::nothing;
     for (int64_t b = 0; b < count; ++b) {
-        changed[b] = Assignment(problems[b], entries, d, scale, warm, start).run(threads);
+        changed[b] = Assignment(problems[b], entries, d, scale, warm, start, threads).run();
     }
     return Status::ok;
 } catch (const std::bad_alloc&) {

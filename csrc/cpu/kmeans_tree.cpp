@@ -1,9 +1,12 @@
 #include "cpu/kmeans_tree.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <numeric>
+#include <utility>
 
+#include "cpu/parallel.h"
 #include "nowag/format.h"
 
 namespace nowag::cpu {
@@ -12,18 +15,22 @@ namespace {
 // A corner of the boxes that fill up a vector: farther than any point, its square still finite.
 constexpr float kNowhere = 1e15f;
 
+// The coordinate along which entries lie farthest apart.
 int widest(const float* codebook, int d, const float* spread, const uint16_t* begin,
            const uint16_t* end) {
+    float low[kMaxSubvector], high[kMaxSubvector];
+    std::fill_n(low, d, std::numeric_limits<float>::infinity());
+    std::fill_n(high, d, -std::numeric_limits<float>::infinity());
+    for (const uint16_t* k = begin; k < end; ++k) {
+        for (int j = 0; j < d; ++j) {
+            low[j] = std::min(low[j], codebook[*k * d + j]);
+            high[j] = std::max(high[j], codebook[*k * d + j]);
+        }
+    }
     int best = 0;
     float width = -1.0f;
     for (int j = 0; j < d; ++j) {
-        float low = std::numeric_limits<float>::infinity(), high = -low;
-        for (const uint16_t* k = begin; k < end; ++k) {
-            const float value = codebook[*k * d + j];
-            low = std::min(low, value);
-            high = std::max(high, value);
-        }
-        const float extent = (high - low) * (high - low) * spread[j];
+        const float extent = (high[j] - low[j]) * (high[j] - low[j]) * spread[j];
         if (extent > width) {
             width = extent;
             best = j;
@@ -32,9 +39,18 @@ int widest(const float* codebook, int d, const float* spread, const uint16_t* be
     return best;
 }
 
+// An integer that orders entries by a coordinate, then by their number.
+uint64_t order_key(float value, uint16_t entry) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits ^= (bits >> 31) != 0 ? 0xffffffffu : 0x80000000u;
+    return static_cast<uint64_t>(bits) << 16 | entry;
+}
+
 }  // namespace
 
-KmeansTree::KmeansTree(const float* codebook, int64_t entries, int d, const float* spread)
+KmeansTree::KmeansTree(const float* codebook, int64_t entries, int d, const float* spread,
+                       int threads)
     : count_(ceil_div(entries, kLeafEntries)),
       branches_(ceil_div(count_, kBranchLeaves)),
       first_branch_(branches_ * kBranchLeaves),
@@ -50,23 +66,35 @@ KmeansTree::KmeansTree(const float* codebook, int64_t entries, int d, const floa
     std::fill_n(lower_.get(), stride_ * d, kNowhere);
     std::fill_n(upper_.get(), stride_ * d, kNowhere);
     std::iota(entry_.begin(), entry_.begin() + entries, uint16_t{0});
-    split(codebook, d, spread, entry_.data(), entry_.data() + entries);
+    split(codebook, d, spread, threads);
     fill(codebook, entries, d);
 }
 
-// Both halves but the last are whole leaves.
-void KmeansTree::split(const float* codebook, int d, const float* spread, uint16_t* begin,
-                       uint16_t* end) {
-    const int64_t leaves = ceil_div(end - begin, kLeafEntries);
-    if (leaves <= 1) return;
-    const int j = widest(codebook, d, spread, begin, end);
-    uint16_t* middle = begin + ceil_div(leaves, 2) * kLeafEntries;
-    std::nth_element(begin, middle, end, [&](uint16_t a, uint16_t b) {
-        const float left = codebook[a * d + j], right = codebook[b * d + j];
-        return left < right || (left == right && a < b);
-    });
-    split(codebook, d, spread, begin, middle);
-    split(codebook, d, spread, middle, end);
+// Halves all parts at once, level by level. Both halves but the last are whole leaves.
+void KmeansTree::split(const float* codebook, int d, const float* spread, int threads) {
+    const int64_t entries = static_cast<int64_t>(slots_.size());
+    const Buffer<uint64_t> keys = buffer<uint64_t>(entries);
+    std::vector<int64_t> ends{0, entries};
+    for (int64_t leaves = count_; leaves > 1; leaves = ceil_div(leaves, 2)) {
+        std::vector<int64_t> halved(2 * ends.size() - 1);
+        parallel_for(static_cast<int64_t>(ends.size()) - 1, threads, [&](int64_t part) {
+            const size_t at = static_cast<size_t>(part);
+            const int64_t begin = ends[at], end = ends[at + 1];
+            const int64_t half = ceil_div(ceil_div(end - begin, kLeafEntries), 2) * kLeafEntries;
+            const int64_t middle = std::min(begin + half, end);
+            halved[2 * at + 1] = middle;
+            halved[2 * at + 2] = end;
+            uint16_t* entry = entry_.data();
+            if (middle == end) return;
+            const int j = widest(codebook, d, spread, entry + begin, entry + end);
+            for (int64_t i = begin; i < end; ++i) {
+                keys[i] = order_key(codebook[entry[i] * d + j], entry[i]);
+            }
+            std::nth_element(keys.get() + begin, keys.get() + middle, keys.get() + end);
+            for (int64_t i = begin; i < end; ++i) entry[i] = static_cast<uint16_t>(keys[i]);
+        });
+        ends = std::move(halved);
+    }
 }
 
 void KmeansTree::fill(const float* codebook, int64_t entries, int d) {

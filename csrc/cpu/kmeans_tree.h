@@ -13,13 +13,13 @@ namespace nowag::cpu {
 class KmeansTree {
   public:
     // `spread` [d] weighs the coordinates against each other: the mean of the metric.
-    KmeansTree(const float* codebook, int64_t entries, int d, const float* spread);
+    KmeansTree(const float* codebook, int64_t entries, int d, const float* spread, int threads);
 
     KmeansLeaves leaves() const;
     const uint16_t* slots() const { return slots_.data(); }  // entry -> slot
 
   private:
-    void split(const float* codebook, int d, const float* spread, uint16_t* begin, uint16_t* end);
+    void split(const float* codebook, int d, const float* spread, int threads);
     void fill(const float* codebook, int64_t entries, int d);
     void enclose(int64_t box, int j, float value);
 
