@@ -11,7 +11,6 @@
 #include <cstring>
 #include <new>
 #include <numeric>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/buffer.h"
@@ -178,42 +177,52 @@ class Assignment {
         }
     }
 
-    // The tile's points, position by position: rows of W lie so far apart that what is read of them
-    // once is not in a cache any more for the next position.
+    // The points to be searched, position by position: rows of W lie so far apart that what is read
+    // of them once is not in a cache any more for the next position.
     void pack_tile(Worker& worker, int64_t first, int count, int64_t row_begin,
                    int64_t row_end) const {
-        const auto pack = [&](auto stride) {
-            constexpr int64_t kStride = decltype(stride)::value;
-            const int64_t rows = row_end - row_begin,
-                          last = problem_.rows * problem_.cols - kStride;
-            for (int64_t row = 0; row < rows; ++row) {
-                const int64_t start = (row_begin + row) * problem_.cols;
-                const float* ahead =
-                    problem_.w +
-                    (row_begin + std::min(row + kRowsAhead, rows - 1)) * problem_.cols + first * d_;
-                for (int j = 0; j < count * d_; j += 16) __builtin_prefetch(ahead + j);
-                for (int p = 0; p < count; ++p) {
-                    const int64_t col = (first + p) * d_;
-                    float* to = worker.tile.get() + p * plane(rows) + row * kStride;
-                    if (col + d_ <= problem_.cols && start + col <= last) {
-                        std::memcpy(to, problem_.w + start + col, kStride * sizeof(float));
-                    } else {
-                        for (int j = 0; j < d_; ++j) {
-                            to[j] = col + j < problem_.cols ? problem_.w[start + col + j] : 0.0f;
-                        }
-                    }
-                }
-            }
-        };
         switch (point_stride()) {
             case 1:
-                return pack(std::integral_constant<int64_t, 1>{});
+                return pack_points<1>(worker, first, count, row_begin, row_end);
             case 2:
-                return pack(std::integral_constant<int64_t, 2>{});
+                return pack_points<2>(worker, first, count, row_begin, row_end);
             case 4:
-                return pack(std::integral_constant<int64_t, 4>{});
+                return pack_points<4>(worker, first, count, row_begin, row_end);
             default:
-                return pack(std::integral_constant<int64_t, 8>{});
+                return pack_points<8>(worker, first, count, row_begin, row_end);
+        }
+    }
+
+    template <int64_t kStride>
+    void pack_points(Worker& worker, int64_t first, int count, int64_t row_begin,
+                     int64_t row_end) const {
+        const int64_t rows = row_end - row_begin, to_next = plane(rows);
+        const float* matrix_end = problem_.w + problem_.rows * problem_.cols;
+        const auto pack = [&](int64_t row, int p) {
+            const int64_t left = problem_.cols - (first + p) * d_;  // in the row
+            const float* from = problem_.w + (row_begin + row + 1) * problem_.cols - left;
+            float* to = worker.tile.get() + p * to_next + row * kStride;
+            if (d_ <= left && kStride <= matrix_end - from) {
+                std::memcpy(to, from, kStride * sizeof(float));
+            } else {
+                for (int j = 0; j < d_; ++j) to[j] = j < left ? from[j] : 0.0f;
+            }
+        };
+        const int64_t wanted =
+            std::accumulate(worker.key_count, worker.key_count + count, int64_t{0});
+        if (2 * wanted < rows * count) {
+            for (int p = 0; p < count; ++p) {
+                for (int64_t i = 0; i < worker.key_count[p]; ++i) {
+                    pack(row_of(worker.keys[p][static_cast<size_t>(i)]), p);
+                }
+            }
+            return;
+        }
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t coming = row_begin + std::min(row + kRowsAhead, rows - 1);
+            const float* ahead = problem_.w + coming * problem_.cols + first * d_;
+            for (int j = 0; j < count * d_; j += 16) __builtin_prefetch(ahead + j);
+            for (int p = 0; p < count; ++p) pack(row, p);
         }
     }
 
