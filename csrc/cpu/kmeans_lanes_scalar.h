@@ -50,8 +50,8 @@ struct Lanes {
     static int32_t low(Int a) { return static_cast<int16_t>(a); }
     static int32_t high(Int a) { return a >> 16; }
     static Int pair(Int low, Int high) {
-        return static_cast<Int>((static_cast<uint32_t>(low) & 0xffffu) |
-                                static_cast<uint32_t>(high) << 16);
+        return static_cast<Int>((static_cast<uint32_t>(low) & 0xffffu) | static_cast<uint32_t>(high)
+                                                                             << 16);
     }
     static Int pair_sub(Int a, Int b) { return pair(low(a) - low(b), high(a) - high(b)); }
     // How far x is outside [below, above], none of them negative.

@@ -43,8 +43,8 @@ struct KmeansProblem {
     int64_t cols;
     // Optional working memory that spares later iterations most of their work, never changing a
     // result: gaps [rows, P] is written by every assignment, for the next (not among 1024 entries
-    // or more, where gaps hardly ever hold). In a warm call `previous` [K, d] is the codebook of the
-    // call that wrote codes and gaps, or null.
+    // or more, where gaps hardly ever hold). In a warm call `previous` [K, d] is the codebook of
+    // the call that wrote codes and gaps, or null.
     const float* previous = nullptr;
     float* gaps = nullptr;
 };
