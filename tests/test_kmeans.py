@@ -269,6 +269,23 @@ def test_tracking_survives_any_drift(
         assert torch.equal(as_ints(codes), as_ints(assign(w, h, codebook)))
 
 
+def test_opposite_corners_of_the_grid_are_near() -> None:
+    """Entry 5 is the nearest of all, and as far from the previous one as the grid is wide."""
+    codebook = torch.ones(1024, 1)
+    codebook[5] = 0
+    codes = torch.full((3, 2), 7).to(torch.uint16)
+    ops.kmeans_assign([torch.zeros(3, 2)], [torch.ones(2)], [codebook], [codes], [], 1.0, True)
+    assert (as_ints(codes) == 5).all()
+
+
+def test_more_rows_than_a_block_holds() -> None:
+    """A key has 12 bits for a row, and many entries ask for many rows to a block."""
+    w, h, codebook = problem(4500, 4, 4, 15)
+    assert torch.equal(
+        as_ints(assign(w, h, codebook)), as_ints(assign_exhaustively(w, h, codebook))
+    )
+
+
 def test_warm_takes_any_previous_codes() -> None:
     w, h, codebook = problem(200, 60, 4, 8)
     want = as_ints(assign(w, h, codebook))

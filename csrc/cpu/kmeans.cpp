@@ -79,7 +79,8 @@ class Assignment {
         const int64_t wanted = std::max(ceil_div(threads_ * kTilesPerThread, tiles),
                                         ceil_div(problem_.rows, kMostRows));
         const int64_t least = std::max(kLeastRows, entries_ / kEntriesPerRow);
-        int64_t blocks = std::clamp<int64_t>(problem_.rows / least, 1, wanted);
+        int64_t blocks =
+            std::clamp<int64_t>(problem_.rows / least, ceil_div(problem_.rows, kMostRows), wanted);
         const int64_t block_rows =
             std::clamp<int64_t>(kMostOffset / problem_.cols, 1, ceil_div(problem_.rows, blocks));
         blocks = ceil_div(problem_.rows, block_rows);

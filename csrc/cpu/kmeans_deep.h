@@ -35,7 +35,8 @@ struct Batch {
 // least.
 template <int D>
 Int grid_limit(const Scale<D>& scale, Float energy, Float score, Float beyond) {
-    constexpr float kMost = static_cast<float>(D) * kGridTop * kGridTop;
+    // Between what entries and what fill values can be apart, whichever way it is rounded.
+    constexpr float kMost = static_cast<float>(D) * (kGridTop + 0.5f) * (kGridTop + 0.5f);
     // Of the rounding to the grid, and of the coordinates before it.
     const Float slack = Lanes::all(__builtin_sqrtf(static_cast<float>(D)) * 1.01f);
     const Float reach = Found<D>{energy, score, score, score}.limit();
@@ -69,8 +70,9 @@ void place(const KmeansSlice& points, const Scale<D>& scale, int64_t i, Batch<D>
             Lanes::store_int(batch.grid[q] + lane, Lanes::pair(grid[2 * q], grid[2 * q + 1]));
         }
         Lanes::store(batch.energy + lane, energy);
-        // Finite, to be taken from what may not be.
-        Lanes::store(batch.beyond + lane, Lanes::min(beyond, Lanes::all(kFar)));
+        // Finite, to be taken from what may not be; 0 is always right.
+        const auto finite = Lanes::not_greater(beyond, Lanes::all(kFar));
+        Lanes::store(batch.beyond + lane, Lanes::select(finite, beyond, Lanes::all(0.0f)));
     }
 }
 

@@ -33,9 +33,10 @@ struct Scale {
         for (int j = 0; j < D; ++j) {
             origin[j] = leaves.least[j];
             const float extent = (leaves.most[j] - leaves.least[j]) * root[j];
+            if (!(extent <= kMostRange)) return;
             range = extent > range ? extent : range;
         }
-        if (!(range >= kLeastRange && range <= kMostRange)) return;
+        if (!(range >= kLeastRange)) return;
         steps = static_cast<float>(kGridTop) / range;
         for (int j = 0; j < D; ++j) factor[j] = root[j] * steps;
     }
@@ -45,7 +46,7 @@ struct Scale {
     }
 };
 
-// Pairs of grid coordinates of what lies at from + j * stride. `outside`: beyond the grid.
+// Pairs of grid coordinates of what lies at from + j * stride.
 template <int D>
 void to_grid(const Scale<D>& scale, const float* from, int64_t stride, Int (&out)[pairs_of(D)]) {
     for (int j = 0; j < D; j += 2) {

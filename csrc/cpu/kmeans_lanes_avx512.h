@@ -31,7 +31,12 @@ struct Lanes {
     static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
     static Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
     static Mask not_greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-    static uint32_t bits(Mask a) { return a; }
+    // In assembly, because GCC 12 may spill a mask as 16 bits and read it back as 32.
+    static uint32_t bits(Mask a) {
+        uint32_t lanes;
+        asm("kmovw %1, %0" : "=r"(lanes) : "k"(a));
+        return lanes;
+    }
     static Float select(Mask a, Float yes, Float no) { return _mm512_mask_blend_ps(a, no, yes); }
     static Int select(Mask a, Int yes, Int no) { return _mm512_mask_blend_epi32(a, no, yes); }
 
@@ -86,7 +91,7 @@ struct Lanes {
         const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         const Int values = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
         _mm512_storeu_si512(list + count, _mm512_maskz_compress_epi32(chosen, values));
-        return count + __builtin_popcount(chosen);
+        return count + __builtin_popcount(bits(chosen));
     }
 };
 
