@@ -108,18 +108,19 @@ void KmeansTree::fill(const float* codebook, int64_t entries, int d) {
             float& most = most_[static_cast<size_t>(j)];
             least = std::min(least, value);
             most = std::max(most, value);
-            enclose(leaf, j, value);
-            enclose(first_branch_ + leaf / kBranchLeaves, j, value);
+            const int64_t branch = leaf / kBranchLeaves;
+            enclose(leaf, j, value, slot == leaf * kLeafEntries);
+            enclose(first_branch_ + branch, j, value,
+                    slot == branch * kBranchLeaves * kLeafEntries);
             c_[(leaf * d + j) * kLeafEntries + slot % kLeafEntries] = value;
         }
     }
 }
 
-// Widens a box, or makes it if it is still nowhere.
-void KmeansTree::enclose(int64_t box, int j, float value) {
+// Widens a box, or makes it around its first entry.
+void KmeansTree::enclose(int64_t box, int j, float value, bool first) {
     float& lower = lower_[j * stride_ + box];
     float& upper = upper_[j * stride_ + box];
-    const bool first = lower == kNowhere;
     lower = first ? value : std::min(lower, value);
     upper = first ? value : std::max(upper, value);
 }

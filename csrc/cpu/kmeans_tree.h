@@ -21,7 +21,7 @@ class KmeansTree {
   private:
     void split(const float* codebook, int d, const float* spread, int threads);
     void fill(const float* codebook, int64_t entries, int d);
-    void enclose(int64_t box, int j, float value);
+    void enclose(int64_t box, int j, float value, bool first);
 
     int64_t count_, branches_, first_branch_, stride_;
     Buffer<float> c_, lower_, upper_;
