@@ -19,7 +19,7 @@ __global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch*
         atomicAdd(&scratch->sampled[key >> kSampleShift & (kBins - 1)], 1u);
     }
     if (!last_block(&scratch->counts.sampled_blocks, shared)) return;
-    PruneBracket bracket{0u, 0xffffffffu, 0};
+    PruneBracket bracket{0u, 1u << 31, 0};
     if (sample.low >= 1) {
         const auto rank = static_cast<unsigned>(sample.low);
         bracket.lo = find_bin<kBins>(scratch->sampled, rank, shared).bin << kSampleShift;
@@ -34,12 +34,13 @@ __global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch*
 
 namespace {
 
-__device__ __forceinline__ PruneCandidate make_candidate(unsigned key, uint64_t index) {
-    return static_cast<uint64_t>(key) << 32 | index;
+__device__ __forceinline__ PruneCandidate make_candidate(unsigned key, unsigned index) {
+    return static_cast<PruneCandidate>(key) << 32 | index;
 }
 
 __device__ __forceinline__ unsigned bin_of(const PruneBracket& bracket, PruneCandidate candidate) {
-    return (static_cast<unsigned>(candidate >> 32) - bracket.lo) >> bracket.shift;
+    // The mask is for negative importances only: they give no order, but must not write elsewhere.
+    return (static_cast<unsigned>(candidate >> 32) - bracket.lo) >> bracket.shift & (kBins - 1);
 }
 
 // Puts a candidate at a place of the list, if it has that place.
@@ -86,32 +87,32 @@ __global__ void __launch_bounds__(kPruneThreads, 4)
         if (unit >= across * down) break;
         const int64_t first = static_cast<int64_t>(unit / across) * kSplitRows;
         const int64_t strip = unit % across, j = strip * kSplitColumns + 4 * lane;
-        const int rows = static_cast<int>(layer.rows - first < kSplitRows ? layer.rows - first
-                                                                          : int64_t{kSplitRows});
+        const int rows = at_most(layer.rows - first, kSplitRows);
+        const int columns = at_most(layer.cols - j, 4);
+        const float* corner = layer.w + (first * layer.cols + j);
         float4 w[kSplitRows];
+        const float* row = corner;
 #pragma unroll
-        for (int r = 0; r < kSplitRows; ++r) {
-            const float* row = layer.w + (first + r) * layer.cols;
-            w[r] = load_four<kVector>(row, j, r < rows ? layer.cols : 0);
+        for (int r = 0; r < kSplitRows; ++r, row += layer.cols) {
+            w[r] = load_four<kVector>(row, r < rows ? columns : 0);
         }
-        const float4 h = load_four<kVector>(layer.h, j, layer.cols);
-        // Bit 4 r + c stands for row r and column c.
+        const float4 h = load_four<kVector>(layer.h + j, columns);
+        // Bit 4 r + c stands for row r and column c: the sign of a difference, shifted in from the
+        // right, the last first.
         unsigned above = 0, reached = 0;
 #pragma unroll
-        for (int r = 0; r < kSplitRows; ++r) {
+        for (int r = kSplitRows - 1; r >= 0; --r) {
             const unsigned keys[] = {saliency_bits(w[r].x, h.x), saliency_bits(w[r].y, h.y),
                                      saliency_bits(w[r].z, h.z), saliency_bits(w[r].w, h.w)};
 #pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                above |= static_cast<unsigned>(keys[c] >= bracket.end) << (4 * r + c);
-                reached |= static_cast<unsigned>(keys[c] >= bracket.lo) << (4 * r + c);
+            for (int c = 3; c >= 0; --c) {
+                above = __funnelshift_l(bracket.end - 1 - keys[c], above, 1);
+                reached = __funnelshift_l(bracket.lo - 1 - keys[c], reached, 1);
             }
         }
-        const int64_t columns = layer.cols - j;
-        unsigned present = columns >= 4   ? ~0u
-                           : columns <= 0 ? 0u
-                                          : 0x11111111u * ((1u << columns) - 1);
-        if (rows < kSplitRows) present &= (1u << 4 * rows) - 1;
+        const unsigned present =
+            columns <= 0 ? 0u
+                         : 0x11111111u * (0xfu >> (4 - columns)) & ~0u >> 4 * (kSplitRows - rows);
         above &= present;
         unsigned undecided = reached & present & ~above;
 
@@ -122,15 +123,16 @@ __global__ void __launch_bounds__(kPruneThreads, 4)
             bitmap[(first + lane % kSplitRows) * words + place] = word;
         }
 
+        const unsigned index = static_cast<unsigned>(first * layer.cols + j);
         unsigned slot = 0;
         if (undecided != 0) {
             slot = atomicAdd(&shared.count, static_cast<unsigned>(__popc(undecided)));
         }
         for (; undecided != 0; undecided &= undecided - 1, ++slot) {
-            const int bit = __ffs(static_cast<int>(undecided)) - 1;
-            const int64_t column = j + bit % 4, index = (first + bit / 4) * layer.cols + column;
-            const unsigned key = saliency_bits(layer.w[index], layer.h[column]);
-            const PruneCandidate candidate = make_candidate(key, static_cast<uint64_t>(index));
+            const unsigned bit = static_cast<unsigned>(__ffs(static_cast<int>(undecided))) - 1;
+            const unsigned offset = bit / 4 * static_cast<unsigned>(layer.cols) + bit % 4;
+            const unsigned key = saliency_bits(corner[offset], layer.h[j + bit % 4]);
+            const PruneCandidate candidate = make_candidate(key, index + offset);
             if (slot < kStaged) {
                 shared.staged[slot] = candidate;
             } else {

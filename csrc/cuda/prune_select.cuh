@@ -40,7 +40,7 @@ __device__ __forceinline__ int digit_shift(int digit) {
 }
 __device__ __forceinline__ unsigned digit_mask(int digit) { return digit == 2 ? 1023u : 2047u; }
 
-// The keys lo <= key < end, in bins of 2^shift keys.
+// The keys lo <= key < end <= 2^31, in bins of 2^shift keys.
 struct PruneBracket {
     unsigned lo;
     unsigned end;
@@ -196,15 +196,20 @@ struct SplitShared {
     unsigned find_bin[kFindBinShared];
 };
 
-// Columns [j, j + 4) of a row, 0 past its end. kVector: rows are aligned to 16 bytes.
+__device__ __forceinline__ int at_most(int64_t value, int limit) {
+    return static_cast<int>(value < limit ? value : limit);
+}
+
+// The first `count` of four numbers, none if it is not positive, then 0. kVector: they are aligned
+// to 16 bytes and count is a multiple of 4.
 template <bool kVector>
-__device__ __forceinline__ float4 load_four(const float* row, int64_t j, int64_t cols) {
+__device__ __forceinline__ float4 load_four(const float* data, int count) {
     if (kVector) {
-        return j < cols ? *reinterpret_cast<const float4*>(row + j)
-                        : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        return count > 0 ? *reinterpret_cast<const float4*>(data)
+                         : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
-    const auto at = [&](int64_t column) { return column < cols ? row[column] : 0.0f; };
-    return make_float4(at(j), at(j + 1), at(j + 2), at(j + 3));
+    const auto at = [&](int i) { return i < count ? data[i] : 0.0f; };
+    return make_float4(at(0), at(1), at(2), at(3));
 }
 
 // The 8 x 8 transpose of 4-bit numbers over the 8 lanes that share lane / 8: number c of lane r is

@@ -215,6 +215,10 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     const uint64_t both = (static_cast<uint64_t>(high) << 32) | low;
     return static_cast<unsigned>(both >> (shift & 31u));
 }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+    const uint64_t both = (static_cast<uint64_t>(high) << 32) | low;
+    return static_cast<unsigned>(both << (shift & 31u) >> 32);
+}
 inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     const uint64_t both = (static_cast<uint64_t>(high) << 32) | low;
     unsigned picked = 0;
