@@ -19,16 +19,18 @@ __global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch*
         atomicAdd(&scratch->sampled[key >> kSampleShift & (kBins - 1)], 1u);
     }
     if (!last_block(&scratch->counts.sampled_blocks, shared)) return;
-    PruneBracket bracket{0u, 1u << 31, 0};
+    PruneBracket bracket{~0u, ~0u >> 1, 0};
     if (sample.low >= 1) {
         const auto rank = static_cast<unsigned>(sample.low);
-        bracket.lo = find_bin<kBins>(scratch->sampled, rank, shared).bin << kSampleShift;
+        const unsigned bin = find_bin<kBins>(scratch->sampled, rank, shared).bin;
+        bracket.before = (bin << kSampleShift) - 1;
     }
     if (sample.high <= int64_t{1} << sample.bits) {
         const auto rank = static_cast<unsigned>(sample.high);
-        bracket.end = (find_bin<kBins>(scratch->sampled, rank, shared).bin + 1) << kSampleShift;
+        const unsigned bin = find_bin<kBins>(scratch->sampled, rank, shared).bin;
+        bracket.last = ((bin + 1) << kSampleShift) - 1;
     }
-    while ((bracket.end - bracket.lo - 1) >> bracket.shift >= kBins) ++bracket.shift;
+    while ((bracket.last - bracket.before - 1) >> bracket.shift >= kBins) ++bracket.shift;
     if (threadIdx.x == 0) scratch->bracket = bracket;
 }
 
@@ -39,8 +41,9 @@ __device__ __forceinline__ PruneCandidate make_candidate(unsigned key, unsigned 
 }
 
 __device__ __forceinline__ unsigned bin_of(const PruneBracket& bracket, PruneCandidate candidate) {
+    const unsigned key = static_cast<unsigned>(candidate >> 32);
     // The mask is for negative importances only: they give no order, but must not write elsewhere.
-    return (static_cast<unsigned>(candidate >> 32) - bracket.lo) >> bracket.shift & (kBins - 1);
+    return (key - bracket.before - 1) >> bracket.shift & (kBins - 1);
 }
 
 // Puts a candidate at a place of the list, if it has that place.
@@ -106,8 +109,8 @@ __global__ void __launch_bounds__(kPruneThreads, 4)
                                      saliency_bits(w[r].z, h.z), saliency_bits(w[r].w, h.w)};
 #pragma unroll
             for (int c = 3; c >= 0; --c) {
-                above = __funnelshift_l(bracket.end - 1 - keys[c], above, 1);
-                reached = __funnelshift_l(bracket.lo - 1 - keys[c], reached, 1);
+                above = __funnelshift_l(bracket.last - keys[c], above, 1);
+                reached = __funnelshift_l(bracket.before - keys[c], reached, 1);
             }
         }
         const unsigned present =

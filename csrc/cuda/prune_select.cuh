@@ -40,10 +40,11 @@ __device__ __forceinline__ int digit_shift(int digit) {
 }
 __device__ __forceinline__ unsigned digit_mask(int digit) { return digit == 2 ? 1023u : 2047u; }
 
-// The keys lo <= key < end <= 2^31, in bins of 2^shift keys.
+// The keys before < key <= last, in bins of 2^shift keys. Keys are below 2^31, so that the sign of
+// a difference compares them; before may be -1.
 struct PruneBracket {
-    unsigned lo;
-    unsigned end;
+    unsigned before;
+    unsigned last;
     int shift;
 };
 
