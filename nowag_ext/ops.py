@@ -108,6 +108,18 @@ def _check(tensor: Tensor, what: str, dtype: torch.dtype, shape: Sequence[int]) 
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{what} must have shape {tuple(shape)}, not {tuple(tensor.shape)}.")
     _require(tensor.is_contiguous(), f"{what} must be contiguous.")
+    if tensor.is_cuda and dtype == torch.uint8:
+        _check_words(what, tensor.data_ptr(), shape[-1])
+
+
+def _check_words(what: str, address: int, row_bytes: int) -> None:
+    """Raises where CUDA kernels could not read rows of bytes in words, as wide as rows allow."""
+    multiple = math.gcd(row_bytes, 16)
+    _require(
+        address % multiple == 0,
+        f"{what} must start at a multiple of {multiple} bytes in the device's memory, not at "
+        f"{address:#x}: pass a clone().",
+    )
 
 
 def _same_device(device: torch.device, **tensors: Tensor | None) -> None:
@@ -532,6 +544,8 @@ def _vq_sizes(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Ten
     for tensor in vq:
         if not tensor.is_contiguous():
             raise ValueError("codes, codebook, row_norms and col_norms must be contiguous.")
+    if codes.is_cuda:
+        _check_words("codes", codes.data_ptr(), codes.shape[2])
     return sizes
 
 
