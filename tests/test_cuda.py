@@ -115,6 +115,7 @@ def saliency_case(kind: str, rows: int, cols: int) -> tuple[Tensor, Tensor]:
     elif kind == "one channel":
         h[cols // 2] = 1e30
     elif kind == "a crowd":  # more candidates in a few blocks than they gather
+        h = torch.ones(cols)
         w.view(-1)[: w.numel() // 50] = 0.67 + torch.arange(w.numel() // 50) * 1e-8
     return w, h
 

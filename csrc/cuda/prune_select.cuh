@@ -11,7 +11,9 @@
 // runs a radix select of its own, which reads W four or five times. So the result depends neither
 // on the sample nor on the order of the list.
 //
-// prune_split is bound by memory: 14 instructions a weight, where an H200 has time for 27.
+// prune_split is bound by memory: 12 instructions a weight and 3 for the candidates among them,
+// where an H200 has time for 27. The kernels around it are chains of a few reads from the
+// second-level cache, each of some microseconds.
 #pragma once
 
 #include "prune.cuh"
@@ -24,9 +26,10 @@ constexpr double kSampleDeviations = 4.0;  // half the bracket's width, in stand
 constexpr int kBins = 8192;
 constexpr int kSampleShift = 18;  // a sampled key's bin: exponent and 5 bits of mantissa
 
-// The list takes a sixteenth of the weights, three times what a bracket of normally distributed
-// weights holds: 4 standard deviations of 65536 samples on either side are 1.6 % of the weights,
-// rounding to bins adds half a percent. At 8 bytes a candidate it is an eighth of W.
+// The list takes a sixteenth of the weights, at 8 bytes a candidate an eighth of W. That is twice
+// to four times what a bracket of normally distributed weights holds: 4 standard deviations of
+// 65536 samples on either side are up to 1.6 % of the weights, rounding to bins adds up to one
+// percent.
 constexpr int64_t kWeightsPerCandidate = 16;
 constexpr int64_t kLeastCandidates = 4096;  // small layers have a small sample, a wide bracket
 constexpr unsigned kMostTied = 4096;        // weights in the threshold's bin
@@ -186,7 +189,7 @@ __global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch*
 constexpr int kSplitRows = 8;
 constexpr int kSplitColumns = 4 * kWarpSize;
 constexpr int kUnitsPerWarp = 2;
-// Candidates that a block gathers before it appends them to the list; it expects 350.
+// Candidates that a block gathers before it appends them to the list; it expects 300.
 constexpr unsigned kStaged = 1024;
 
 struct SplitShared {
