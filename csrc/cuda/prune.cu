@@ -11,14 +11,31 @@ __global__ void prune_sum_rows(PruneLayer layer, const uint8_t* __restrict__ bit
     const int lane = threadIdx.x % kLanes;
     const int64_t row = (static_cast<int64_t>(blockIdx.x) * kPruneThreads + threadIdx.x) / kLanes;
     const int64_t i = row < layer.rows ? row : layer.rows - 1;
-    const uint8_t* kept = bitmap + i * (padded_columns(layer.cols) / 8);
+    const int64_t padded = padded_columns(layer.cols);
+    const uint2* kept = reinterpret_cast<const uint2*>(bitmap + i * (padded / 8));
     double pruned = 0.0, all = 0.0;
-#pragma unroll 16
-    for (int64_t j = lane; j < layer.cols; j += kLanes) {
-        const double w = layer.w[i * layer.cols + j];
-        const double saliency = layer.h[j] * (w * w);
-        all += saliency;
-        if (!((kept[j / 8] >> (j % 8)) & 1)) pruned += saliency;
+    for (int64_t first = 0; first < layer.cols; first += kSumAhead * kLanes) {
+        float w[kSumAhead], h[kSumAhead];
+        uint2 bits[kSumAhead / 8];
+#pragma unroll
+        for (int s = 0; s < kSumAhead; ++s) {
+            const int64_t j = first + s * kLanes + lane;
+            w[s] = j < layer.cols ? layer.w[i * layer.cols + j] : 0.0f;
+            h[s] = j < layer.cols ? layer.h[j] : 0.0f;
+        }
+#pragma unroll
+        for (int u = 0; u < kSumAhead / 8; ++u) {
+            const int64_t unit = first / kBitmapAlign + u;
+            bits[u] = unit < padded / kBitmapAlign ? kept[unit] : make_uint2(0u, 0u);
+        }
+#pragma unroll
+        for (int s = 0; s < kSumAhead; ++s) {
+            const double square = static_cast<double>(w[s]) * w[s];
+            const double saliency = h[s] * square;
+            const unsigned word = s % 8 < 4 ? bits[s / 8].x : bits[s / 8].y;
+            all += saliency;
+            if (!((word >> (8 * (s % 4) + lane)) & 1)) pruned += saliency;
+        }
     }
     for (int half = kLanes / 2; half > 0; half /= 2) {
         all += __shfl_down_sync(kFullWarp, all, half, kLanes);
@@ -36,10 +53,15 @@ __global__ void prune_add_rows(const double* __restrict__ row_sums, int64_t rows
     double sum = 0.0;
     for (int64_t first = 0; first < rows; first += kAddRows) {
         const int count = static_cast<int>(rows - first < kAddRows ? rows - first : kAddRows);
-#pragma unroll 8
-        for (int e = threadIdx.x; e < 2 * count; e += kPruneThreads) {
-            staged[e] = row_sums[2 * first + e];
+        constexpr int kEach = 2 * kAddRows / kPruneThreads;
+        double mine[kEach];  // so that many are on their way at once
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) {
+            const int e = k * kPruneThreads + static_cast<int>(threadIdx.x);
+            mine[k] = e < 2 * count ? row_sums[2 * first + e] : 0.0;
         }
+#pragma unroll
+        for (int k = 0; k < kEach; ++k) staged[k * kPruneThreads + threadIdx.x] = mine[k];
         __syncthreads();
         if (threadIdx.x < 2) {
 #pragma unroll 16

@@ -57,7 +57,8 @@ __global__ void prune_nm(PruneLayer layer, int n, int m, uint8_t* __restrict__ b
 }
 
 // prune_objective: kObjectiveLanes lanes a row sum the pruned saliencies and all of them, and fold.
-// row_sums [rows, 2]
+// row_sums [rows, 2]. A multiprocessor has few of these lanes, so each reads ahead.
+constexpr int kSumAhead = 16;  // columns of a lane
 __global__ void prune_sum_rows(PruneLayer layer, const uint8_t* __restrict__ bitmap,
                                double* __restrict__ row_sums);
 
