@@ -110,9 +110,13 @@ def bench_selection(bandwidth: float) -> list[gpu.Line]:
     h = torch.rand(COLS, device="cuda")
     saliency = [h * w.square() for w in weights[:2]]
     half = ROWS * COLS // 2
+    zeros = [w * (w > 0) for w in weights]
+    bitmap = ops.prune_select(weights[0], h, half)
     timings = gpu.compare(
         {
             "50 %": [lambda w=w: ops.prune_select(w, h, half) for w in weights],
+            "50 %, half zeros": [lambda w=w: ops.prune_select(w, h, half) for w in zeros],
+            "objective": [lambda w=w: ops.prune_objective(w, h, bitmap) for w in weights],
             "2:4": [lambda w=w: ops.prune_select_nm(w, h, 2, 4) for w in weights],
             "normalize": [lambda w=w: ops.normalize(w) for w in weights],
             "read once": [lambda w=w: w.sum() for w in weights],

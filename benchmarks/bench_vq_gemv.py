@@ -12,7 +12,7 @@ from torch import Tensor
 from nowag_ext import ops, reference
 
 FEW = [1, 2, 4, 8, 16]
-MANY = [17, 32, 64, 512]
+MANY = [17, 32, 64, 128, 256, 512]
 SHAPES = {
     (4096, 11008): [*FEW, *MANY],
     (4096, 4096): FEW,
@@ -97,13 +97,17 @@ def bench(report: harness.Report, layer: Layer, tokens: int, seconds: float) -> 
 
 
 def main() -> None:
-    options = harness.arguments(__doc__).parse_args()
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--only", default="", help="only shapes whose name, 4096x4096, holds this")
+    options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     report = harness.Report("vq_gemv")
     with torch.no_grad():
         for shape, counts in SHAPES.items():
+            if options.only not in f"{shape[0]}x{shape[1]}":
+                continue
             layer = Layer(shape)
             for tokens in counts:
                 bench(report, layer, tokens, options.seconds)

@@ -29,8 +29,8 @@ find_package(CUDAToolkit 12 REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
-set(NOWAG_CUDA_SOURCES launch normalize kmeans kmeans_seed prune vq_pack sparse_pack vq_gemv
-                       sparse_gemv)
+set(NOWAG_CUDA_SOURCES launch normalize kmeans kmeans_seed prune prune_select vq_pack
+                       sparse_pack vq_gemv sparse_gemv)
 list(TRANSFORM NOWAG_CUDA_SOURCES REPLACE "(.+)" "csrc/cuda/\\1.cu")
 pybind11_add_module(_cuda NO_EXTRAS csrc/bindings/cuda_module.cpp ${NOWAG_CUDA_SOURCES})
 target_include_directories(_cuda PRIVATE csrc/include csrc csrc/cuda)

@@ -174,21 +174,27 @@ class Points:
         cheap, cost = self._cheapest(codebook, sums, 4 * most)
         widest = self._spread(codebook).max(1)
         wide = torch.argsort(widest.values, descending=True, stable=True)
-        spread, coordinate = widest.values.tolist(), widest.indices.tolist()
-        weights = sums[:, self.d : 2 * self.d].tolist()
+        spread = widest.values.tolist()
+        moves: dict[int, int] = {}  # from where an entry is given up to where it goes
         used: set[int] = set()
         for k, m, price in zip(cheap.tolist(), wide.tolist(), cost.tolist(), strict=False):
-            if len(used) == 2 * most or k in used or m in used:
+            if len(moves) == most or k in used or m in used:
                 break
             if price >= _HALVING_GAIN * spread[m]:
                 break
-            j = coordinate[m]
-            deviation = (spread[m] / weights[m][j]) ** 0.5
-            codebook[k] = codebook[m]
-            codebook[k, j] += _HALF_MEAN * deviation
-            codebook[m, j] -= _HALF_MEAN * deviation
+            moves[k] = m
             used |= {k, m}
-        return bool(used)
+        if not moves:
+            return False
+        given_up, split = torch.tensor(list(moves.items()), device=self.device).T
+        coordinate = widest.indices[split]
+        weights = sums[split, self.d + coordinate].tolist()
+        deviations = [(spread[m] / h) ** 0.5 for m, h in zip(moves.values(), weights, strict=True)]
+        half = (_HALF_MEAN * torch.tensor(deviations, dtype=torch.float64)).to(codebook)
+        codebook[given_up] = codebook[split]
+        codebook[given_up, coordinate] += half
+        codebook[split, coordinate] -= half
+        return True
 
     def _cheapest(self, codebook: Tensor, sums: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The ``count`` entries that cost least to give up, cheapest first, and what each costs.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -108,6 +109,18 @@ def _check(tensor: Tensor, what: str, dtype: torch.dtype, shape: Sequence[int]) 
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{what} must have shape {tuple(shape)}, not {tuple(tensor.shape)}.")
     _require(tensor.is_contiguous(), f"{what} must be contiguous.")
+    if tensor.is_cuda and dtype == torch.uint8:
+        _check_words(what, tensor.data_ptr(), shape[-1])
+
+
+def _check_words(what: str, address: int, row_bytes: int) -> None:
+    """Raises where CUDA kernels could not read rows of bytes in words, as wide as rows allow."""
+    multiple = math.gcd(row_bytes, 16)
+    _require(
+        address % multiple == 0,
+        f"{what} must start at a multiple of {multiple} bytes in the device's memory, not at "
+        f"{address:#x}: pass a clone().",
+    )
 
 
 def _same_device(device: torch.device, **tensors: Tensor | None) -> None:
@@ -532,6 +545,8 @@ def _vq_sizes(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Ten
     for tensor in vq:
         if not tensor.is_contiguous():
             raise ValueError("codes, codebook, row_norms and col_norms must be contiguous.")
+    if codes.is_cuda:
+        _check_words("codes", codes.data_ptr(), codes.shape[2])
     return sizes
 
 
@@ -727,13 +742,32 @@ def _tile_rows(cols: int, dtype: torch.dtype) -> int:
     return max(1, _TILE_BYTES // (cols * dtype.itemsize * TILE_ROWS)) * TILE_ROWS
 
 
+@functools.cache
+def _cpu_has_gemm(dtype: torch.dtype) -> bool:
+    """Whether torch's GEMM has a fast kernel for a 16-bit dtype on this CPU: oneDNN's, if any.
+
+    What torch falls back to takes 7 times as long as float32 (AVX2, 512 tokens).
+    """
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
+
+
+def _gemm_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that tiles for inputs like x are made and multiplied in."""
+    if x.dtype == torch.float32 or not x.is_cpu or _cpu_has_gemm(x.dtype):
+        return x.dtype
+    return torch.float32
+
+
 def _tiled_linear(x: Tensor, bias: Tensor | None, rows: int, dequantize: DequantizeRows) -> Tensor:
     """x W^T + bias by a dense GEMM on one tile of W's rows after another."""
-    cols = x.shape[-1]
-    y = x.new_empty((*x.shape[:-1], rows))
-    inputs, outputs = x.view(-1, cols), y.view(-1, rows)
-    step = min(_tile_rows(cols, x.dtype), rows)
-    tile = x.new_empty((step, cols))
+    cols, dtype = x.shape[-1], _gemm_dtype(x)
+    inputs = x.view(-1, cols).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    outputs = inputs.new_empty((inputs.shape[0], rows))
+    step = min(_tile_rows(cols, dtype), rows)
+    tile = inputs.new_empty((step, cols))
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         dequantize(begin, end, tile)
@@ -742,16 +776,16 @@ def _tiled_linear(x: Tensor, bias: Tensor | None, rows: int, dequantize: Dequant
             torch.mm(inputs, weight, out=outputs[:, begin:end])
         else:
             torch.addmm(bias[begin:end], inputs, weight, out=outputs[:, begin:end])
-    return y
+    return outputs.to(x.dtype).view(*x.shape[:-1], rows)
 
 
 def _tiled_linear_grad(grad_y: Tensor, cols: int, dequantize: DequantizeRows) -> Tensor:
     """grad_y W, the gradient of x, tile by tile; summed over tiles in float32."""
-    rows = grad_y.shape[-1]
-    outputs = grad_y.reshape(-1, rows)
+    rows, dtype = grad_y.shape[-1], _gemm_dtype(grad_y)
+    outputs = grad_y.reshape(-1, rows).to(dtype)
     grad_x = grad_y.new_zeros((outputs.shape[0], cols), dtype=torch.float32)
-    step = min(_tile_rows(cols, grad_y.dtype), rows)
-    tile = grad_y.new_empty((step, cols))
+    step = min(_tile_rows(cols, dtype), rows)
+    tile = outputs.new_empty((step, cols))
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
         dequantize(begin, end, tile)
@@ -849,14 +883,23 @@ def vq_gemv(
     return _run_vq_gemv(x, tokens, vq, sizes, bias)
 
 
-def _vq_gemv_tokens(code_bits: int, dtype: torch.dtype) -> int:
+def _vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
     """Up to how many tokens the kernel, run for 16 at a time, beats dense tiles.
 
-    Measured (benchmarks/bench_vq_gemv.py): torch's GEMM is several times faster in bf16.
+    Measured (benchmarks/bench_vq_gemv.py). The kernel's time is proportional to tokens and codes;
+    torch's GEMM is several times faster in bf16 where the CPU has instructions for that.
     """
-    if dtype == torch.float32:
+    narrow = code_bits <= 8
+    if _gemm_dtype(x) != torch.float32:
+        return 2 * GEMV_MAX_TOKENS if narrow else GEMV_MAX_TOKENS
+    if not x.is_cpu:
         return 4 * GEMV_MAX_TOKENS
-    return 2 * GEMV_MAX_TOKENS if code_bits <= 8 else GEMV_MAX_TOKENS
+    level = _cpu.simd_level()
+    if narrow and d >= 4:
+        # Looking up takes half the time of a GEMM's multiply-adds, however many tokens there are.
+        looks_up = code_bits == 8 and level == "avx512vbmi"
+        return sys.maxsize if looks_up else 16 * GEMV_MAX_TOKENS
+    return 4 * GEMV_MAX_TOKENS if narrow or "avx512" in level else 2 * GEMV_MAX_TOKENS
 
 
 @_op(f"vq_linear(Tensor x, {_VQ_SCHEMA}, Tensor? bias=None) -> Tensor", _vq_linear_fake)
@@ -872,7 +915,7 @@ def vq_linear(
     vq = (codes, codebook, row_norms, col_norms)
     sizes = _vq_sizes(*vq)
     x, tokens, bias = _check_linear(x, bias, sizes[0], sizes[1], codes.device)
-    if tokens <= _vq_gemv_tokens(sizes[3], x.dtype):
+    if tokens <= _vq_gemv_tokens(*sizes[2:], x):
         return _run_vq_gemv(x, tokens, vq, sizes, bias)
     return _tiled_linear(
         x,

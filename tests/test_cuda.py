@@ -104,18 +104,53 @@ def test_kmeans_seed(init: str, d: int, entries: int) -> None:
     assert_op_agrees(ops.kmeans_seed, [one[0], two[0]], [one[1], two[1]], entries, d, init, 7)
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "zeros"])
-@pytest.mark.parametrize("shape", [(1, 70), (700, 1000), (4096, 512)])
-def test_prune_select(shape: tuple[int, int], kind: str) -> None:
-    w, h = randn(*shape), randn(shape[1], seed=1).square()
+def saliency_case(kind: str, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    w, h = randn(rows, cols), randn(cols, seed=1).square()
     if kind == "ties":
-        w, h = (2 * w).round(), torch.ones(shape[1])
-    if kind == "zeros":
+        w, h = (2 * w).round(), torch.ones(cols)
+    elif kind == "many zeros":
         w[w < 0.5] = 0
+    elif kind == "zeros":
+        w = torch.zeros_like(w)
+    elif kind == "one channel":
+        h[cols // 2] = 1e30
+    elif kind == "a crowd":  # more candidates in a few blocks than they gather
+        h = torch.ones(cols)
+        w.view(-1)[: w.numel() // 50] = 0.67 + torch.arange(w.numel() // 50) * 1e-8
+    return w, h
+
+
+@pytest.mark.parametrize(
+    "kind", ["random", "ties", "many zeros", "zeros", "one channel", "a crowd"]
+)
+@pytest.mark.parametrize("shape", [(1, 70), (700, 1001), (4096, 512), (2048, 11008)])
+def test_prune_select(shape: tuple[int, int], kind: str) -> None:
+    w, h = saliency_case(kind, *shape)
     for n_prune in (0, 1, w.numel() // 2, w.numel() - 1, w.numel()):
         assert_op_agrees(ops.prune_select, w, h, n_prune)
     bitmap = ops.prune_select(w, h, w.numel() // 2)
     assert_op_agrees(ops.prune_objective, w, h, bitmap)
+
+
+def test_prune_select_of_rows_at_an_odd_address() -> None:
+    w, h = randn(300, 512), randn(512, seed=1).square()
+    odd = torch.cat([torch.zeros(1), w.view(-1)]).to(CUDA)[1:].view(300, 512)
+    got = ops.prune_select(odd, h.to(CUDA), 70_000)
+    assert_same_bits(got, ops.prune_select(w, h, 70_000))
+
+
+@pytest.mark.parametrize("kind", ["random", "zeros"])
+def test_prune_select_in_a_graph(kind: str) -> None:
+    w, h = saliency_case(kind, 1024, 2048)
+    device_w, device_h = w.to(CUDA), h.to(CUDA)
+    ops.prune_select(device_w, device_h, 1_000_000)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        bitmap = ops.prune_select(device_w, device_h, 1_000_000)
+    for _ in range(20):
+        bitmap.zero_()
+        graph.replay()
+        assert_same_bits(bitmap, ops.prune_select(w, h, 1_000_000))
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 3), (16, 32), (5, 12)])
@@ -140,6 +175,26 @@ def test_pack_codes_refuses_a_code_that_does_not_fit() -> None:
 @pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (3, 9), (8, 16), (1, 2)])
 def test_vq_dequantize(d: int, code_bits: int, dtype: torch.dtype) -> None:
     assert_op_agrees(ops.vq_dequantize, *random_vq(133, 700, d, code_bits), dtype)
+
+
+def test_refuses_bytes_at_an_odd_address() -> None:
+    def odd(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor.new_zeros(1), tensor.view(-1)]).to(CUDA)[1:].view(tensor.shape)
+
+    codes, *rest = random_vq(64, 96, 6, 12)
+    rest = [tensor.to(CUDA) for tensor in rest]
+    x = activations(1, 96, torch.float16).to(CUDA)
+    for call in (
+        lambda: ops.unpack_codes(odd(codes), 64),
+        lambda: ops.vq_gemv(x, odd(codes), *rest),
+        lambda: ops.vq_dequantize(odd(codes), *rest, torch.float32),
+        lambda: ops.sparse_offsets(odd(torch.zeros(64, 16, dtype=torch.uint8)), 96),
+    ):
+        with pytest.raises(ValueError, match="must start at a multiple of 16 bytes"):
+            call()
+    assert_same_bits(  # a slice of whole tiles
+        ops.unpack_codes(codes.to(CUDA)[1:], 32), ops.unpack_codes(codes, 64)[32:]
+    )
 
 
 def assert_within_bound(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -158,16 +158,46 @@ def test_linear_takes_inputs_that_are_not_contiguous(tokens: int) -> None:
     assert torch.equal(got, ops.vq_linear(base.T.contiguous(), *vq, bias.contiguous()))
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_many_tokens_go_by_tiles(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_TILE_BYTES", 64 * 90 * dtype.itemsize)
+def test_many_tokens_go_by_tiles(
+    dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of the dtype of x where the CPU is fast in it, else of float32, rounded once."""
+    monkeypatch.setattr(ops, "_cpu_has_gemm", lambda dtype: fast)
+    tiles_in = dtype if fast else torch.float32
+    monkeypatch.setattr(ops, "_TILE_BYTES", 64 * 90 * tiles_in.itemsize)
     vq = random_vq(200, 90, 6, 12)
-    x, bias = activations(33, 90, dtype), torch.randn(200).to(dtype)
-    weight = reference.vq_dequantize(*vq, dtype)
-    assert ops._tile_rows(90, dtype) == 64
-    torch.testing.assert_close(
-        ops.vq_linear(x, *vq, bias), torch.nn.functional.linear(x, weight, bias)
-    )
+    x, bias = activations(65, 90, dtype).view(5, 13, 90), torch.randn(200).to(dtype)
+    tiles = []
+
+    def dequantize(begin: int, end: int, tile: Tensor) -> None:
+        tiles.append((begin, end, tile.dtype))
+        ops._dequantize_vq_rows(vq, ops._vq_sizes(*vq), begin, end, tile)
+
+    y = ops._tiled_linear(x, bias, 200, dequantize)
+    assert tiles == [(begin, min(begin + 64, 200), tiles_in) for begin in range(0, 200, 64)]
+    assert torch.equal(y, ops.vq_linear(x, *vq, bias))
+    assert y.shape == (5, 13, 200)
+    assert y.dtype == dtype
+    want = reference.vq_linear(x, *vq, bias)
+    rounding = torch.finfo(dtype).eps * (0.5 if tiles_in != dtype else 4)
+    assert (y.double() - want).norm() <= (rounding + 1e-6) * want.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits"), [(4, 8), (6, 12), (2, 8), (8, 16)])
+def test_linear_is_right_on_both_sides_of_the_switch_to_tiles(
+    d: int, code_bits: int, dtype: torch.dtype
+) -> None:
+    vq = random_vq(70, 50, d, code_bits)
+    limit = ops._vq_gemv_tokens(d, code_bits, torch.empty(1, dtype=dtype))
+    assert limit >= ops.GEMV_MAX_TOKENS
+    for tokens in (limit, limit + 1) if limit < 1000 else (500,):
+        x = activations(tokens, 50, dtype)
+        want = reference.vq_linear(x, *vq, None)
+        error = (ops.vq_linear(x, *vq, None).double() - want).norm()
+        assert error <= 4 * torch.finfo(dtype).eps * want.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -119,6 +119,16 @@ def test_refuses_wrong_shapes_and_dtypes() -> None:
         ops.vq_dequantize(codes.mT.contiguous().mT, codebook, row_norms, col_norms, torch.float32)
 
 
+@pytest.mark.parametrize(("code_bits", "multiple"), [(1, 4), (8, 16), (9, 4), (12, 16), (14, 8)])
+def test_refuses_addresses_that_a_device_cannot_read(code_bits: int, multiple: int) -> None:
+    row_bytes = 4 * code_bits
+    for tile in range(5):  # slices of whole tiles are fine
+        ops._check_words("codes", 0x7F00_0000_0200 + tile * row_bytes, row_bytes)
+    for offset in (1, 2, multiple // 2, multiple + 1):
+        with pytest.raises(ValueError, match=f"codes must start at a multiple of {multiple} bytes"):
+            ops._check_words("codes", 0x7F00_0000_0200 + offset, row_bytes)
+
+
 def test_opcheck() -> None:
     vq = random_vq(40, 22, 4, 8)
     torch.library.opcheck(ops.pack_codes, (random_codes(40, 6, 8), 8))

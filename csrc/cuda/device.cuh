@@ -101,6 +101,20 @@ __device__ __forceinline__ void spin_pause() {
 #endif
 }
 
+// Waits until every block of the grid has come here `generation` times. Blocks must all be
+// resident.
+__device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned generation) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        atomicAdd(arrived, 1u);
+        const volatile unsigned* count = arrived;
+        while (*count < generation * gridDim.x) spin_pause();
+        __threadfence();
+    }
+    __syncthreads();
+}
+
 // The high word of a 64-bit product.
 __device__ __forceinline__ uint64_t product_high(uint64_t a, uint64_t b) {
 #ifdef NOWAG_SIMT

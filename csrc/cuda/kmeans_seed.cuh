@@ -46,20 +46,6 @@ struct SeedShared {
     float candidates[kCandidates][kMaxSubvector];
 };
 
-// Waits until every block of the grid has come here `generation` times. Blocks must all be
-// resident.
-__device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned generation) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        atomicAdd(arrived, 1u);
-        const volatile unsigned* count = arrived;
-        while (*count < generation * gridDim.x) spin_pause();
-        __threadfence();
-    }
-    __syncthreads();
-}
-
 // A block's stretch of the sample and what it does with it.
 template <int kD>
 struct SeedBlock {

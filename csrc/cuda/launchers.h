@@ -1,9 +1,11 @@
 // The CUDA side of include/nowag: every operation of namespace cpu again, with the same meaning.
 //
-// Pointers are the device's, except the array of problems itself. In place of the number of threads
-// stand scratch memory, of <op>_workspace(the same arguments) bytes, aligned to 256, and the
-// stream. pack_codes differs: it cannot refuse a code that is too wide, but keeps its low bits. And
-// kmeans_assign leaves the working memory between iterations (previous, gaps) alone.
+// Pointers are the device's, except the array of problems itself. Packed codes and bitmaps are read
+// in words: they lie where slices of an aligned tensor along its first dimension do. In place of
+// the number of threads stand scratch memory, of <op>_workspace(the same arguments) bytes, aligned
+// to 256, and the stream. pack_codes differs: it cannot refuse a code that is too wide, but keeps
+// its low bits. And kmeans_assign leaves the working memory between iterations (previous, gaps)
+// alone.
 #pragma once
 
 #include "nowag/dtype.h"

@@ -216,6 +216,18 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
     const uint64_t both = (static_cast<uint64_t>(high) << 32) | low;
     return static_cast<unsigned>(both >> (shift & 31u));
 }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+    const uint64_t both = (static_cast<uint64_t>(high) << 32) | low;
+    return static_cast<unsigned>(both << (shift & 31u) >> 32);
+}
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t both = (static_cast<uint64_t>(high) << 32) | low;
+    unsigned picked = 0;
+    for (int byte = 0; byte < 4; ++byte) {
+        picked |= static_cast<unsigned>(both >> 8 * (selector >> 4 * byte & 7) & 0xff) << 8 * byte;
+    }
+    return picked;
+}
 inline unsigned __float_as_uint(float value) {
     unsigned bits;
     std::memcpy(&bits, &value, sizeof bits);
