@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -214,11 +215,44 @@ def test_vq_gemv(rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtyp
     weight = ops.vq_dequantize(*vq, torch.float32)
     x = activations(16, cols, dtype).to(CUDA)
     bias = randn(rows, seed=3).to(dtype).to(CUDA)
-    alone = ops.vq_gemv(x[:1], *vq, bias)
+    first: dict[bool, Tensor] = {}
     for tokens in (1, 2, 3, 5, 8, 16):
         y = ops.vq_gemv(x[:tokens], *vq, bias)
         assert_within_bound(y, x[:tokens], weight, bias)
-        assert torch.equal(y[:1], alone)
+        # d = 6: 1 and 2 tokens have the same bits, and so have 3 to 16 (vq_gemv.h).
+        several = d == 6 and tokens > 2
+        assert torch.equal(y[:1], first.setdefault(several, y[:1]))
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30, 0.0])
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8)])
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_vq_gemv_of_extreme_inputs(d: int, code_bits: int, tokens: int, scale: float) -> None:
+    vq = [tensor.to(CUDA) for tensor in random_vq(512, 1024, d, code_bits)]
+    weight = ops.vq_dequantize(*vq, torch.float32)
+    x = activations(tokens, 1024, torch.float32).to(CUDA) * scale
+    y = ops.vq_gemv(x, *vq)
+    if scale:  # near 1, where the bound's slack for sums of almost nothing is small
+        y, x = y / scale, x / scale
+    assert_within_bound(y, x, weight, None)
+    x[0, 1000] = float("nan")
+    assert not ops.vq_gemv(x, *vq)[0].isfinite().any()
+
+
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8)])
+@pytest.mark.parametrize("tokens", [1, 8, 16])
+def test_vq_gemv_in_a_graph(d: int, code_bits: int, tokens: int) -> None:
+    """Layers one after another, each of several kernels that start before the last one's end."""
+    layers = [[t.to(CUDA) for t in random_vq(2048, 2048, d, code_bits)] for _ in range(3)]
+    x = activations(tokens, 2048, torch.bfloat16).to(CUDA) * 0.05
+    want = functools.reduce(lambda y, vq: ops.vq_gemv(y, *vq), layers, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = functools.reduce(lambda y, vq: ops.vq_gemv(y, *vq), layers, x)
+    for _ in range(20):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -282,7 +316,8 @@ def test_linear_in_a_graph_and_on_another_stream(kind: str) -> None:
 
 def test_repeats_give_the_same_bits() -> None:
     vq = [tensor.to(CUDA) for tensor in random_vq(4096, 4096, 6, 12)]
-    x = activations(1, 4096, torch.bfloat16).to(CUDA)
-    first = ops.vq_gemv(x, *vq)
-    for _ in range(50):
-        assert torch.equal(ops.vq_gemv(x, *vq), first)
+    for tokens in (1, 8, 16):
+        x = activations(tokens, 4096, torch.bfloat16).to(CUDA)
+        first = ops.vq_gemv(x, *vq)
+        for _ in range(50):
+            assert torch.equal(ops.vq_gemv(x, *vq), first)

@@ -21,7 +21,8 @@ REGISTERS_OF_A_MULTIPROCESSOR = 65536
 # Threads of a block, for kernels whose registers must leave room for that many.
 THREADS = {
     "vq_gemv_lut": 512,
-    "vq_gemv_gather": 512,
+    "vq_gemv_mma": 512,
+    "vq_gemv_finish": 512,
     "vq_gemv_decode": 512,
     "kmeans_plus_plus": 512,
     "kmeans_largest_energy": 512,

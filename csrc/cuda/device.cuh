@@ -177,6 +177,61 @@ __device__ __forceinline__ MmaC mma_tf32(const MmaA& a, float b0, float b1) {
     return d;
 }
 
+// c += a b by one warp, a [16, 16] and b [16, 8] in float16, c in float32. With g = lane / 4 and
+// t = lane % 4 a lane holds pairs of columns of a and of rows of b, the lower in the low half:
+//   a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)     b: (2t, g), (2t + 8, g)
+//   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// Products are exact. How their sum is rounded is not specified; the host truncates it, the worst
+// that tensor cores are known to do.
+__device__ __forceinline__ void mma_half(const MmaA& a, uint32_t b0, uint32_t b1, MmaC& c) {
+#ifdef NOWAG_SIMT
+    struct Mine {
+        MmaA a;
+        uint32_t b[2];
+    };
+    const auto half = [](uint32_t pair, int i) {
+        return half_to_float(static_cast<uint16_t>(pair >> (16 * i)));
+    };
+    const Mine mine{a, {b0, b1}};
+    const auto& lanes = simt::collect(kFullWarp, &mine, sizeof mine, {__FILE__, __LINE__, "mma"});
+    const int g = simt::lane() / 4, t = simt::lane() % 4;
+    double sums[4] = {c.x[0], c.x[1], c.x[2], c.x[3]};
+    for (int k = 0; k < 16; ++k) {
+        const int owner = k % 8 / 2;
+        const MmaA left = simt::from_lane<Mine>(lanes, 4 * g + owner).a;
+        for (int i = 0; i < 4; ++i) {
+            const Mine right = simt::from_lane<Mine>(lanes, 4 * (2 * t + i % 2) + owner);
+            sums[i] += half(left.x[i / 2 + 2 * (k / 8)], k % 2) * half(right.b[k / 8], k % 2);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        c.x[i] = static_cast<float>(sums[i]);
+        if (std::fabs(c.x[i]) > std::fabs(sums[i])) c.x[i] = std::nextafter(c.x[i], 0.0f);
+    }
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+#endif
+}
+
+// A kernel that launch_after (launch.h) starts may run beside the one before it: waits for that to
+// end and for what it wrote to be seen. What is read behind this is no `const __restrict__`: the
+// compiler could read that earlier. Without such a launch, and on the executor, it ended before.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once every block has said so, or ended, the kernel that launch_after starts next may begin.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // Elements of the three types as floats.
 template <DType kType>
 struct Element {

@@ -7,7 +7,7 @@ namespace nowag::cuda {
 const char* last_error() { return ""; }
 
 // Small, so that small matrices already meet every way of splitting the work.
-DeviceLimits device_limits() { return {3, 100 << 10}; }
+DeviceLimits device_limits() { return {3, 100 << 10, false}; }
 
 #else
 
@@ -25,10 +25,13 @@ Status check_runtime(cudaError_t error) {
 
 DeviceLimits device_limits() {
     int device = 0;
-    DeviceLimits limits{1, 48 << 10};
+    int major = 0;
+    DeviceLimits limits{1, 48 << 10, false};
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    limits.starts_early = major >= 9;
     return limits;
 }
 

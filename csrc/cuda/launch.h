@@ -18,7 +18,8 @@ namespace nowag::cuda {
 
 struct DeviceLimits {
     int multiprocessors;
-    int shared_bytes;  // dynamic shared memory that one block can have
+    int shared_bytes;   // dynamic shared memory that one block can have
+    bool starts_early;  // it has programmatic dependent launch (compute capability 9.0)
 };
 
 // Of the current device.
@@ -30,6 +31,12 @@ Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t share
               Arguments... arguments) {
     simt::run_grid(grid, block, shared_bytes, [&] { kernel(arguments...); });
     return Status::ok;
+}
+
+template <typename... Parameters, typename... Arguments>
+Status launch_after(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                    Stream stream, Arguments... arguments) {
+    return launch(kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 // As launch, with every block resident at once: they may wait for each other.
@@ -50,20 +57,49 @@ Status check_runtime(cudaError_t error);
 constexpr size_t kSharedWithoutAsking = 48 << 10;
 
 template <typename... Parameters, typename... Arguments>
-Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
-              Stream stream, Arguments... arguments) {
+Status launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                 size_t shared_bytes, Stream stream, Arguments... arguments) {
     if (shared_bytes > kSharedWithoutAsking) {
         const Status allowed = check_runtime(cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
         if (allowed != Status::ok) return allowed;
     }
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = early ? 1 : 0;
     return check_runtime(
         cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+}
+
+template <typename... Parameters, typename... Arguments>
+Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+              Stream stream, Arguments... arguments) {
+    return launch_as(false, kernel, grid, block, shared_bytes, stream, arguments...);
+}
+
+// As launch, for a kernel that follows another of the same launcher: it may start, and do what
+// needs none of the others' results, as soon as that lets it (device.cuh). Why nothing is read too
+// early or overwritten:
+// - The first kernel of a launcher is launched plainly. It starts when all work before it in the
+//   stream has ended, whoever's that was: the layer's weights are there, and nobody uses scratch
+//   memory any more that torch has handed out again.
+// - Each later kernel reads weights alone and writes shared memory alone before its threads call
+//   wait_for_previous_kernel(), and all of them do. So no kernel ends before the one ahead of it,
+//   and behind its wait all kernels of the launcher ahead of it have ended.
+// - The last one lets nobody start: what follows in the stream sees a kernel like any other.
+// A CUDA graph captures the launch as a programmatic edge, between two kernels always.
+template <typename... Parameters, typename... Arguments>
+Status launch_after(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+                    Stream stream, Arguments... arguments) {
+    return launch_as(device_limits().starts_early, kernel, grid, block, shared_bytes, stream,
+                     arguments...);
 }
 
 // As launch, with every block resident at once: they may wait for each other.

@@ -4,27 +4,87 @@
 #include "launch.h"
 #include "launchers.h"
 #include "vq_gemv.cuh"
-#include "vq_gemv_gather.cuh"
 #include "vq_gemv_lut.cuh"
+#include "vq_gemv_mma.cuh"
 
 namespace nowag::cuda {
 namespace {
 
 constexpr int kMaxSets = 4;      // of sums in a thread's registers, for one token
-constexpr int kLutTokens = 2;    // more tokens: gather
+constexpr int kLutTokens = 2;    // more tokens: tensor cores
 constexpr int kMaxSegment = 64;  // positions: sums stay short, as the error bound asks for
 
-bool is_fast(int d, int code_bits) {
-    return (d == 6 && code_bits == 12) || (d == 4 && code_bits == 8);
+// Products of d = 4 are not looked up: vq_gemv_mma.cuh takes 45 weights a cycle and multiprocessor
+// for 1 to 8 tokens, where gathers from a table of products, 4 bytes a code, would take 36.
+enum class Path { decode, look_up, multiply };
+
+Path choose_path(int64_t tokens, int d, int code_bits) {
+    if (d == kLutD && code_bits == kLutBits) {
+        return tokens <= kLutTokens ? Path::look_up : Path::multiply;
+    }
+    return d == 4 && code_bits == 8 ? Path::multiply : Path::decode;
 }
 
-// Segments so that they and the chunks of rows fill the device once. The number of tokens must not
-// enter here.
-Segments cut_segments(int64_t rows, int64_t positions) {
+// The cuts depend on the shape and the device; the number of tokens must not enter here.
+
+// Of positions: segments and the chunks of rows fill the device once.
+Segments cut_for_look_up(int64_t rows, int64_t positions) {
     const int64_t chunks = ceil_div(row_tiles(rows), kMaxSets * kSetTiles);
     const int64_t wanted = std::max<int64_t>(1, device_limits().multiprocessors / chunks);
     const int64_t length = std::min<int64_t>(kMaxSegment, ceil_div(positions, wanted));
     return {static_cast<int>(ceil_div(positions, length)), static_cast<int>(length)};
+}
+
+// Of steps: the first block, which has most to do, has as little as can be. The unit is a turn: a
+// step of each of its warps.
+Segments cut_for_multiply(int64_t rows, int64_t positions, int d) {
+    const double item_end = d == 4 ? kItemEndTurns<4> : kItemEndTurns<6>;
+    const int64_t steps = ceil_div(positions, kStep), blocks = device_limits().multiprocessors;
+    const int64_t bands = ceil_div(rows, kBlockRows);
+    Segments best{};
+    double least = 0.0;
+    for (int64_t turns = 1; turns <= kMaxWarpSteps; ++turns) {
+        const int64_t length = turns * kSlices, count = ceil_div(steps, length);
+        const int64_t last_turns = ceil_div(steps - (count - 1) * length, kSlices);
+        const int64_t items = ceil_div(bands * count, blocks);
+        const int64_t long_items = ceil_div(bands * (count - 1), blocks);
+        const double work = static_cast<double>(long_items * turns) +
+                            static_cast<double>((items - long_items) * last_turns) +
+                            item_end * static_cast<double>(items);
+        if (best.count > 0 && work > least) continue;
+        least = work;
+        best = {static_cast<int>(count), static_cast<int>(length)};
+    }
+    return best;
+}
+
+int64_t partial_bytes(int64_t tokens, int64_t rows, Segments segments) {
+    return static_cast<int64_t>(sizeof(float)) * segments.count * tokens * row_tiles(rows) *
+           kTileRows;
+}
+
+// What vq_gemv_prepare writes for vq_gemv_mma, at the start of the scratch memory.
+struct Prepared {
+    int64_t octets;
+    int64_t steps;
+    int64_t operands;  // their bytes
+    int64_t scales;
+
+    Prepared(int64_t tokens, int64_t positions, int d)
+        : octets(ceil_div(tokens, kOctet)),
+          steps(ceil_div(positions, kStep)),
+          operands(static_cast<int64_t>(sizeof(uint4)) * octets * steps * (d / 2) * kWarpSize),
+          scales(static_cast<int64_t>(sizeof(float)) * octets * steps * kOctet) {}
+};
+
+template <DType kType, int kResidues>
+Status finish(const VqWeight& weight, const VqActivations& io, Segments segments,
+              const float* partial, Stream stream) {
+    const int64_t tiles = row_tiles(weight.rows);
+    const dim3 grid(blocks_for(tiles, kFinishWarps / kResidues), static_cast<unsigned>(io.tokens));
+    return launch_after(vq_gemv_finish<kType, kResidues>, grid, kFinishThreads,
+                        sizeof(float) * kFinishThreads, stream, weight, io, segments.count,
+                        tiles * kTileRows, partial);
 }
 
 template <int kD, DType kType>
@@ -36,48 +96,54 @@ Status decode(const VqWeight& weight, const VqActivations& io, Stream stream) {
                   sizeof(float) * kDecodeThreads, stream, weight, io);
 }
 
-template <int kD, int kBits, DType kType, int kTokens, int kSets>
+template <DType kType, int kTokens, int kSets>
 Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
-    const Segments segments = cut_segments(weight.rows, weight.positions);
-    const int64_t tiles = row_tiles(weight.rows), padded_rows = tiles * kTileRows;
+    const Segments segments = cut_for_look_up(weight.rows, weight.positions);
+    const int64_t tiles = row_tiles(weight.rows);
     const dim3 grid(static_cast<unsigned>(segments.count), blocks_for(tiles, kSets * kSetTiles));
     return in_order(
         [&] {
-            return launch(vq_gemv_lut<kD, kBits, kType, kTokens, kSets>, grid, kLutThreads,
-                          lut_shared<kD, kTokens>(segments.length), stream, weight, io, segments,
-                          padded_rows, partial);
+            return launch(vq_gemv_lut<kType, kTokens, kSets>, grid, kLutThreads,
+                          lut_shared<kTokens>(segments.length), stream, weight, io, segments,
+                          tiles * kTileRows, partial);
         },
-        [&] {
-            return launch(vq_gemv_finish<kType>, dim3(static_cast<unsigned>(tiles), kTokens),
-                          kResidues * kWarpSize, sizeof(float) * kResidues * kWarpSize, stream,
-                          weight, io, segments.count, padded_rows, partial);
-        });
+        [&] { return finish<kType, kLutResidues>(weight, io, segments, partial, stream); });
 }
 
-template <int kD, int kBits, DType kType, int kTokens, int kTiles>
-Status gather(const VqWeight& weight, const VqActivations& io, Stream stream) {
-    const Segments segments = cut_segments(weight.rows, weight.positions);
-    Status status = Status::ok;
-    for (int first = 0; first < io.tokens && status == Status::ok; first += kTokens) {
-        status = launch(vq_gemv_gather<kD, kBits, kType, kTokens, kTiles>,
-                        blocks_for(row_tiles(weight.rows), kTiles), kGatherThreads,
-                        kGatherShared<kD, kBits, kTokens>, stream, weight, io, segments, first);
-    }
-    return status;
+template <DType kType>
+Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
+    if (io.tokens == 2) return look_up<kType, 2, 1>(weight, io, partial, stream);
+    if (row_tiles(weight.rows) <= kSetTiles)
+        return look_up<kType, 1, 1>(weight, io, partial, stream);
+    return look_up<kType, 1, kMaxSets>(weight, io, partial, stream);
 }
 
 template <int kD, int kBits, DType kType>
-Status fast(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
-    const int64_t tiles = row_tiles(weight.rows);
-    if (io.tokens == 2) return look_up<kD, kBits, kType, 2, 1>(weight, io, partial, stream);
-    if (io.tokens == 1) {
-        if (tiles <= kSetTiles) return look_up<kD, kBits, kType, 1, 1>(weight, io, partial, stream);
-        return look_up<kD, kBits, kType, 1, kMaxSets>(weight, io, partial, stream);
-    }
-    const bool wide = tiles >= 2 * device_limits().multiprocessors;
-    if (io.tokens <= 4) return gather<kD, kBits, kType, 4, 1>(weight, io, stream);
-    if (wide) return gather<kD, kBits, kType, 8, 2>(weight, io, stream);
-    return gather<kD, kBits, kType, 8, 1>(weight, io, stream);
+Status multiply(const VqWeight& weight, const VqActivations& io, unsigned char* scratch,
+                Stream stream) {
+    const Prepared prepared(io.tokens, weight.positions, kD);
+    const Segments segments = cut_for_multiply(weight.rows, weight.positions, kD);
+    const MmaInputs inputs{reinterpret_cast<uint4*>(scratch),
+                           reinterpret_cast<float*>(scratch + prepared.operands),
+                           static_cast<int>(prepared.steps)};
+    float* partial = reinterpret_cast<float*>(scratch + prepared.operands + prepared.scales);
+    const int64_t items = ceil_div(weight.rows, kBlockRows) * segments.count;
+    const auto blocks = std::min<int64_t>(items, device_limits().multiprocessors);
+    const auto kernel =
+        prepared.octets == 1 ? vq_gemv_mma<kD, kBits, 1> : vq_gemv_mma<kD, kBits, 2>;
+    return in_order(
+        [&] {
+            const dim3 grid(blocks_for(prepared.steps, kPrepareWarps),
+                            static_cast<unsigned>(prepared.octets));
+            return launch(vq_gemv_prepare<kD, kType>, grid, kPrepareThreads, 0, stream, weight, io,
+                          inputs);
+        },
+        [&] {
+            return launch_after(kernel, static_cast<unsigned>(blocks), kMmaThreads,
+                                kMmaShared<kD, kBits>, stream, weight, io.tokens, inputs, segments,
+                                row_tiles(weight.rows) * kTileRows, partial);
+        },
+        [&] { return finish<kType, kMmaResidues>(weight, io, segments, partial, stream); });
 }
 
 }  // namespace
@@ -85,9 +151,18 @@ Status fast(const VqWeight& weight, const VqActivations& io, float* partial, Str
 int64_t vq_gemv_workspace(const void*, DType, int64_t tokens, const uint8_t*, const uint16_t*,
                           const uint16_t*, const uint16_t*, const void*, int64_t rows, int64_t cols,
                           int d, int code_bits, void*) {
-    if (!is_fast(d, code_bits) || tokens > kLutTokens) return 0;
-    return static_cast<int64_t>(sizeof(float)) * tokens * row_tiles(rows) * kTileRows *
-           cut_segments(rows, code_positions(cols, d)).count;
+    const int64_t positions = code_positions(cols, d);
+    switch (choose_path(tokens, d, code_bits)) {
+        case Path::look_up:
+            return partial_bytes(tokens, rows, cut_for_look_up(rows, positions));
+        case Path::multiply: {
+            const Prepared prepared(tokens, positions, d);
+            return prepared.operands + prepared.scales +
+                   partial_bytes(tokens, rows, cut_for_multiply(rows, positions, d));
+        }
+        default:
+            return 0;
+    }
 }
 
 Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed,
@@ -107,15 +182,20 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
                           code_positions(cols, d),
                           code_bits};
     const VqActivations io{x, bias, y, static_cast<int>(tokens)};
-    float* partial = static_cast<float*>(workspace);
     return with_dtype(dtype, [&](auto type) {
-        if (is_fast(d, code_bits)) {
-            return d == 6 ? fast<6, 12, type.value>(weight, io, partial, stream)
-                          : fast<4, 8, type.value>(weight, io, partial, stream);
+        switch (choose_path(tokens, d, code_bits)) {
+            case Path::look_up:
+                return look_up<type.value>(weight, io, static_cast<float*>(workspace), stream);
+            case Path::multiply: {
+                auto* scratch = static_cast<unsigned char*>(workspace);
+                return d == 4 ? multiply<4, 8, type.value>(weight, io, scratch, stream)
+                              : multiply<6, 12, type.value>(weight, io, scratch, stream);
+            }
+            default:
+                return with_subvector(d, [&](auto subvector) {
+                    return decode<subvector.value, type.value>(weight, io, stream);
+                });
         }
-        return with_subvector(d, [&](auto subvector) {
-            return decode<subvector.value, type.value>(weight, io, stream);
-        });
     });
 }
 

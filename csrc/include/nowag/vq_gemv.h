@@ -5,20 +5,30 @@
 //   y[t, i] = row_norms[i] * sum_p T_p[code(i, p)] + bias[i],   T_p[k] = sum_j (x_j col_norms_j)
 //   c_kj
 //
-// Two algorithms; which one runs depends on the instruction set and the layer's shape only.
+// Which algorithm runs depends on the instruction set and the layer's shape, on a GPU on the number
+// of tokens too.
 //   decode: fetches the codebook entry of each code and multiplies. float32 throughout.
 //   lookup: computes T_p once for every position and adds T_p[code] for every row. Codes of 8 bits
 //           on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are exact.
 //           Each group of at most kVqLookupGroup positions has two scales, one for the positions
 //           whose products are small, one for the others (those of a model's outlier channels).
+//           Codes of 12 bits and d = 6 on a GPU, 1 or 2 tokens: T_p is float32.
+//   split:  decodes on a GPU's tensor cores, for 3 to 16 tokens, and for codes of 8 bits and d = 4
+//           always. x_j col_norms_j is the sum of two float16 numbers, scaled by a power of two for
+//           each token and run of 8 positions.
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
-// depend on the other tokens or on the number of threads. They differ between instruction sets,
+// depend on the other tokens, nor on their number but for d = 6 on a GPU (1 and 2 tokens have the
+// same bits, and 3 to 16), nor on the number of threads. They differ between instruction sets,
 // within
 //
 // Error bound, y64 being the same product in float64:
-//   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`                     and, for lookup,
+//   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`      and, for lookup of 8-bit codes,
 //                + row_norms[i] * sum over groups and scales of (their positions) * L / 62000,
-//                L = their largest  sum_j |x_j col_norms_j| max_k |c_kj|,  a bound of |T_p[k]|.
+//                L = their largest  sum_j |x_j col_norms_j| max_k |c_kj|,  a bound of |T_p[k]|;
+//                or, for split,
+//                + row_norms[i] * sum over runs of 2^-39 * M * sum_j |c_kj|,
+//                M = the run's largest |x_j col_norms_j|: inputs far smaller than it lose bits.
+// On a GPU an input that is not finite makes all outputs of its token inf or NaN, and no others.
 // In practice rounding errors cancel: ||y - y64|| / ||y64|| <= 2e-3 on inputs with outlier channels
 // (tested; on SmolLM2's layers with its own activations 1e-3 at most, 2e-4 typically).
 #pragma once
