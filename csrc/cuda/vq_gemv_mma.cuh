@@ -49,7 +49,8 @@ constexpr double kItemEndTurns = kD == 4 ? 1.0 : 0.25;
 constexpr int kQuads = kBandRows / 16;  // of consecutive rows, in the sums of a lane
 constexpr int kBlockSums = kBands * kQuads * kWarpSize;  // quads that a slice has for an octet
 
-constexpr int kPrepareThreads = 256;
+// Few blocks: where one runs there is no room for a block of vq_gemv_mma, which starts meanwhile.
+constexpr int kPrepareThreads = 1024;
 constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
 
 // The codebook in shared memory. Coordinates 0 to 3 of entry k are the 8 bytes at k 2^kEntryShift,
