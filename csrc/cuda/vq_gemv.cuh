@@ -2,7 +2,7 @@
 //
 // A block takes one tile of 32 rows, a lane a row; its warps take the positions in turn, so that
 // nothing is summed across blocks. The codebook is gathered from the caches. The fast paths of
-// vq_gemv_lut.cuh replace this where they can.
+// vq_gemv_lut.cuh and vq_gemv_mma.cuh replace this where they can.
 #pragma once
 
 #include "device.cuh"

@@ -2,9 +2,9 @@
 // computed.
 //
 // For a position p the table T_p[k] = x_p . c_k is built once and then serves every row: one 4-byte
-// gather from shared memory a code, where decoding needs a 16-byte one. Bound by shared memory: 32
-// codes hit 32 banks at random, in about 3.5 cycles, so that one multiprocessor takes 55 weights a
-// cycle, where vq_gemv_mma.cuh takes 18.
+// gather from shared memory a code, where decoding needs a 12-byte one. Bound by shared memory: 32
+// codes hit 32 banks at random, in about 3.5 cycles, and take 1.4 on their own way through the same
+// L1: 39 weights a cycle and multiprocessor, where vq_gemv_mma.cuh takes 16.
 //
 //           positions of one segment (blockIdx.x)
 //          +-----------+-----------+---
@@ -96,6 +96,8 @@ template <DType kType, int kTokens, int kSets>
 __global__ void __launch_bounds__(kLutThreads, 1)
     vq_gemv_lut(VqWeight weight, VqActivations io, Segments segments, int64_t padded_rows,
                 float* __restrict__ partial) {
+    // Positions whose codes are on their way from memory: one set takes 600 cycles, less than that.
+    constexpr int kAhead = kSets == 1 ? 2 : 1;
     float* tables = reinterpret_cast<float*>(shared_memory());
     float* inputs = tables + 2 * kTable * kTokens;
     let_next_kernel_start();
@@ -111,6 +113,17 @@ __global__ void __launch_bounds__(kLutThreads, 1)
     const uint32_t* words = lane_words<kLutBits>(weight, tile, begin, part);
     const int64_t set_words = kSetTiles * kLutBits * weight.positions;
 
+    LaneCodes<kLutBits> ahead[kAhead][kSets];
+    const auto start_loading = [&](int p, int s, LaneCodes<kLutBits>& codes) {
+        if (p >= length || s * kSetTiles >= tiles_left) return;
+        codes = load_codes<kLutBits>(words + s * set_words + p * kLutBits);
+    };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+#pragma unroll
+        for (int s = 0; s < kSets; ++s) start_loading(i, s, ahead[i][s]);
+    }
+
     const TableBuilder<kTokens> builder(weight.codebook);
     for (int i = threadIdx.x; i < length * kTokens; i += kLutThreads) {
         float x[kLutD];
@@ -125,14 +138,6 @@ __global__ void __launch_bounds__(kLutThreads, 1)
     float acc[kSets][kLaneRows][kTokens] = {};
     for (int p = 0, turn = 0; p < length; ++p, turn ^= 1) {
         const float* table = tables + turn * kTable * kTokens;
-        LaneCodes<kLutBits> codes[kSets];
-#pragma unroll
-        for (int s = 0; s < kSets; ++s) {
-            if (s * kSetTiles < tiles_left) {
-                codes[s] = load_codes<kLutBits>(words + s * set_words + p * kLutBits);
-            }
-        }
-        // The next table is built while the codes are on their way.
         if (p + 1 < length) {
             builder.build(inputs + (p + 1) * kTokens * kInputStride,
                           tables + (turn ^ 1) * kTable * kTokens);
@@ -140,9 +145,13 @@ __global__ void __launch_bounds__(kLutThreads, 1)
 #pragma unroll
         for (int s = 0; s < kSets; ++s) {
             if (s * kSetTiles >= tiles_left) continue;
+            const LaneCodes<kLutBits> codes = ahead[0][s];
+#pragma unroll
+            for (int i = 1; i < kAhead; ++i) ahead[i - 1][s] = ahead[i][s];
+            start_loading(p + kAhead, s, ahead[kAhead - 1][s]);
 #pragma unroll
             for (int r = 0; r < kLaneRows; ++r) {
-                add_entry<kTokens>(table + codes[s].code(r) * kTokens, acc[s][r]);
+                add_entry<kTokens>(table + codes.code(r) * kTokens, acc[s][r]);
             }
         }
         __syncthreads();

@@ -20,14 +20,15 @@
 //          and take one item (segment, bands) after another.
 //
 // Bound by shared memory. d = 6: 32 lanes read 8 and 4 bytes of entries at random in 6.2 + 3.5
-// cycles (expected conflicts): 20 weights a cycle and multiprocessor. d = 4: 16 copies of the 256
-// entries, so that each lane of a half-warp has banks of its own: 2 cycles for 32 codes, and 0.6 (1
-// token) to 1 (8 tokens) for codes and inputs on their way through the same L1: 43 to 49 weights.
+// cycles (expected conflicts), and codes and inputs take 2.2 on their way through the same L1: 16
+// weights a cycle and multiprocessor. d = 4: 16 copies of the 256 entries, so that each lane of a
+// half-warp has banks of its own: 2 cycles for 32 codes, and 0.9 (1 token) to 1.4 (8 tokens) for
+// the rest: 44 to 37 weights, with 2.1 cycles of issue beside it.
 //
-// Error: where mma keeps 2 bits below float32's last of what it adds up, and truncates the sum (as
-// is known of compute capability 8.0 and 9.0), a step loses less than 2e-6 of its absolute sum.
-// Then at most kMaxWarpSteps float32 additions, 8 and the segments: within the 8e-6 of vq_gemv.h.
-// What float16 loses below 2^-24 is the term of vq_gemv.h for this kernel.
+// Error: a step loses less than 2e-6 of its absolute sum if mma keeps 2 bits below float32's last
+// of what it adds up and truncates the sum, which is not specified, but what hardware is believed
+// to do. Then at most kMaxWarpSteps float32 additions, 8 and the segments: within the 8e-6 of
+// vq_gemv.h. What float16 loses below 2^-24 is the term of vq_gemv.h for this kernel.
 #pragma once
 
 #include "vq_gemv_fast.cuh"
@@ -49,7 +50,8 @@ constexpr double kItemEndTurns = kD == 4 ? 1.0 : 0.25;
 constexpr int kQuads = kBandRows / 16;  // of consecutive rows, in the sums of a lane
 constexpr int kBlockSums = kBands * kQuads * kWarpSize;  // quads that a slice has for an octet
 
-constexpr int kPrepareThreads = 256;
+// Few blocks: where one runs there is no room for a block of vq_gemv_mma, which starts meanwhile.
+constexpr int kPrepareThreads = 1024;
 constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
 
 // The codebook in shared memory. Coordinates 0 to 3 of entry k are the 8 bytes at k 2^kEntryShift,
