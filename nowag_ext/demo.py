@@ -6,7 +6,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from nowag_ext.demo_text import demo_text
 from nowag_ext.environment import describe_environment
 from nowag_ext.evaluate import Perplexity, perplexity, tokenize
 from nowag_ext.files import atomic_directory
+from nowag_ext.gemm import gemm_dtype
 from nowag_ext.generate import encode_prompt, generate, tokens_per_second
 from nowag_ext.model import compress_model
 from nowag_ext.render import dtype_name, megabytes, progress_bar, settings_text, table
@@ -85,11 +86,18 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """Everything the demo measured, as in demo.json."""
+    """Everything the demo measured, as in demo.json.
+
+    Attributes:
+        generation_dtype: in which tokens/s were measured: the faster for the dense model.
+        quality_dtype: in which calibration and perplexity ran: the same, or float32 where this CPU
+            multiplies many tokens much faster in it.
+    """
 
     model: str
     stored_dtype: str
-    compute_dtype: str
+    generation_dtype: str
+    quality_dtype: str
     dense_tokens_per_second: dict[str, float]
     protocol: str
     window: int
@@ -147,18 +155,20 @@ class _Demo:
     def run(self) -> DemoResult:
         self._tell(f"loading {self.source}")
         self._store_dense()
-        speeds = self._load_dense()
+        loaded, speeds = self._load_dense()
         self._tell("calibrating")
         start = time.perf_counter()
-        act_norms = self._calibrate()
+        act_norms = self._calibrate(loaded[self.quality_dtype])
         calibration_seconds = time.perf_counter() - start
-        rows = [self._dense_row()]
+        rows = [self._dense_row(loaded)]
+        del loaded
         rows += [self._compressed_row(method, act_norms) for method in methods(self.effort)]
         environment = describe_environment()
         return DemoResult(
             model=self.source,
             stored_dtype=dtype_name(STORED),
-            compute_dtype=dtype_name(self.dtype),
+            generation_dtype=dtype_name(self.dtype),
+            quality_dtype=dtype_name(self.quality_dtype),
             dense_tokens_per_second=speeds,
             protocol=self.protocol,
             window=self.window,
@@ -178,9 +188,14 @@ class _Demo:
         dense.save_pretrained(self.directory / "dense")
         tokenizer.save_pretrained(self.directory / "dense")
 
-    def _load_dense(self) -> dict[str, float]:
-        """Loads the stored model in the dtype in which it generates faster on this machine."""
-        loaded, speeds = {}, {}
+    def _load_dense(self) -> tuple[dict[torch.dtype, Any], dict[str, float]]:
+        """Loads the stored model in two dtypes and chooses that in which it generates faster.
+
+        Returns:
+            The models by dtype, and their tokens/s by its name.
+        """
+        loaded: dict[torch.dtype, Any] = {}
+        speeds = {}
         for dtype in (torch.float32, torch.bfloat16):
             model, tokenizer = open_dense_model(self.directory / "dense", dtype_name(dtype))
             self.tokenizer = tokenizer
@@ -192,23 +207,24 @@ class _Demo:
             loaded[dtype], speeds[dtype] = model, self._speed(model)
         self.dtype = max(speeds, key=lambda dtype: speeds[dtype])
         self.dense = loaded[self.dtype]
+        self.quality_dtype = gemm_dtype(self.dtype, self.dense.device)
         named = {dtype_name(dtype): speed for dtype, speed in speeds.items()}
         listed = ", ".join(f"{speed:.1f} in {name}" for name, speed in named.items())
-        self._tell(f"dense tokens/s: {listed}; all below runs in {dtype_name(self.dtype)}")
-        return named
+        self._tell(f"dense tokens/s: {listed}; all below generates in {dtype_name(self.dtype)}")
+        return loaded, named
 
-    def _calibrate(self) -> dict[str, torch.Tensor]:
+    def _calibrate(self, model: Any) -> dict[str, torch.Tensor]:
         tokens = tokenize(self.tokenizer, self.text.calibration)
         batches = calibration_batches(
             tokens, samples=self.effort.calibration_windows, length=self.window, seed=0
         )
         with progress_bar(self.err) as progress:
-            return calibrate(self.dense, batches, progress=progress)
+            return calibrate(model, batches, progress=progress)
 
-    def _dense_row(self) -> DemoRow:
+    def _dense_row(self, loaded: dict[torch.dtype, Any]) -> DemoRow:
         self._tell("measuring the dense model")
         method = Method("dense", "dense", "", {})
-        return self._measure(method, self.dense, bits=8 * STORED.itemsize, seconds=None)
+        return self._measure(method, loaded.__getitem__, bits=8 * STORED.itemsize, seconds=None)
 
     def _compressed_row(self, method: Method, act_norms: Mapping[str, torch.Tensor]) -> DemoRow:
         """Compresses, saves, reloads, and measures what was reloaded."""
@@ -221,14 +237,26 @@ class _Demo:
         save_compressed(model, tokenizer, directory)
         del model
         self._tell(f"measuring: {method.name}")
-        reloaded = load(directory, dtype=self.dtype)
-        return self._measure(method, reloaded, bits=report.bits_per_weight, seconds=report.seconds)
+        return self._measure(
+            method,
+            lambda dtype: load(directory, dtype=dtype),
+            bits=report.bits_per_weight,
+            seconds=report.seconds,
+        )
 
     def _measure(
-        self, method: Method, model: Any, *, bits: float, seconds: float | None
+        self,
+        method: Method,
+        load_in: Callable[[torch.dtype], Any],
+        *,
+        bits: float,
+        seconds: float | None,
     ) -> DemoRow:
+        model = load_in(self.quality_dtype)
         quality = self._perplexity(model)
         self.protocol = quality.protocol()
+        if self.dtype != self.quality_dtype:
+            model = load_in(self.dtype)
         dense_speeds, speeds = [], []
         for _ in range(self.effort.rounds):
             dense_speeds.append(self._speed(self.dense))
@@ -281,8 +309,9 @@ def _show(result: DemoResult, output: Path, out: Console) -> None:
         soft_wrap=True,
     )
     out.print(
-        f"Stored in {result.stored_dtype}, run in {result.compute_dtype}, the faster for the dense "
-        "model here. tokens/s: greedy, one sequence, in turn with the dense model.",
+        f"Stored in {result.stored_dtype}; calibration and perplexity in {result.quality_dtype}. "
+        f"tokens/s: in {result.generation_dtype}, the faster for the dense model here, greedy, one "
+        "sequence, in turn with the dense model.",
         soft_wrap=True,
     )
     for row in result.rows:

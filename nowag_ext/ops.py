@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nowag_ext import _cpu
+from nowag_ext.gemm import gemm_dtype
 
 _cuda: Any
 try:
@@ -742,27 +743,9 @@ def _tile_rows(cols: int, dtype: torch.dtype) -> int:
     return max(1, _TILE_BYTES // (cols * dtype.itemsize * TILE_ROWS)) * TILE_ROWS
 
 
-@functools.cache
-def _cpu_has_gemm(dtype: torch.dtype) -> bool:
-    """Whether torch's GEMM has a fast kernel for a 16-bit dtype on this CPU: oneDNN's, if any.
-
-    What torch falls back to takes 7 times as long as float32 (AVX2, 512 tokens).
-    """
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-    return torch.backends.mkldnn.is_available() and supported is not None and bool(supported())
-
-
-def _gemm_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that tiles for inputs like x are made and multiplied in."""
-    if x.dtype == torch.float32 or not x.is_cpu or _cpu_has_gemm(x.dtype):
-        return x.dtype
-    return torch.float32
-
-
 def _tiled_linear(x: Tensor, bias: Tensor | None, rows: int, dequantize: DequantizeRows) -> Tensor:
     """x W^T + bias by a dense GEMM on one tile of W's rows after another."""
-    cols, dtype = x.shape[-1], _gemm_dtype(x)
+    cols, dtype = x.shape[-1], gemm_dtype(x.dtype, x.device)
     inputs = x.view(-1, cols).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     outputs = inputs.new_empty((inputs.shape[0], rows))
@@ -781,7 +764,7 @@ def _tiled_linear(x: Tensor, bias: Tensor | None, rows: int, dequantize: Dequant
 
 def _tiled_linear_grad(grad_y: Tensor, cols: int, dequantize: DequantizeRows) -> Tensor:
     """grad_y W, the gradient of x, tile by tile; summed over tiles in float32."""
-    rows, dtype = grad_y.shape[-1], _gemm_dtype(grad_y)
+    rows, dtype = grad_y.shape[-1], gemm_dtype(grad_y.dtype, grad_y.device)
     outputs = grad_y.reshape(-1, rows).to(dtype)
     grad_x = grad_y.new_zeros((outputs.shape[0], cols), dtype=torch.float32)
     step = min(_tile_rows(cols, dtype), rows)
@@ -890,7 +873,7 @@ def _vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
     torch's GEMM is several times faster in bf16 where the CPU has instructions for that.
     """
     narrow = code_bits <= 8
-    if _gemm_dtype(x) != torch.float32:
+    if gemm_dtype(x.dtype, x.device) != torch.float32:
         return 2 * GEMV_MAX_TOKENS if narrow else GEMV_MAX_TOKENS
     if not x.is_cpu:
         return 4 * GEMV_MAX_TOKENS

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import nowag_ext
+from nowag_ext import gemm
 from nowag_ext.cli import app
 from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.source import calibration_batches
@@ -166,6 +167,26 @@ def test_resume_keeps_layers_until_the_checkpoint_is_written(work: Path, tmp_pat
 def test_eval_refuses(work: Path, sentence: str, arguments: list[str]) -> None:
     text, model = (argument.format(w=work) for argument in arguments)
     fails_with(sentence, "eval", model, "--text", text)
+
+
+@pytest.mark.parametrize("command", ["eval", "calibrate"])
+def test_a_faster_dtype_is_named(
+    command: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [command, work / "model", "--text", work / "text.txt"]
+    window = {"eval": ["--window", 64], "calibrate": ["--length", 64]}[command]
+    if command == "calibrate":
+        arguments += ["-o", tmp_path / "stats.safetensors"]
+    for fast, dtype, advice in [
+        (False, "bfloat16", True),
+        (False, "float32", False),
+        (True, "bfloat16", False),
+    ]:
+        monkeypatch.setattr(gemm, "cpu_has_gemm", lambda dtype, fast=fast: fast)
+        result = run(*arguments, *window, "--dtype", dtype)
+        assert result.exit_code == 0, result.output
+        named = f"nowag-ext {command} --dtype float32" in one_line(result.stderr)
+        assert named == advice, result.stderr
 
 
 def test_eval_refuses_text_that_is_not(work: Path, tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from tiny_model import save_tiny
 from typer.testing import CliRunner
 
 import nowag_ext
+from nowag_ext import demo as demo_module
+from nowag_ext import gemm
 from nowag_ext.cli import app
 from nowag_ext.demo import DemoResult, Effort, run_demo
 from nowag_ext.demo_model import cached_demo_model
@@ -89,12 +91,30 @@ def test_what_it_was_measured_on_is_printed(demo: Run) -> None:
 def test_demo_measures_what_it_saved(demo: Run) -> None:
     """The figures are those of the checkpoint on disk, on held-out text, in the dtype it says."""
     for row in demo.result.rows:
-        loaded, tokenizer = open_model(demo.output / row.directory, demo.result.compute_dtype)
+        loaded, tokenizer = open_model(demo.output / row.directory, demo.result.quality_dtype)
         tokens = tokenize(tokenizer, demo_text().held_out)
         again = perplexity(loaded, tokens, window=128, windows=2).perplexity
         assert again == pytest.approx(row.perplexity, rel=1e-4)
     packed = nowag_ext.load(demo.output / "pruned-2-of-4").state_dict()
     assert packed["model.layers.0.mlp.up_proj.values"].dtype == torch.bfloat16
+
+
+def test_quality_is_measured_in_float32_where_bfloat16_is_slow(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "cpu_has_gemm", lambda dtype: False)
+    monkeypatch.setattr(
+        demo_module, "tokens_per_second", lambda model, *_, **__: 16.0 / model.dtype.itemsize
+    )
+    err = Console(file=io.StringIO())
+    result = run_demo(str(tiny), tmp_path / "out", out=err, err=err, effort=EFFORT)
+    assert (result.generation_dtype, result.quality_dtype) == ("bfloat16", "float32")
+    for row in result.rows:
+        assert (row.tokens_per_second, row.dense_tokens_per_second) == (8.0, 8.0)
+        loaded, tokenizer = open_model(tmp_path / "out" / row.directory, "float32")
+        tokens = tokenize(tokenizer, demo_text().held_out)
+        again = perplexity(loaded, tokens, window=128, windows=2).perplexity
+        assert again == pytest.approx(row.perplexity, rel=1e-5)
 
 
 def test_what_a_demo_left_is_replaced(demo: Run, tiny: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vq_cases import activations, random_vq
 
-from nowag_ext import ops, reference
+from nowag_ext import gemm, ops, reference
 
 pytestmark = pytest.mark.kernel
 
@@ -164,7 +164,7 @@ def test_many_tokens_go_by_tiles(
     dtype: torch.dtype, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tiles of the dtype of x where the CPU is fast in it, else of float32, rounded once."""
-    monkeypatch.setattr(ops, "_cpu_has_gemm", lambda dtype: fast)
+    monkeypatch.setattr(gemm, "cpu_has_gemm", lambda dtype: fast)
     tiles_in = dtype if fast else torch.float32
     monkeypatch.setattr(ops, "_TILE_BYTES", 64 * 90 * tiles_in.itemsize)
     vq = random_vq(200, 90, 6, 12)
