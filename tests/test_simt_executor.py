@@ -43,6 +43,22 @@ def test_masks_of_half_warps(driver: Driver, seed: int) -> None:
     assert run(driver, "two_masks", seed) == [thread ^ 1 for thread in range(64)]
 
 
+def run_copies(driver: Driver, name: str, seed: int) -> list[int]:
+    values = torch.cat([torch.zeros(64), torch.arange(64)]).int()
+    assert driver.run(name, values, seed=seed) == 0
+    return values[:64].tolist()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_copies_arrive_once_waited_for(driver: Driver, seed: int) -> None:
+    assert run_copies(driver, "copies", seed) == list(range(63, -1, -1))
+
+
+def test_a_copy_not_waited_for_shows(driver: Driver) -> None:
+    results = {tuple(run_copies(driver, "copies_not_waited_for", seed)) for seed in SEEDS}
+    assert len(results) > 1
+
+
 def test_missing_barrier_shows(driver: Driver) -> None:
     results = {tuple(run(driver, "missing_barrier", seed)) for seed in SEEDS}
     assert len(results) > 1
@@ -63,6 +79,7 @@ def test_unwritten_shared_memory_shows(driver: Driver) -> None:
         ("shuffle_from_outside", "shuffle from a lane outside the mask: __shfl_sync"),
         ("shared_overrun", "heap-buffer-overflow"),
         ("wait_for_ever", "waits for ever"),
+        ("crooked_copy", "a copy whose addresses are not multiples of its size: start_copy"),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 2])

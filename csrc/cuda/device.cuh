@@ -216,6 +216,37 @@ __device__ __forceinline__ void mma_half(const MmaA& a, uint32_t b0, uint32_t b1
 #endif
 }
 
+// Starts copying 16 bytes from global to shared memory, past the registers; both addresses are
+// multiples of 16. The thread's copies since its last commit_copies() are a group; once it has
+// waited for the group it sees them, and other threads do behind the next barrier.
+__device__ __forceinline__ void start_copy(void* shared, const void* global) {
+#ifdef NOWAG_SIMT
+    simt::start_copy(shared, global, 16);
+#else
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global)
+                 : "memory");
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#ifdef NOWAG_SIMT
+    simt::commit_copies();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for the thread's groups of copies but the last kPending.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+#ifdef NOWAG_SIMT
+    simt::wait_for_copies(kPending);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 // A kernel that launch_after (launch.h) starts may run beside the one before it: waits for that to
 // end and for what it wrote to be seen. What is read behind this is no `const __restrict__`: the
 // compiler could read that earlier. Without such a launch, and on the executor, it ended before.

@@ -23,15 +23,20 @@ Status check_runtime(cudaError_t error) {
     return Status::unsupported;
 }
 
+// Asked several times for every token of every layer.
 DeviceLimits device_limits() {
+    thread_local int known = -1;
+    thread_local DeviceLimits limits{};
     int device = 0;
-    int major = 0;
-    DeviceLimits limits{1, 48 << 10, false};
     cudaGetDevice(&device);
+    if (device == known) return limits;
+    int major = 0;
+    limits = {1, 48 << 10, false};
     cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     limits.starts_early = major >= 9;
+    known = device;
     return limits;
 }
 

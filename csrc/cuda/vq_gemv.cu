@@ -13,6 +13,8 @@ namespace {
 constexpr int kMaxSets = 4;      // of sums in a thread's registers, for one token
 constexpr int kLutTokens = 2;    // more tokens: tensor cores
 constexpr int kMaxSegment = 64;  // positions: sums stay short, as the error bound asks for
+// Dynamic shared memory that a block can have from compute capability 8.0 on.
+constexpr size_t kSharedEverywhere = 99 << 10;
 
 // Products of d = 4 are not looked up: vq_gemv_mma.cuh takes 44 weights a cycle and multiprocessor
 // for 1 token and 37 for 8, without conflicts of banks; gathers from a table of products, 4 bytes a
@@ -99,13 +101,15 @@ Status decode(const VqWeight& weight, const VqActivations& io, Stream stream) {
 
 template <DType kType, int kTokens, int kSets>
 Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
+    using Memory = LutMemory<kTokens, kSets>;
+    static_assert(Memory::bytes(kMaxSegment) <= kSharedEverywhere, "runs on any device");
     const Segments segments = cut_for_look_up(weight.rows, weight.positions);
     const int64_t tiles = row_tiles(weight.rows);
     const dim3 grid(static_cast<unsigned>(segments.count), blocks_for(tiles, kSets * kSetTiles));
     return in_order(
         [&] {
             return launch(vq_gemv_lut<kType, kTokens, kSets>, grid, kLutThreads,
-                          lut_shared<kTokens>(segments.length), stream, weight, io, segments,
+                          Memory::bytes(segments.length), stream, weight, io, segments,
                           tiles * kTileRows, partial);
         },
         [&] { return finish<kType, kLutResidues>(weight, io, segments, partial, stream); });

@@ -87,6 +87,22 @@ void two_masks(int* out) {
     __syncwarp();
 }
 
+// out[t] = thread 63 - t's: each thread copies 16 bytes of out + 64 and hands them on.
+template <bool kWait>
+void copies(int* out) {
+    int* shared = shared_integers();
+    if (thread() < kThreads / 4) {
+        nowag::cuda::start_copy(shared + 4 * thread(), out + kThreads + 4 * thread());
+        nowag::cuda::commit_copies();
+        nowag::cuda::commit_copies();
+        nowag::cuda::wait_for_copies<kWait ? 1 : 2>();
+    }
+    __syncthreads();
+    out[thread()] = shared[kThreads - 1 - thread()];
+}
+
+void crooked_copy(int* out) { nowag::cuda::start_copy(shared_integers() + 1, out); }
+
 template <void (*kKernel)(int*), int kShared>
 void run(int* out) {
     run_grid(dim3(1), dim3(kThreads), kShared, [out] { kKernel(out); });
@@ -106,6 +122,9 @@ std::map<std::string, std::function<void(int*)>> planted_kernels() {
             {"shared_overrun", run<shared_overrun, kBytes>},
             {"shared_unwritten", run<shared_unwritten, kBytes>},
             {"wait_for_ever", run<wait_for_ever, 0>},
+            {"copies", run<copies<true>, kBytes>},
+            {"copies_not_waited_for", run<copies<false>, kBytes>},
+            {"crooked_copy", run<crooked_copy, kBytes>},
             {"operations", run<operations, 0>},
             {"two_masks", run<two_masks, 0>}};
 }

@@ -52,6 +52,12 @@ enum class State { ready, at_barrier, at_collective, done };
 
 struct Block;
 
+struct Copy {
+    void* target;
+    const void* source;
+    size_t bytes;
+};
+
 struct Fibre {
     Block* block = nullptr;
     int lane = 0;
@@ -65,6 +71,7 @@ struct Fibre {
     unsigned mask = 0;
     unsigned char mine[kLaneBytes];
     std::unique_ptr<Lanes[]> lanes;
+    std::vector<std::vector<Copy>> copies;  // under way, by group; the last group is open
 };
 
 // A block that runs: its fibres, thread by thread.
@@ -149,6 +156,7 @@ void start(Fibre& fibre, Block& block, unsigned thread) {
     fibre.fake_stack = nullptr;
     fibre.state = State::ready;
     fibre.block = &block;
+    fibre.copies.assign(1, {});
     fibre.lane = static_cast<int>(thread % kWarp);
     fibre.thread = {thread % blockDim.x, thread / blockDim.x % blockDim.y,
                     thread / blockDim.x / blockDim.y};
@@ -162,6 +170,8 @@ void resume(Fibre& fibre) {
     simt_switch(&engine.scheduler_stack_pointer, fibre.stack_pointer);
     finish_switch(engine.scheduler_fake_stack, nullptr, nullptr);
 }
+
+int poison() { return 0xff - static_cast<int>(engine.seed % 7) * 0x11; }
 
 // Orders items as the seed says.
 template <typename T>
@@ -227,8 +237,7 @@ void run_blocks(const std::vector<uint3>& indices, size_t shared_bytes) {
     for (size_t b = 0; b < blocks.size(); ++b) {
         blocks[b].index = indices[b];
         blocks[b].shared = std::make_unique<unsigned char[]>(shared_bytes);
-        const int poison = 0xff - static_cast<int>(engine.seed % 7) * 0x11;
-        std::memset(blocks[b].shared.get(), poison, shared_bytes);
+        std::memset(blocks[b].shared.get(), poison(), shared_bytes);
         for (unsigned t = 0; t < threads; ++t) {
             blocks[b].fibres.push_back(engine.pool[used++].get());
             start(*blocks[b].fibres.back(), blocks[b], t);
@@ -307,6 +316,29 @@ Votes barrier(bool predicate, const Site& site) {
 }
 
 int lane() { return engine.current->lane; }
+
+void start_copy(void* target, const void* source, size_t bytes) {
+    const auto addresses =
+        reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(source);
+    if (addresses % bytes != 0) {
+        fail("a copy whose addresses are not multiples of its size",
+             {__FILE__, __LINE__, "start_copy"});
+    }
+    std::memset(target, poison(), bytes);
+    engine.current->copies.back().push_back({target, source, bytes});
+}
+
+void commit_copies() { engine.current->copies.emplace_back(); }
+
+void wait_for_copies(size_t pending) {
+    auto& groups = engine.current->copies;
+    while (groups.size() > pending + 1) {
+        for (const Copy& copy : groups.front()) {
+            std::memcpy(copy.target, copy.source, copy.bytes);
+        }
+        groups.erase(groups.begin());
+    }
+}
 
 const Lanes& collect(unsigned mask, const void* mine, size_t bytes, const Site& site) {
     Fibre& self = *engine.current;

@@ -10,7 +10,8 @@
 //
 // These end the process with a sentence on stderr: a barrier or a collective that some threads of
 // the block or of its mask do not reach, two barriers of different source lines met by one block, a
-// lane outside the mask it passes, a shuffle from a lane outside the mask.
+// lane outside the mask it passes, a shuffle from a lane outside the mask, a copy whose addresses
+// are not multiples of its size.
 #pragma once
 
 #include <cstddef>
@@ -95,6 +96,12 @@ Votes barrier(bool predicate, const Site& site);
 using Lanes = unsigned char[kWarp][kLaneBytes];
 const Lanes& collect(unsigned mask, const void* mine, size_t bytes, const Site& site);
 int lane();
+
+// cp.async: the target holds the seed's poison from the start of a copy until its thread waits for
+// it, so that it shows where something is read too early or overwritten while still in use.
+void start_copy(void* target, const void* source, size_t bytes);
+void commit_copies();
+void wait_for_copies(size_t pending);
 
 template <typename T>
 T from_lane(const Lanes& lanes, int source) {
