@@ -177,20 +177,23 @@ __device__ __forceinline__ MmaC mma_tf32(const MmaA& a, float b0, float b1) {
     return d;
 }
 
-// c += a b by one warp, a [16, 16] and b [16, 8] in float16, c in float32. With g = lane / 4 and
-// t = lane % 4 a lane holds pairs of columns of a and of rows of b, the lower in the low half:
+// c += a b by one warp, a [16, 16] and b [16, 8] of a 16-bit type, c in float32. With g = lane / 4
+// and t = lane % 4 a lane holds pairs of columns of a and of rows of b, the lower in the low half:
 //   a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)     b: (2t, g), (2t + 8, g)
 //   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
 // Products are exact. How their sum is rounded is not specified; the host truncates it, the worst
 // that tensor cores are known to do.
-__device__ __forceinline__ void mma_half(const MmaA& a, uint32_t b0, uint32_t b1, MmaC& c) {
+template <DType kType>
+__device__ __forceinline__ void mma_16(const MmaA& a, uint32_t b0, uint32_t b1, MmaC& c) {
+    static_assert(kType == DType::float16 || kType == DType::bfloat16, "16 bits");
 #ifdef NOWAG_SIMT
     struct Mine {
         MmaA a;
         uint32_t b[2];
     };
     const auto half = [](uint32_t pair, int i) {
-        return half_to_float(static_cast<uint16_t>(pair >> (16 * i)));
+        const auto bits = static_cast<uint16_t>(pair >> (16 * i));
+        return kType == DType::float16 ? half_to_float(bits) : brain_to_float(bits);
     };
     const Mine mine{a, {b0, b1}};
     const auto& lanes = simt::collect(kFullWarp, &mine, sizeof mine, {__FILE__, __LINE__, "mma"});
@@ -201,7 +204,8 @@ __device__ __forceinline__ void mma_half(const MmaA& a, uint32_t b0, uint32_t b1
         const MmaA left = simt::from_lane<Mine>(lanes, 4 * g + owner).a;
         for (int i = 0; i < 4; ++i) {
             const Mine right = simt::from_lane<Mine>(lanes, 4 * (2 * t + i % 2) + owner);
-            sums[i] += half(left.x[i / 2 + 2 * (k / 8)], k % 2) * half(right.b[k / 8], k % 2);
+            sums[i] += static_cast<double>(half(left.x[i / 2 + 2 * (k / 8)], k % 2)) *
+                       half(right.b[k / 8], k % 2);
         }
     }
     for (int i = 0; i < 4; ++i) {
@@ -209,10 +213,17 @@ __device__ __forceinline__ void mma_half(const MmaA& a, uint32_t b0, uint32_t b1
         if (std::fabs(c.x[i]) > std::fabs(sums[i])) c.x[i] = std::nextafter(c.x[i], 0.0f);
     }
 #else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
-        : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+    if constexpr (kType == DType::float16) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+            : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+    } else {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+            "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+            : "+f"(c.x[0]), "+f"(c.x[1]), "+f"(c.x[2]), "+f"(c.x[3])
+            : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(b0), "r"(b1));
+    }
 #endif
 }
 

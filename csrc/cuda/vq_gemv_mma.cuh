@@ -224,7 +224,7 @@ __device__ __forceinline__ void multiply(const StepInputs<kD>& a, const uint2 (&
                                          LaneSums& total) {
     MmaC sum{};
 #pragma unroll
-    for (int i = 0; i < kD / 2; ++i) mma_half(a.operands[i], b[i].x, b[i].y, sum);
+    for (int i = 0; i < kD / 2; ++i) mma_16<DType::float16>(a.operands[i], b[i].x, b[i].y, sum);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         total.x[h][u] = fused(sum.x[h] + sum.x[h + 2], a.scale, total.x[h][u]);
