@@ -257,22 +257,23 @@ def test_vq_gemv_in_a_graph(d: int, code_bits: int, tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("pattern", [None, "2:4"])
-def test_sparse(dtype: torch.dtype, pattern: str | None) -> None:
-    w = randn(515, 1028)
+@pytest.mark.parametrize("cols", [1028, 4144])  # of these tensor cores take the second
+def test_sparse(dtype: torch.dtype, pattern: str | None, cols: int) -> None:
+    w = randn(515, cols)
     bitmap = (
-        ops.prune_select_nm(w, torch.ones(1028), 2, 4)
+        ops.prune_select_nm(w, torch.ones(cols), 2, 4)
         if pattern
-        else ops.prune_select(w, torch.ones(1028), w.numel() // 2)
+        else ops.prune_select(w, torch.ones(cols), w.numel() // 2)
     )
-    assert_op_agrees(ops.sparse_offsets, bitmap, 1028)
-    offsets = ops.sparse_offsets(bitmap, 1028)
+    assert_op_agrees(ops.sparse_offsets, bitmap, cols)
+    offsets = ops.sparse_offsets(bitmap, cols)
     kept = int(offsets[-1])
     assert_op_agrees(ops.sparse_pack, w.to(dtype), bitmap, offsets, kept)
     values = ops.sparse_pack(w.to(dtype), bitmap, offsets, kept)
-    assert_op_agrees(ops.sparse_dequantize, bitmap, values, offsets, 1028, torch.bfloat16)
-    dense = ops.sparse_dequantize(bitmap, values, offsets, 1028, torch.float32)
+    assert_op_agrees(ops.sparse_dequantize, bitmap, values, offsets, cols, torch.bfloat16)
+    dense = ops.sparse_dequantize(bitmap, values, offsets, cols, torch.float32)
     sparse = [tensor.to(CUDA) for tensor in (bitmap, values, offsets)]
-    x = activations(16, 1028, dtype).to(CUDA)
+    x = activations(16, cols, dtype).to(CUDA)
     for tokens in (1, 3, 16):
         y = ops.sparse_gemv(x[:tokens], *sparse)
         assert_within_bound(y, x[:tokens], dense, None)

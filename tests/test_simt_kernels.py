@@ -642,10 +642,22 @@ def test_sparse_gemv_by_tensor_cores(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_sparse_gemv_2_of_4_by_tensor_cores(driver: Driver, dtype: torch.dtype) -> None:
-    weight = randn(35, 2208, seed=141)
-    bitmap = ops.prune_select_nm(weight, torch.ones(2208), 2, 4)
+# Columns that end within a step, a lane's share, and one (where rows do not begin at chunks).
+@pytest.mark.parametrize(("rows", "cols"), [(35, 2208), (16, 64), (1, 1040), (20, 1064), (1, 72)])
+def test_sparse_gemv_2_of_4_by_tensor_cores(
+    driver: Driver, rows: int, cols: int, dtype: torch.dtype
+) -> None:
+    weight = randn(rows, cols, seed=141)
+    bitmap = ops.prune_select_nm(weight, torch.ones(cols), 2, 4)
     check_sparse_by_tensor_cores(driver, weight, bitmap, dtype)
+
+
+def test_sparse_gemv_of_one_row_that_is_not_2_of_4(driver: Driver) -> None:
+    """Also where the number of values is the same."""
+    weight = randn(32, 1088, seed=142)
+    bitmap = ops.prune_select_nm(weight, torch.ones(1088), 2, 4)
+    bitmap[20, 100] = 0b01110100  # 1 and 3 of 4
+    check_sparse_by_tensor_cores(driver, weight, bitmap, torch.bfloat16)
 
 
 def check_sparse_by_tensor_cores(
@@ -660,7 +672,7 @@ def check_sparse_by_tensor_cores(
         some_bias = bias if tokens % 2 else None
         arguments = [x[:tokens].contiguous(), CODES[dtype], tokens, bitmap, values]
         arguments += [CODES[dtype], offsets, some_bias, rows, cols, y]
-        assert driver.run("sparse_gemv", *arguments, seed=tokens % 4) == 0
+        assert driver.run("sparse_gemv", *arguments, seed=tokens) == 0
         assert_within_bound(y, x[:tokens], dense, some_bias)
         if some_bias is not None:
             first = y[:1] if first is None else first

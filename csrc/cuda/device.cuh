@@ -227,6 +227,33 @@ __device__ __forceinline__ void mma_16(const MmaA& a, uint32_t b0, uint32_t b1, 
 #endif
 }
 
+// A place in shared memory, to step through byte by byte: one register. Where control flow is not
+// known to be the same for a warp the compiler computes the memory's base anew for each access by
+// pointer.
+#ifdef NOWAG_SIMT
+using SharedPlace = const unsigned char*;
+#else
+using SharedPlace = uint32_t;
+#endif
+
+__device__ __forceinline__ SharedPlace shared_place(const void* memory) {
+#ifdef NOWAG_SIMT
+    return static_cast<const unsigned char*>(memory);
+#else
+    return static_cast<uint32_t>(__cvta_generic_to_shared(memory));
+#endif
+}
+
+__device__ __forceinline__ uint16_t load_16(SharedPlace place) {
+#ifdef NOWAG_SIMT
+    return *reinterpret_cast<const uint16_t*>(place);
+#else
+    uint16_t value;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(value) : "r"(place) : "memory");
+    return value;
+#endif
+}
+
 // Starts copying 16 bytes from global to shared memory, past the registers; both addresses are
 // multiples of 16. The thread's copies since its last commit_copies() are a group; once it has
 // waited for the group it sees them, and other threads do behind the next barrier.

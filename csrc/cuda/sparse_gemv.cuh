@@ -1,6 +1,7 @@
-// sparse_gemv.h on a GPU: a warp a row, a lane a column of each bitmap word, so that values, inputs
-// and bitmap are read in whole lines, each byte of the weight once. Bound by memory where enough
-// rows are in flight, else by instructions: about 8 a word of 32 columns for one token.
+// sparse_gemv.h on a GPU for every type and shape: a warp a row, a lane a column of each bitmap
+// word, so that values, inputs and bitmap are read in whole lines, each byte of the weight once.
+// Bound by instructions, 23 a word of 32 columns for one token; sparse_gemv_mma.cuh replaces it
+// where it can.
 #pragma once
 
 #include "nowag/sparse_gemv.h"
