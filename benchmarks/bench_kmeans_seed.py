@@ -2,10 +2,11 @@
 
     python benchmarks/bench_kmeans_seed.py --json benchmarks/results/cpu/kmeans_seed.json
 
-Three seeds a layer and codebook size, then 100 iterations, each of the library's own loop and of
-plain Lloyd iterations (assignment, update, reseeding of empty entries; no relocation), so that the
-seeds are judged alone too. The peer is k-means++ as the published reference draws it: at every step
-K random candidates, one of them drawn with probability proportional to min(distance, 1).
+Three seeds (`--seeds`) a layer and codebook size, then 100 iterations, each of the library's own
+loop and of plain Lloyd iterations (assignment, update, reseeding of empty entries; no relocation),
+so that the seeds are judged alone too. The peer is k-means++ as the published reference draws it:
+at every step K random candidates, one of them drawn with probability proportional to
+min(distance, 1).
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from nowag_ext.normalize import normalize_weight
 
 LAYERS = ("5.mlp.down_proj", "5.self_attn.q_proj", "15.mlp.gate_proj")
 FORMS = ((4, 8), (6, 12))
-SEEDS = (0, 1, 2)
 
 
 def candidate_seeds(points: Points, entries: int, seed: int) -> Tensor:
@@ -81,13 +81,13 @@ def objective(points: Points, codebook: Tensor, relocating: bool) -> float:
         return points.run(codebook.clone(), 100, lambda *_: None).relative_objective
 
 
-def bench(layer: RealLayer, d: int, code_bits: int) -> list[dict[str, Any]]:
+def bench(layer: RealLayer, d: int, code_bits: int, seeds: int) -> list[dict[str, Any]]:
     parts = normalize_weight(layer.weight, layer.act_norms)
     points = Points([parts.normalized], [parts.importance], d)
     entries = 1 << code_bits
     rows = []
     for name in ("kmeans++", "random", "reference's k-means++"):
-        drawn = [seconds_of(seeds_by, name, points, entries, seed) for seed in SEEDS]
+        drawn = [seconds_of(seeds_by, name, points, entries, seed) for seed in range(seeds)]
         seconds = statistics.median(taken for taken, _ in drawn)
         row = {
             "layer": layer.name,
@@ -117,6 +117,7 @@ def main() -> None:
     parser = harness.arguments(__doc__)
     add_data_option(parser)
     parser.add_argument("--only", default="", help="only cases whose 'name d=4' holds this")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each case")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -125,7 +126,7 @@ def main() -> None:
         for form in FORMS:
             if options.only not in f"{layer.name} d={form[0]}":
                 continue
-            for row in bench(layer, *form):
+            for row in bench(layer, *form, options.seeds):
                 report.rows.append(row)
                 show(row)
     if options.json:
