@@ -54,11 +54,14 @@ def sparse_weight(rows: int, cols: int, pattern: str) -> list[Tensor]:
 
 def check(call: Call, dense: Tensor, cols: int, what: str) -> None:
     """The kernel computes its weight's product: validated before anything is timed."""
-    x = torch.randn(3, cols, device="cuda", dtype=DTYPE)
-    want = x.double() @ dense.double().T
-    error = float((call(x).double() - want).norm() / want.norm())
-    if not error < 5e-3:
-        raise SystemExit(f"{what}: relative error {error:.2e}, expected under 5e-3")
+    for tokens in (1, 2, 3, 16):  # each is another kernel's
+        x = torch.randn(tokens, cols, device="cuda", dtype=DTYPE)
+        want = x.double() @ dense.double().T
+        error = float((call(x).double() - want).norm() / want.norm())
+        if not error < 5e-3:
+            raise SystemExit(
+                f"{what}, {tokens} tokens: relative error {error:.2e}, expected under 5e-3"
+            )
 
 
 def contenders(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:

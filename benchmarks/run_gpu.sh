@@ -62,15 +62,15 @@ sanitizer() {
     local tool
     tool=$(command -v compute-sanitizer) || { echo "compute-sanitizer is not there"; return 0; }
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$1" --error-exitcode 9 \
-        "$python" -m pytest -q -x tests/test_cuda.py -k "$2"
+        "$python" -m pytest -q -x tests/test_cuda.py -k "${2//$'\n'/ }"
 }
 # Every kernel at a small shape; graphs cannot be captured without the cache.
 memcheck_tests="(normalize or pack or nm or sparse or (kmeans and 70-13)
-    or (kmeans_iterations and 2000-300) or (kmeans_seed and 4-256) or (prune_select and 1-70)
-    or (gemv and 1-7)) and not graph"
+    or (kmeans_iterations and 2000-300) or (kmeans_seed and 4-256) or (prune_select and shape0)
+    or (gemv and 1-7) or vq_dequantize) and not graph"
 # Those whose blocks or warps work together.
 racecheck_tests="(kmeans_seed and 4-256) or (kmeans_iterations and 2000-300)
-    or (gemv and 576-1537 and float32)"
+    or (vq_gemv and 576-1537 and dtype0) or (test_sparse and dtype2)"
 export -f build build_with_pip loads sanitizer
 export python
 

@@ -548,6 +548,7 @@ def _vq_sizes(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Ten
             raise ValueError("codes, codebook, row_norms and col_norms must be contiguous.")
     if codes.is_cuda:
         _check_words("codes", codes.data_ptr(), codes.shape[2])
+        _check_words("codebook", codebook.data_ptr(), 4)
     return sizes
 
 

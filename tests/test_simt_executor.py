@@ -80,6 +80,7 @@ def test_unwritten_shared_memory_shows(driver: Driver) -> None:
         ("shared_overrun", "heap-buffer-overflow"),
         ("wait_for_ever", "waits for ever"),
         ("crooked_copy", "a copy whose addresses are not multiples of its size: start_copy"),
+        ("copy_never_waited_for", "a thread ended before its copy: start_copy"),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 2])

@@ -60,8 +60,11 @@ template <typename... Parameters, typename... Arguments>
 Status launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                  size_t shared_bytes, Stream stream, Arguments... arguments) {
     if (shared_bytes > kSharedWithoutAsking) {
-        const Status allowed = check_runtime(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+        // Always the most there is, not what this launch needs: another thread may be launching the
+        // same kernel at another size.
+        const Status allowed =
+            check_runtime(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               static_cast<int>(device_limits().shared_bytes)));
         if (allowed != Status::ok) return allowed;
     }
     cudaLaunchAttribute attribute{};

@@ -259,6 +259,8 @@ __device__ __forceinline__ void multiply_unstructured(const SparseLane& lane, in
             x, [&](int h, int i) { return next_four(kept.bits[h] >> (4 * i), place[h]); }, total);
         __syncwarp();
     }
+    // The copy begun last is of no use, but must not land where the warps are added up.
+    wait_for_copies<0>();
 }
 
 // Both rows keep two of every four columns, and begin at multiples of a chunk: the lane's values of

@@ -99,7 +99,10 @@ void copies(int* out) {
     }
     __syncthreads();
     out[thread()] = shared[kThreads - 1 - thread()];
+    nowag::cuda::wait_for_copies<0>();
 }
+
+void copy_never_waited_for(int* out) { nowag::cuda::start_copy(shared_integers(), out); }
 
 void crooked_copy(int* out) { nowag::cuda::start_copy(shared_integers() + 1, out); }
 
@@ -125,6 +128,7 @@ std::map<std::string, std::function<void(int*)>> planted_kernels() {
             {"copies", run<copies<true>, kBytes>},
             {"copies_not_waited_for", run<copies<false>, kBytes>},
             {"crooked_copy", run<crooked_copy, kBytes>},
+            {"copy_never_waited_for", run<copy_never_waited_for, kBytes>},
             {"operations", run<operations, 0>},
             {"two_masks", run<two_masks, 0>}};
 }

@@ -134,6 +134,12 @@ void pause() {
 void fibre_main() {
     finish_switch(nullptr, &engine.scheduler_stack, &engine.scheduler_stack_bytes);
     (*engine.body)();
+    for (const auto& group : engine.current->copies) {
+        // On a device it would land whenever it likes, in memory used for something else by then.
+        if (!group.empty()) {
+            fail("a thread ended before its copy", {__FILE__, __LINE__, "start_copy"});
+        }
+    }
     engine.current->state = State::done;
     pause();
     std::abort();
