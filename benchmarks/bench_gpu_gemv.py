@@ -127,12 +127,13 @@ def main() -> None:
         for tokens in TOKENS if (rows, cols) in QUICK else TOKENS[:1]:
             shape = f"{rows}x{cols} tokens={tokens}"
             lines = bench(own, shape, tokens, cols, bandwidth)
-            try:  # whatever a peer cannot do, ours is measured
-                lines += (
-                    bench({DENSE: own[DENSE], **published}, shape, tokens, cols, bandwidth)[1:]
-                    if published
-                    else []
-                )
+            try:  # whatever a peer cannot do, ours is measured, on the stream that was current
+                with torch.cuda.stream(torch.cuda.current_stream()):
+                    lines += (
+                        bench({DENSE: own[DENSE], **published}, shape, tokens, cols, bandwidth)[1:]
+                        if published
+                        else []
+                    )
             except Exception as reason:
                 print(f"peers left out: {type(reason).__name__}: {str(reason)[:100]!r}")
             gpu.print_lines(lines)

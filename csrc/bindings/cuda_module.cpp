@@ -33,7 +33,7 @@ void run_on_device(const char* name, Call&& call) {
         py::gil_scoped_release released;
         status = call();
     }
-    const std::string reason = cuda::last_error();
+    const std::string reason = cuda::take_error();
     if (status == Status::unsupported && !reason.empty()) {
         throw std::runtime_error(std::string(name) + ": CUDA says: " + reason);
     }

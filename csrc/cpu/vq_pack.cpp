@@ -15,7 +15,7 @@ namespace {
 
 const VqPackTable* table() {
 #ifdef NOWAG_X86
-    return simd_pick(&kVqPackScalar, &kVqPackAvx2, static_cast<const VqPackTable*>(nullptr),
+    return simd_pick(&kVqPackScalar, &kVqPackAvx2, &kVqPackAvx512,
                      static_cast<const VqPackTable*>(nullptr));
 #else
     return &kVqPackScalar;

@@ -35,6 +35,6 @@ struct VqPackTable {
     void (*dequantize_tile)(const VqDenseTile& tile);
 };
 
-extern const VqPackTable kVqPackScalar, kVqPackAvx2;
+extern const VqPackTable kVqPackScalar, kVqPackAvx2, kVqPackAvx512;
 
 }  // namespace nowag::cpu

@@ -1,10 +1,12 @@
 #include "launch.h"
 
+#include <utility>
+
 namespace nowag::cuda {
 
 #ifdef NOWAG_SIMT
 
-const char* last_error() { return ""; }
+const char* take_error() { return ""; }
 
 // Small, so that small matrices already meet every way of splitting the work.
 DeviceLimits device_limits() { return {3, 100 << 10, false}; }
@@ -12,10 +14,29 @@ DeviceLimits device_limits() { return {3, 100 << 10, false}; }
 #else
 
 namespace {
+
 thread_local const char* error_of_this_thread = "";
+
+// Its attributes tell what all kernels were compiled for.
+__global__ void probe() {}
+
+Status ask_device(int device, DeviceLimits* limits) {
+    cudaFuncAttributes compiled{};
+    const auto attribute = [&](int* value, cudaDeviceAttr name) {
+        return check_runtime(cudaDeviceGetAttribute(value, name, device));
+    };
+    const Status status = in_order(
+        [&] { return attribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount); },
+        [&] { return attribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin); },
+        [&] { return check_runtime(cudaFuncGetAttributes(&compiled, probe)); });
+    // Code for older devices, compiled again for this one, does not wait for the kernel before it.
+    limits->starts_early = compiled.ptxVersion >= 90;
+    return status;
 }
 
-const char* last_error() { return error_of_this_thread; }
+}  // namespace
+
+const char* take_error() { return std::exchange(error_of_this_thread, ""); }
 
 Status check_runtime(cudaError_t error) {
     if (error == cudaSuccess) return Status::ok;
@@ -27,16 +48,10 @@ Status check_runtime(cudaError_t error) {
 DeviceLimits device_limits() {
     thread_local int known = -1;
     thread_local DeviceLimits limits{};
-    int device = 0;
-    cudaGetDevice(&device);
-    if (device == known) return limits;
-    int major = 0;
-    limits = {1, 48 << 10, false};
-    cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    limits.starts_early = major >= 9;
-    known = device;
+    int device = -1;
+    if (check_runtime(cudaGetDevice(&device)) == Status::ok && device == known) return limits;
+    limits = {1, static_cast<int>(kSharedWithoutAsking), false};
+    known = ask_device(device, &limits) == Status::ok ? device : -1;
     return limits;
 }
 

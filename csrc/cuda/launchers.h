@@ -16,8 +16,8 @@ namespace nowag::cuda {
 
 using Stream = void*;  // a cudaStream_t, without the headers of CUDA
 
-// What the CUDA runtime said when a launcher last returned Status::unsupported, on this thread.
-const char* last_error();
+// What the CUDA runtime said when it last failed on this thread, since this was last asked; or "".
+const char* take_error();
 
 // Declares an operation and the query of its scratch memory.
 #define NOWAG_CUDA_OP(name, ...)           \
@@ -53,6 +53,7 @@ NOWAG_CUDA_OP(pack_codes, const uint16_t* codes, int64_t rows, int64_t positions
               uint8_t* packed);
 NOWAG_CUDA_OP(unpack_codes, const uint8_t* packed, int64_t rows, int64_t positions, int code_bits,
               uint16_t* codes);
+// Here and in vq_gemv the codebook is aligned to 4 bytes.
 NOWAG_CUDA_OP(vq_dequantize, const uint8_t* packed, const uint16_t* codebook,
               const uint16_t* row_norms, const uint16_t* col_norms, int64_t rows, int64_t cols,
               int d, int code_bits, int64_t row_begin, int64_t row_end, void* out, DType dtype,
