@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -878,12 +877,9 @@ def _vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
         return 2 * GEMV_MAX_TOKENS if narrow else GEMV_MAX_TOKENS
     if not x.is_cpu:
         return 4 * GEMV_MAX_TOKENS
-    level = _cpu.simd_level()
     if narrow and d >= 4:
-        # Looking up takes half the time of a GEMM's multiply-adds, however many tokens there are.
-        looks_up = code_bits == 8 and level == "avx512vbmi"
-        return sys.maxsize if looks_up else 16 * GEMV_MAX_TOKENS
-    return 4 * GEMV_MAX_TOKENS if narrow or "avx512" in level else 2 * GEMV_MAX_TOKENS
+        return 16 * GEMV_MAX_TOKENS
+    return 4 * GEMV_MAX_TOKENS if narrow or "avx512" in _cpu.simd_level() else 2 * GEMV_MAX_TOKENS
 
 
 @_op(f"vq_linear(Tensor x, {_VQ_SCHEMA}, Tensor? bias=None) -> Tensor", _vq_linear_fake)
