@@ -1,6 +1,6 @@
-#include "launch.h"
-
 #include <utility>
+
+#include "launch.h"
 
 namespace nowag::cuda {
 
