@@ -237,9 +237,12 @@ class Assignment {
         }
         for (int64_t row = row_begin; row < row_end; ++row) {
             const int64_t point = row * positions_ + first;
+            const int64_t ahead = std::min(row + kRowsAhead, row_end - 1) * positions_ + first;
+            __builtin_prefetch(problem_.codes + ahead, 1);
             const uint16_t* codes = problem_.codes + point;
             uint32_t spent = (1u << count) - 1u;
             if (tracking()) {
+                __builtin_prefetch(problem_.gaps + ahead, 1);
                 spent = kmeans_table().shrink(codes, worker.drift.get(), entries_, count,
                                               problem_.gaps + point);
             }
