@@ -237,6 +237,7 @@ class Assignment {
         }
         for (int64_t row = row_begin; row < row_end; ++row) {
             const int64_t point = row * positions_ + first;
+            // Rows lie too far apart for the CPU to fetch them ahead on its own.
             const int64_t ahead = std::min(row + kRowsAhead, row_end - 1) * positions_ + first;
             __builtin_prefetch(problem_.codes + ahead, 1);
             const uint16_t* codes = problem_.codes + point;
