@@ -131,6 +131,12 @@ def test_no_spills_and_no_local_memory(kernels: list[Kernel]) -> None:
     assert not bad, f"kernels with local memory: {bad}"
 
 
+def test_all_shared_memory_is_dynamic(kernels: list[Kernel]) -> None:
+    """launch.h asks for all that a block can have, which beside static memory is refused."""
+    static = [kernel for kernel in kernels if kernel.shared]
+    assert not static, f"kernels with static shared memory: {static}"
+
+
 def test_registers_leave_room_for_a_block(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         threads = next((n for name, n in THREADS.items() if name in kernel.name), 256)

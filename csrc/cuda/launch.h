@@ -61,7 +61,7 @@ Status launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
                  size_t shared_bytes, Stream stream, Arguments... arguments) {
     if (shared_bytes > kSharedWithoutAsking) {
         // Always the most there is, not what this launch needs: another thread may be launching the
-        // same kernel at another size.
+        // same kernel at another size. No kernel has static shared memory, which would count too.
         const Status allowed =
             check_runtime(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                static_cast<int>(device_limits().shared_bytes)));
