@@ -279,7 +279,9 @@ def test_interrupt_leaves_nothing(
 ) -> None:
     """A signal in the middle of the compression: its status, no file, no traceback."""
     code = (
-        "import time, nowag_ext.cli as cli\n"
+        "import signal, time, nowag_ext.cli as cli\n"
+        # A shell that starts the tests in the background has them ignore it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "compress = cli.compress_model\n"
         "def announced(*args, progress, **kwargs):\n"
         "    def tell(*told):\n"
