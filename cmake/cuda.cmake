@@ -29,11 +29,9 @@ find_package(CUDAToolkit 12 REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
-set(NOWAG_CUDA_SOURCES launch normalize kmeans kmeans_seed prune prune_select vq_pack
-                       sparse_pack vq_gemv sparse_gemv)
-list(TRANSFORM NOWAG_CUDA_SOURCES REPLACE "(.+)" "csrc/cuda/\\1.cu")
+file(GLOB NOWAG_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*/*.cu)
 pybind11_add_module(_cuda NO_EXTRAS csrc/bindings/cuda_module.cpp ${NOWAG_CUDA_SOURCES})
-target_include_directories(_cuda PRIVATE csrc/include csrc csrc/cuda)
+target_include_directories(_cuda PRIVATE csrc/include csrc)
 target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
 set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CXX)
 # --fmad=false: only the fused multiply-adds that a header asks for (include/nowag/kmeans.h).

@@ -1,7 +1,7 @@
 """Runs the CUDA kernels of csrc/cuda on the host SIMT executor (tests/simt), under ASan and UBSan.
 
 ``build()`` compiles the launchers, the executor and its driver once for the sources at hand, and
-``Driver.run`` calls a launcher by name with the arguments of ``csrc/cuda/launchers.h``: numbers,
+``Driver.run`` calls a launcher by name with the arguments of ``csrc/cuda/base/launchers.h``: numbers,
 tensors (written in place), None for a null pointer, lists for arrays of problems.
 """
 
@@ -23,13 +23,13 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "simt"
 SOURCES = sorted((ROOT / "tests" / "simt").glob("*.cpp")) + sorted(
-    (ROOT / "csrc" / "cuda").glob("*.cu")
+    (ROOT / "csrc" / "cuda").glob("*/*.cu")
 )
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-DNOWAG_SIMT", "-fsanitize=address,undefined",
     "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-ffp-contract=off", "-Wall", "-Wextra",
     "-Wshadow", "-Werror", "-Wno-unknown-pragmas",
-    *(f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc/cuda", "tests/simt")),
+    *(f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc", "tests/simt")),
 ]  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*/*.cu"))
 NVCC = shutil.which("nvcc")
 REGISTERS_OF_A_MULTIPROCESSOR = 65536
 # Threads of a block, for kernels whose registers must leave room for that many.
@@ -55,7 +55,7 @@ def _ptxas(source: Path, folder: Path) -> str:
     command = [
         str(NVCC), "-std=c++17", "-O3", "--fmad=false", "-Werror=all-warnings",
         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
-        f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}", "-Xptxas=-v",
+        f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v",
         "-c", str(source), "-o", str(folder / f"{source.stem}.o"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)

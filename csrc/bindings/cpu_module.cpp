@@ -1,6 +1,6 @@
 // nowag_ext._cpu: one bind_* a header in include/nowag.
 #include "bindings/binding.h"
-#include "cpu/simd.h"
+#include "cpu/base/simd.h"
 #include "nowag/format.h"
 
 namespace nowag::bindings {

@@ -1,11 +1,11 @@
-// nowag_ext._cuda: every launcher of cuda/launchers.h under its name, with the arguments of _cpu's
-// function, then scratch memory and the stream; and <name>_workspace, which says how much scratch
-// memory the same arguments need, in bytes.
+// nowag_ext._cuda: every launcher of cuda/base/launchers.h under its name, with the arguments of
+// _cpu's function, then scratch memory and the stream; and <name>_workspace, which says how much
+// scratch memory the same arguments need, in bytes.
 #include <type_traits>
 #include <vector>
 
 #include "bindings/binding.h"
-#include "cuda/launchers.h"
+#include "cuda/base/launchers.h"
 #include "nowag/format.h"
 
 namespace nowag::bindings {

@@ -1,4 +1,4 @@
-// A process that runs the launchers of csrc/cuda/launchers.h on the SIMT executor for
+// A process that runs the launchers of csrc/cuda/base/launchers.h on the SIMT executor for
 // tests/simt_host.py. Requests come on stdin and answers go to stdout, in native byte order:
 //   request   seed u64, name, number of arguments u32, arguments
 //   argument  'i' int64 | 'd' double | 'n' (null) | 'b' size u64, bytes | 'l' count u32, arguments
@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "launchers.h"
+#include "cuda/base/launchers.h"
 #include "planted.h"
 #include "simt.h"
 

@@ -1,6 +1,6 @@
 #include "planted.h"
 
-#include "device.cuh"
+#include "cuda/base/device.cuh"
 
 namespace simt {
 namespace {

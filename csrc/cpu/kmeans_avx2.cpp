@@ -1,7 +1,0 @@
-#include "cpu/kmeans_lanes_avx2.h"
-//
-#include "cpu/kmeans_kernel.h"
-
-namespace nowag::cpu {
-const KmeansTable kKmeansAvx2 = kTable;
-}  // namespace nowag::cpu

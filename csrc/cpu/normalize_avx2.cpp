@@ -1,5 +1,0 @@
-#include "cpu/normalize_kernel.h"
-
-namespace nowag::cpu {
-const NormalizeTable kNormalizeAvx2 = kNormalizeTable;
-}  // namespace nowag::cpu

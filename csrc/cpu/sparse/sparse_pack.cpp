@@ -1,0 +1,115 @@
+#include "nowag/sparse_pack.h"
+
+#include <algorithm>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "cpu/base/parallel.h"
+#include "cpu/base/simd.h"
+#include "cpu/sparse/sparse_pack_table.h"
+#include "cpu/sparse/sparse_pack_values.h"
+#include "nowag/format.h"
+
+namespace nowag::cpu {
+namespace {
+
+constexpr int64_t kPartRows = 16;
+
+const SparsePackTable& table() {
+#ifdef NOWAG_X86
+    return *simd_pick(&kSparsePackScalar, &kSparsePackAvx2, &kSparsePackAvx512,
+                      &kSparsePackAvx512Vbmi);
+#else
+    return kSparsePackScalar;
+#endif
+}
+
+int64_t popcount(const uint8_t* bits, int64_t bytes) {
+    int64_t count = 0;
+    for (int64_t byte = 0; byte < bytes; byte += 8) {
+        uint64_t word;
+        std::memcpy(&word, bits + byte, sizeof word);
+        count += __builtin_popcountll(word);
+    }
+    return count;
+}
+
+// One row as elements of its values' own dtype.
+void expand_row(const void* values, DType dtype, const uint8_t* bits, int64_t cols, void* out) {
+    if (dtype == DType::float32) {
+        table().expand32(static_cast<const uint32_t*>(values), bits, cols,
+                         static_cast<uint32_t*>(out));
+    } else {
+        table().expand16(static_cast<const uint16_t*>(values), bits, cols,
+                         static_cast<uint16_t*>(out));
+    }
+}
+
+}  // namespace
+
+Status sparse_offsets(const uint8_t* bitmap, int64_t rows, int64_t cols, int32_t* row_offsets,
+                      int threads) {
+    if (rows < 1 || cols < 1 || threads < 1) return Status::invalid_argument;
+    const int64_t row_bytes = bitmap_row_bytes(cols);
+    parallel_for(rows, threads, [&](int64_t i) {
+        row_offsets[i + 1] = static_cast<int32_t>(popcount(bitmap + i * row_bytes, row_bytes));
+    });
+    int64_t sum = 0;
+    row_offsets[0] = 0;
+    for (int64_t i = 1; i <= rows; ++i) {
+        sum += row_offsets[i];
+        if (sum > std::numeric_limits<int32_t>::max()) return Status::unsupported;
+        row_offsets[i] = static_cast<int32_t>(sum);
+    }
+    return Status::ok;
+}
+
+Status sparse_pack(const void* weight, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
+                   const uint8_t* bitmap, const int32_t* row_offsets, void* values, int threads) {
+    if (rows < 1 || cols < 1 || row_stride < cols || threads < 1) return Status::invalid_argument;
+    const int64_t row_bytes = bitmap_row_bytes(cols);
+    parallel_for(rows, threads, [&](int64_t i) {
+        const uint8_t* bits = bitmap + i * row_bytes;
+        if (dtype == DType::float32) {
+            table().gather32(static_cast<const uint32_t*>(weight) + i * row_stride, bits, cols,
+                             static_cast<uint32_t*>(values) + row_offsets[i]);
+        } else {
+            table().gather16(static_cast<const uint16_t*>(weight) + i * row_stride, bits, cols,
+                             static_cast<uint16_t*>(values) + row_offsets[i]);
+        }
+    });
+    return Status::ok;
+}
+
+Status sparse_dequantize(const uint8_t* bitmap, const void* values, DType values_dtype,
+                         const int32_t* row_offsets, int64_t rows, int64_t cols, int64_t row_begin,
+                         int64_t row_end, void* out, DType out_dtype, int64_t out_stride,
+                         int threads) try {
+    if (cols < 1 || row_begin < 0 || row_begin >= row_end || row_end > rows || out_stride < cols ||
+        threads < 1) {
+        return Status::invalid_argument;
+    }
+    const int64_t row_bytes = bitmap_row_bytes(cols);
+    const ReadableValues readable(values, values_dtype, row_offsets, rows);
+    const bool same = out_dtype == values_dtype;
+    const int64_t row_size = out_stride * dtype_size(out_dtype);
+    const int64_t count = row_end - row_begin;
+    // A part of the rows has scratch of its own, for a row that must change its dtype.
+    const int64_t parts = ceil_div(count, kPartRows);
+    parallel_for(parts, threads, [&](int64_t part) {
+        std::vector<uint32_t> scratch(same ? 0 : static_cast<size_t>(cols));
+        for (int64_t r = count * part / parts; r < count * (part + 1) / parts; ++r) {
+            const int64_t i = row_begin + r;
+            void* row = static_cast<uint8_t*>(out) + r * row_size;
+            expand_row(readable.row(i), values_dtype, bitmap + i * row_bytes, cols,
+                       same ? row : scratch.data());
+            if (!same) table().convert(scratch.data(), values_dtype, cols, row, out_dtype);
+        }
+    });
+    return Status::ok;
+} catch (const std::bad_alloc&) {
+    return Status::out_of_memory;
+}
+
+}  // namespace nowag::cpu

@@ -1,0 +1,216 @@
+#include "nowag/vq_gemv.h"
+
+#include <algorithm>
+#include <new>
+
+#include "cpu/base/buffer.h"
+#include "cpu/base/parallel.h"
+#include "cpu/base/simd.h"
+#include "cpu/vq/vq_gemv_table.h"
+#include "nowag/format.h"
+
+namespace nowag::cpu {
+namespace {
+
+const VqDecodeTable* decode_table() {
+#ifdef NOWAG_X86
+    return simd_pick(&kVqDecodeScalar, &kVqDecodeAvx2, &kVqDecodeAvx512,
+                     static_cast<const VqDecodeTable*>(nullptr));
+#else
+    return &kVqDecodeScalar;
+#endif
+}
+
+const VqLookupTable* lookup_table() {
+    const VqLookupTable* none = nullptr;
+#ifdef NOWAG_X86
+    return simd_pick(none, none, none, &kVqLookupAvx512Vbmi);
+#else
+    return none;
+#endif
+}
+
+// Fewer codes than this are done sooner than a second thread starts.
+constexpr int64_t kCodesForThreads = 32768;
+// Rows that make a table worth building: building one costs as much as looking this many up.
+constexpr int64_t kLookupRows = 512;
+struct Problem {
+    const void* x;
+    DType dtype;
+    int64_t tokens;
+    const uint8_t* packed;
+    const uint16_t* codebook;
+    const uint16_t* row_norms;
+    const uint16_t* col_norms;
+    const void* bias;
+    int64_t rows;
+    int64_t cols;
+    int d;
+    int code_bits;
+    void* y;
+    int threads;
+
+    int64_t positions() const { return code_positions(cols, d); }
+    int64_t tiles() const { return row_tiles(rows); }
+    int64_t entries() const { return int64_t{1} << code_bits; }
+    // Bytes of a tile's codes, and where all codes end.
+    int64_t stride() const { return positions() * tile_bytes(code_bits); }
+    const uint8_t* codes_end() const { return packed + tiles() * stride(); }
+};
+
+// x * col_norms of one token, [positions * d], zeros in the padding.
+void scaled_inputs(const Problem& problem, int64_t token, float* out) {
+    const int64_t offset = token * problem.cols * dtype_size(problem.dtype);
+    decode_table()->scale_inputs(static_cast<const char*>(problem.x) + offset, problem.dtype,
+                                 problem.col_norms, problem.cols, out);
+    std::fill(out + problem.cols, out + problem.positions() * problem.d, 0.0f);
+}
+
+// Rows [first, first + rows) of a token's y from their sums.
+void finish(const Problem& problem, int64_t token, int64_t first, int64_t rows, const float* sums) {
+    const int64_t size = dtype_size(problem.dtype);
+    const char* bias = static_cast<const char*>(problem.bias);
+    decode_table()->finish(sums, problem.row_norms + first,
+                           bias == nullptr ? nullptr : bias + first * size, problem.dtype, rows,
+                           static_cast<char*>(problem.y) + (token * problem.rows + first) * size);
+}
+
+// The rows of a tile from the sums of all tokens, [tokens, 32].
+void finish_tile(const Problem& problem, int64_t tile, const float* sums) {
+    const int64_t first = tile * kTileRows;
+    const int64_t height = std::min<int64_t>(kTileRows, problem.rows - first);
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        finish(problem, t, first, height, sums + t * kTileRows);
+    }
+}
+
+// --- decode: see vq_gemv.h ---
+
+// Inputs as VqDecodeTile wants them: [positions, stride, lanes], zeros in all padding.
+Buffer<float> decode_inputs(const Problem& problem, int lanes, int64_t stride) {
+    const int64_t positions = problem.positions();
+    Buffer<float> inputs = buffer<float>(positions * stride * lanes);
+    std::fill(inputs.get(), inputs.get() + positions * stride * lanes, 0.0f);
+    Buffer<float> scaled = buffer<float>(positions * problem.d);
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        scaled_inputs(problem, t, scaled.get());
+        for (int64_t p = 0; p < positions; ++p) {
+            std::copy_n(&scaled[static_cast<size_t>(p * problem.d)], problem.d,
+                        &inputs[static_cast<size_t>((p * stride + t) * lanes)]);
+        }
+    }
+    return inputs;
+}
+
+void decode(const Problem& problem) {
+    const VqDecodeTable& kernel = *decode_table();
+    const int lanes = problem.d <= 4 ? 4 : 8;
+    // With company, tokens fill whole vectors of 16 floats.
+    const int64_t together = problem.tokens == 1 ? 1 : 16 / lanes;
+    const int64_t stride = ceil_div(problem.tokens, together) * together;
+    const int64_t positions = problem.positions();
+    const Buffer<float> inputs = decode_inputs(problem, lanes, stride);
+    const Buffer<float> codebook = buffer<float>(problem.entries() * lanes);
+    kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, lanes, codebook.get());
+
+    const int64_t codes = problem.rows * positions;
+    const int threads = codes < kCodesForThreads ? 1 : problem.threads;
+    parallel_for(problem.tiles(), threads, [&](int64_t tile) {
+        float sums[kVqGemvMaxTokens * kTileRows];
+        kernel.multiply_tile({problem.packed + tile * problem.stride(), codebook.get(),
+                              inputs.get(), positions, problem.code_bits, lanes,
+                              static_cast<int>(problem.tokens), static_cast<int>(stride),
+                              problem.codes_end(), sums});
+        finish_tile(problem, tile, sums);
+    });
+}
+
+// --- lookup: see vq_gemv.h ---
+
+// Positions are cut into groups of about equal size, each with its own scale, a row's sum being the
+// groups' sums in order. How many depends on the shape only; an even number serves two threads.
+int64_t group_count(int64_t positions) {
+    return positions < kVqLookupGroup / 4 ? 1 : 2 * ceil_div(positions, 2 * kVqLookupGroup);
+}
+
+// Sums of positions [begin, end) for tiles [tile, tile_end), to rows of `sums`, [tokens,
+// row_stride].
+void look_up_group(const Problem& problem, const float* arranged, const float* largest,
+                   const float* inputs, int64_t begin, int64_t end, int64_t tile, int64_t tile_end,
+                   float* sums, int64_t row_stride) {
+    const VqLookupTable& kernel = *lookup_table();
+    const int64_t positions = problem.positions();
+    alignas(64) uint8_t tables[kVqLookupGroup * kVqLookupTableBytes];
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        const float* group = inputs + (t * positions + begin) * problem.d;
+        float* out = sums + t * row_stride + tile * kTileRows;
+        std::fill(out, out + (tile_end - tile) * kTileRows, 0.0f);
+        VqLookupClasses classes;
+        kernel.divide(largest, group, problem.d, end - begin, &classes);
+        const int32_t* order = classes.order;
+        for (int c = 0; c < 2; ++c) {
+            const int64_t count = classes.count[c];
+            if (count == 0) continue;
+            kernel.build(arranged, group, problem.d, order, count, classes.unit[c], tables);
+            kernel.add_tiles(tables, classes.unit[c], order, count,
+                             problem.packed + (tile * positions + begin) * kTileRows,
+                             positions * kTileRows, tile_end - tile, out);
+            order += count;
+        }
+    }
+}
+
+void look_up(const Problem& problem) {
+    const int64_t positions = problem.positions(), tiles = problem.tiles();
+    const Buffer<float> arranged = buffer<float>(problem.d * kVqLookupEntries);
+    float largest[kMaxSubvector];
+    lookup_table()->arrange_codebook(problem.codebook, problem.d, arranged.get(), largest);
+    const Buffer<float> inputs = buffer<float>(problem.tokens * positions * problem.d);
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        scaled_inputs(problem, t, &inputs[static_cast<size_t>(t * positions * problem.d)]);
+    }
+
+    const int64_t groups = group_count(positions), row_stride = tiles * kTileRows;
+    const int64_t group_sums = problem.tokens * row_stride;
+    const Buffer<float> sums = buffer<float>(groups * group_sums);
+    const int threads = problem.rows * positions < kCodesForThreads ? 1 : problem.threads;
+    // Rows are divided only where there are more threads than groups: every part builds the tables.
+    const int64_t parts = std::min(tiles, ceil_div(threads, groups));
+    parallel_for(groups * parts, threads, [&](int64_t index) {
+        const int64_t group = index / parts, part = index % parts;
+        look_up_group(problem, arranged.get(), largest, inputs.get(), positions * group / groups,
+                      positions * (group + 1) / groups, tiles * part / parts,
+                      tiles * (part + 1) / parts, sums.get() + group * group_sums, row_stride);
+    });
+    for (int64_t group = 1; group < groups; ++group) {
+        const float* more = sums.get() + group * group_sums;
+        for (int64_t i = 0; i < group_sums; ++i) sums[static_cast<size_t>(i)] += more[i];
+    }
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        finish(problem, t, 0, problem.rows, sums.get() + t * row_stride);
+    }
+}
+
+}  // namespace
+
+Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed,
+               const uint16_t* codebook, const uint16_t* row_norms, const uint16_t* col_norms,
+               const void* bias, int64_t rows, int64_t cols, int d, int code_bits, void* y,
+               int threads) try {
+    if (tokens < 1 || tokens > kVqGemvMaxTokens || rows < 1 || cols < 1 ||
+        !valid_vq(d, code_bits) || threads < 1) {
+        return Status::invalid_argument;
+    }
+    const Problem problem{x,    dtype, tokens, packed, codebook,  row_norms, col_norms,
+                          bias, rows,  cols,   d,      code_bits, y,         threads};
+    if (lookup_table() != nullptr && code_bits == 8 && rows >= kLookupRows) {
+        look_up(problem);
+    } else {
+        decode(problem);
+    }
+    return Status::ok;
+} catch (const std::bad_alloc&) {
+    return Status::out_of_memory;
+}
+
+}  // namespace nowag::cpu

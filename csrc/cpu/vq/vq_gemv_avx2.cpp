@@ -1,0 +1,5 @@
+#include "cpu/vq/vq_gemv_decode.h"
+
+namespace nowag::cpu {
+const VqDecodeTable kVqDecodeAvx2 = {scale_inputs, arrange_codebook, multiply_tile, finish};
+}  // namespace nowag::cpu

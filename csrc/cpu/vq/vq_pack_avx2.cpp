@@ -1,0 +1,5 @@
+#include "cpu/vq/vq_pack_dequantize.h"
+
+namespace nowag::cpu {
+const VqPackTable kVqPackAvx2 = {widen, expand_codebook, dequantize_tile};
+}  // namespace nowag::cpu

@@ -1,5 +1,0 @@
-#include "cpu/vq_gemv_decode.h"
-
-namespace nowag::cpu {
-const VqDecodeTable kVqDecodeAvx512 = {scale_inputs, arrange_codebook, multiply_tile, finish};
-}  // namespace nowag::cpu

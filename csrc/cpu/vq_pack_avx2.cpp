@@ -1,5 +1,0 @@
-#include "cpu/vq_pack_dequantize.h"
-
-namespace nowag::cpu {
-const VqPackTable kVqPackAvx2 = {widen, expand_codebook, dequantize_tile};
-}  // namespace nowag::cpu

@@ -1,0 +1,129 @@
+// Assignment by scanning the whole codebook: every d and K, bound by FFMA issue.
+//
+// A block takes one position of kScanRows rows, kScanPoints a thread, so that an entry read from
+// shared memory (a broadcast) serves kScanPoints * d multiply-adds. The minimum costs one
+// instruction a score: which entry it was is worked out for the best group of 8 only.
+#pragma once
+
+#include "cuda/kmeans/kmeans_points.cuh"
+
+namespace nowag::cuda {
+
+constexpr int kScanThreads = 128;
+constexpr int kScanPoints = 4;
+constexpr int kScanRows = kScanThreads * kScanPoints;
+constexpr int kScanGroup = 8;
+constexpr int kScanSlab = 512;  // entries in shared memory at a time
+
+// Floats of one entry in shared memory: its coordinates, its bias, padding to 16 bytes.
+template <int kD>
+constexpr int kScanStride = (kD + 1 + 3) / 4 * 4;
+
+template <int kD>
+constexpr size_t kScanShared = sizeof(float) * kScanSlab * kScanStride<kD>;
+
+// An entry past the codebook's end gets a bias that never wins.
+template <int kD>
+__device__ __forceinline__ void scan_load_slab(const KmeansProblem& problem, const float (&h)[kD],
+                                               int64_t first, int count, int64_t entries,
+                                               float* slab) {
+    for (int k = threadIdx.x; k < count; k += kScanThreads) {
+        float c[kD];
+        const bool real = first + k < entries;
+#pragma unroll
+        for (int j = 0; j < kD; ++j) c[j] = real ? problem.codebook[(first + k) * kD + j] : 0.0f;
+#pragma unroll
+        for (int j = 0; j < kD; ++j) slab[k * kScanStride<kD> + j] = c[j];
+        slab[k * kScanStride<kD> + kD] = real ? bias_of<kD>(h, c) : INFINITY;
+    }
+}
+
+template <int kD>
+__device__ __forceinline__ float scan_score(const float (&a)[kD], const float* entry) {
+    float score = entry[kD];
+#pragma unroll
+    for (int j = 0; j < kD; ++j) score = fused(a[j], entry[j], score);
+    return score;
+}
+
+template <int kD>
+__global__ void __launch_bounds__(kScanThreads, 4)
+    kmeans_scan(KmeansProblem problem, int64_t entries, double scale, bool warm,
+                unsigned long long* changed) {
+    float* slab = reinterpret_cast<float*>(shared_memory());
+    const int64_t position = blockIdx.x;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kScanRows + threadIdx.x;
+    float h[kD];
+#pragma unroll
+    for (int j = 0; j < kD; ++j) h[j] = problem.h[position * kD + j];
+
+    float a[kScanPoints][kD], lowest[kScanPoints];
+    unsigned best[kScanPoints];
+#pragma unroll
+    for (int r = 0; r < kScanPoints; ++r) {
+        const int64_t row = first_row + r * kScanThreads;
+        float x[kD] = {};
+        if (row < problem.rows) read_point<kD>(problem, row, position, x);
+#pragma unroll
+        for (int j = 0; j < kD; ++j) a[r][j] = -2.0f * h[j] * x[j];
+        lowest[r] = INFINITY;
+        best[r] = 0;
+    }
+
+    for (int64_t first = 0; first < entries; first += kScanSlab) {
+        const int64_t left = (entries - first + kScanGroup - 1) / kScanGroup * kScanGroup;
+        const int count = static_cast<int>(left < kScanSlab ? left : kScanSlab);
+        __syncthreads();
+        scan_load_slab<kD>(problem, h, first, count, entries, slab);
+        __syncthreads();
+        int group_of[kScanPoints];
+#pragma unroll
+        for (int r = 0; r < kScanPoints; ++r) group_of[r] = -1;
+        for (int group = 0; group < count; group += kScanGroup) {
+            float least[kScanPoints];
+#pragma unroll
+            for (int r = 0; r < kScanPoints; ++r) least[r] = INFINITY;
+#pragma unroll
+            for (int k = 0; k < kScanGroup; ++k) {
+                float entry[kScanStride<kD>];
+#pragma unroll
+                for (int j = 0; j < kScanStride<kD>; j += 4) {
+                    const float4 four =
+                        *reinterpret_cast<const float4*>(slab + (group + k) * kScanStride<kD> + j);
+                    entry[j] = four.x, entry[j + 1] = four.y;
+                    entry[j + 2] = four.z, entry[j + 3] = four.w;
+                }
+#pragma unroll
+                for (int r = 0; r < kScanPoints; ++r) {
+                    least[r] = fminf(least[r], scan_score<kD>(a[r], entry));
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < kScanPoints; ++r) {
+                if (least[r] < lowest[r]) {
+                    lowest[r] = least[r];
+                    group_of[r] = group;
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < kScanPoints; ++r) {
+            if (group_of[r] < 0) continue;
+            int k = group_of[r];
+            while (scan_score<kD>(a[r], slab + k * kScanStride<kD>) != lowest[r]) ++k;
+            best[r] = static_cast<unsigned>(first + k);
+        }
+    }
+
+    for (int r = 0; r < kScanPoints; ++r) {
+        const int64_t row = first_row + r * kScanThreads;
+        const bool moved =
+            row < problem.rows && settle_point<kD>(problem, row, position, h, best[r], scale, warm);
+        const int total = __syncthreads_count(moved);
+        if (threadIdx.x == 0 && total > 0) {
+            atomicAdd(changed, static_cast<unsigned long long>(total));
+        }
+    }
+}
+
+}  // namespace nowag::cuda

@@ -1,0 +1,245 @@
+// prune_select (prune.h) on a GPU: exact, and the keys, the bits of saliencies, which are not
+// negative and so sort as integers, are never stored. Two kernels around one that reads W once:
+//   prune_sample  a histogram of a few saliencies gives a bracket, which holds the threshold in
+//                 all likelihood
+//   prune_split   reads W, decides whatever lies outside the bracket, lists the few undecided
+//                 weights and counts them by their place in the bracket: that gives the rank of
+//                 the threshold among them, and the bin that it lies in
+//   prune_finish  decides the undecided weights outside that bin, then ranks those inside it by
+//                 (key, flat index)
+// Where the sample misled, or too many weights are nearly equal, prune_finish ignores all that and
+// runs a radix select of its own, which reads W four or five times. So the result depends neither
+// on the sample nor on the order of the list.
+//
+// prune_split is bound by memory: 12 instructions a weight and 3 for the candidates among them,
+// where an H200 has time for 27. The kernels around it are chains of a few reads from the
+// second-level cache, each of some microseconds.
+#pragma once
+
+#include "cuda/prune/prune.cuh"
+
+namespace nowag::cuda {
+
+constexpr int kMostSampleBits = 16;
+constexpr double kSampleDeviations = 4.0;  // half the bracket's width, in standard deviations
+
+constexpr int kBins = 8192;
+constexpr int kSampleShift = 18;  // a sampled key's bin: exponent and 5 bits of mantissa
+
+// The list takes a sixteenth of the weights, at 8 bytes a candidate an eighth of W. That is twice
+// to four times what a bracket of normally distributed weights holds: 4 standard deviations of
+// 65536 samples on either side are up to 1.6 % of the weights, rounding to bins adds up to one
+// percent.
+constexpr int64_t kWeightsPerCandidate = 16;
+constexpr int64_t kLeastCandidates = 4096;  // small layers have a small sample, a wide bracket
+constexpr unsigned kMostTied = 4096;        // weights in the threshold's bin
+
+constexpr int kDigits = 3;
+constexpr int kDigitBins = 2048;
+
+// The digits of a key, most significant first: 11, 11 and 10 bits.
+__device__ __forceinline__ int digit_shift(int digit) {
+    return digit == 0 ? 21 : digit == 1 ? 10 : 0;
+}
+__device__ __forceinline__ unsigned digit_mask(int digit) { return digit == 2 ? 1023u : 2047u; }
+
+// The keys before < key <= last, in bins of 2^shift keys. Keys are below 2^31, so that the sign of
+// a difference compares them; before may be -1.
+struct PruneBracket {
+    unsigned before;
+    unsigned last;
+    int shift;
+};
+
+// A bin of a histogram that holds the element of some rank.
+struct PruneBin {
+    unsigned bin;
+    unsigned rank;   // in the bin, from 1
+    unsigned count;  // elements of the bin
+};
+
+// The sample's ranks, from 1, whose bins bound the bracket; outside 1..size that side is open.
+struct PruneSample {
+    int bits;  // the sample has 2^bits saliencies
+    int64_t low;
+    int64_t high;
+};
+
+// An undecided weight: its key and flat index, so that they sort as integers.
+using PruneCandidate = unsigned long long;
+
+struct PruneCounts {
+    unsigned sampled_blocks, split_blocks;  // that have ended
+    unsigned kept;                          // weights beyond the bracket
+    unsigned candidates;                    // weights in the bracket, even if the list is too short
+    unsigned tied;
+    unsigned arrived;  // at barriers
+};
+
+struct PruneScratch {
+    // Zero at the start.
+    PruneCounts counts;
+    unsigned sampled[kBins];
+    unsigned bracketed[kBins];
+    unsigned digits[kDigits][kDigitBins];
+    // Written before they are read.
+    PruneBracket bracket;
+    PruneBin threshold;  // rank 0: the list is of no use
+    PruneCandidate tied[kMostTied];
+};
+
+struct PruneCandidates {
+    PruneCandidate* list;
+    unsigned capacity;
+};
+
+// Inclusive prefix sums over the threads of a block. Every thread calls it.
+__device__ __forceinline__ unsigned block_scan(unsigned value, unsigned* warp_sums) {
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    for (int step = 1; step < kWarpSize; step *= 2) {
+        const unsigned before = __shfl_up_sync(kFullWarp, value, step);
+        if (lane >= step) value += before;
+    }
+    __syncthreads();
+    if (lane == kWarpSize - 1) warp_sums[warp] = value;
+    __syncthreads();
+    for (int other = 0; other < warp; ++other) value += warp_sums[other];
+    return value;
+}
+
+// The sum over a block's threads. Every thread calls it and gets the result.
+__device__ __forceinline__ unsigned block_sum(unsigned value, unsigned* warp_sums) {
+    value = __reduce_add_sync(kFullWarp, value);
+    __syncthreads();
+    if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = value;
+    __syncthreads();
+    unsigned sum = 0;
+    for (int warp = 0; warp < kPruneWarps; ++warp) sum += warp_sums[warp];
+    return sum;
+}
+
+// Shared memory of find_bin, in integers.
+constexpr int kFindBinShared = kPruneWarps + 3;
+
+// Where the element of rank `rank`, from 1, lies in a histogram that has as many. Every thread of
+// the block calls it and gets the result. A warp adds up its share of the bins, then the block
+// looks at the share of one warp.
+template <int kCount>
+__device__ __forceinline__ PruneBin find_bin(const unsigned* histogram, unsigned rank,
+                                             unsigned* shared) {
+    constexpr int kShare = kCount / kPruneWarps, kEach = kShare / kPruneThreads;
+    static_assert(kEach * kPruneThreads * kPruneWarps == kCount, "bins a thread");
+    unsigned* found = shared + kPruneWarps;
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    unsigned sum = 0;
+#pragma unroll 16
+    for (int b = lane; b < kShare; b += kWarpSize) sum += histogram[warp * kShare + b];
+    sum = __reduce_add_sync(kFullWarp, sum);
+    __syncthreads();
+    if (lane == 0) shared[warp] = sum;
+    __syncthreads();
+    int share = 0;
+    unsigned below = 0;
+    while (share < kPruneWarps - 1 && below + shared[share] < rank) below += shared[share++];
+    unsigned bins[kEach], own = 0;
+    const int first = share * kShare + static_cast<int>(threadIdx.x) * kEach;
+#pragma unroll
+    for (int b = 0; b < kEach; ++b) {
+        bins[b] = histogram[first + b];
+        own += bins[b];
+    }
+    below += block_scan(own, shared) - own;
+#pragma unroll
+    for (int b = 0; b < kEach; ++b) {
+        if (below < rank && rank <= below + bins[b]) {
+            found[0] = static_cast<unsigned>(first + b);
+            found[1] = rank - below;
+            found[2] = bins[b];
+        }
+        below += bins[b];
+    }
+    __syncthreads();
+    const PruneBin bin{found[0], found[1], found[2]};
+    __syncthreads();
+    return bin;
+}
+
+// True in every thread of the block that ends last of the grid: it sees what the others wrote.
+// Every thread calls it.
+__device__ __forceinline__ bool last_block(unsigned* ended, unsigned* shared) {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) shared[0] = atomicAdd(ended, 1u) == gridDim.x - 1;
+    __syncthreads();
+    const bool last = shared[0] != 0;
+    if (last) __threadfence();
+    return last;
+}
+
+// Where in the layer sample k is: one to each of 2^bits strata, at a place that does not fall in
+// with the length of a row (steps of the golden ratio).
+__device__ __forceinline__ uint64_t sample_index(uint64_t k, uint64_t numel, int bits) {
+    const uint64_t place = static_cast<uint32_t>(k) * 2654435769u;
+    return (k * numel + (place * numel >> 32)) >> bits;
+}
+
+__global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch* scratch);
+
+// A warp takes units of kSplitRows rows and 4 columns a lane.
+constexpr int kSplitRows = 8;
+constexpr int kSplitColumns = 4 * kWarpSize;
+constexpr int kUnitsPerWarp = 2;
+// Candidates that a block gathers before it appends them to the list; it expects 300.
+constexpr unsigned kStaged = 1024;
+
+struct SplitShared {
+    PruneCandidate staged[kStaged];
+    unsigned count;  // also of those that were not staged, for want of space
+    unsigned kept;
+    unsigned first;  // place of the staged candidates in the list
+    unsigned find_bin[kFindBinShared];
+};
+
+__device__ __forceinline__ int at_most(int64_t value, int limit) {
+    return static_cast<int>(value < limit ? value : limit);
+}
+
+// The first `count` of four numbers, none if it is not positive, then 0. kVector: they are aligned
+// to 16 bytes and count is a multiple of 4.
+template <bool kVector>
+__device__ __forceinline__ float4 load_four(const float* data, int count) {
+    if (kVector) {
+        return count > 0 ? *reinterpret_cast<const float4*>(data)
+                         : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+    const auto at = [&](int i) { return i < count ? data[i] : 0.0f; };
+    return make_float4(at(0), at(1), at(2), at(3));
+}
+
+// The 8 x 8 transpose of 4-bit numbers over the 8 lanes that share lane / 8: number c of lane r is
+// what number r of lane c was.
+__device__ __forceinline__ unsigned transpose_nibbles(unsigned mine) {
+    const int lane = threadIdx.x;
+    unsigned other = __shfl_xor_sync(kFullWarp, mine, 4);
+    mine = __byte_perm(mine, other, lane & 4 ? 0x3276 : 0x5410);
+    other = __shfl_xor_sync(kFullWarp, mine, 2);
+    mine = __byte_perm(mine, other, lane & 2 ? 0x3715 : 0x6240);
+    other = __shfl_xor_sync(kFullWarp, mine, 1);
+    constexpr unsigned kLow = 0x0f0f0f0f;
+    return lane & 1 ? (mine & ~kLow) | (other >> 4 & kLow) : (mine & kLow) | (other << 4 & ~kLow);
+}
+
+template <bool kVector>
+__global__ void prune_split(PruneLayer layer, unsigned n_prune, PruneScratch* scratch,
+                            PruneCandidates candidates, unsigned* bitmap);
+
+constexpr int kFinishBlocks = 4;  // a multiprocessor, for its registers
+
+// Launched cooperatively. ties: one number a block.
+__global__ void __launch_bounds__(kPruneThreads, kFinishBlocks)
+    prune_finish(PruneLayer layer, unsigned n_prune, PruneScratch* scratch,
+                 PruneCandidates candidates, unsigned* ties, unsigned* bitmap);
+
+__global__ void prune_keep_all(int64_t rows, int64_t cols, uint8_t* bitmap);
+
+}  // namespace nowag::cuda

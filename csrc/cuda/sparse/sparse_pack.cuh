@@ -1,0 +1,91 @@
+// sparse_pack.h on a GPU: a warp a row; the running popcount of the bitmap's words says where a
+// lane's value lies. Bound by memory.
+#pragma once
+
+#include "cuda/base/device.cuh"
+#include "nowag/format.h"
+#include "nowag/sparse_pack.h"
+
+namespace nowag::cuda {
+
+constexpr int kSparseThreads = 256;
+constexpr int kSparseWarps = kSparseThreads / kWarpSize;
+constexpr int kOffsetThreads = 1024;
+
+struct SparseWeight {
+    const uint32_t* bitmap;
+    const void* values;
+    const int32_t* row_offsets;
+    int64_t rows;
+    int64_t cols;
+
+    __device__ int64_t words() const { return padded_columns(cols) / kWarpSize; }
+};
+
+// The row of this warp.
+__device__ __forceinline__ int64_t sparse_row() {
+    return static_cast<int64_t>(blockIdx.x) * kSparseWarps + threadIdx.x / kWarpSize;
+}
+
+// Walks the 32 columns of every word of a row: body(column, kept, index of the value in the row).
+// A lane reads one word of 32 and hands it round, so that bitmap loads are whole lines; after those
+// 1024 columns comes fold().
+template <typename Body, typename Fold>
+__device__ __forceinline__ void walk_row(const SparseWeight& weight, int64_t row, Body&& body,
+                                         Fold&& fold) {
+    const int lane = threadIdx.x % kWarpSize;
+    const unsigned lower = (1u << lane) - 1u;
+    const int64_t words = weight.words();
+    int before = 0;
+    for (int64_t first = 0; first < words; first += kWarpSize) {
+        const unsigned mine = first + lane < words ? weight.bitmap[row * words + first + lane] : 0u;
+        const int count = static_cast<int>(words - first < kWarpSize ? words - first : kWarpSize);
+#pragma unroll 4
+        for (int w = 0; w < count; ++w) {
+            const unsigned word = __shfl_sync(kFullWarp, mine, w);
+            const bool kept = (word >> lane) & 1u;
+            body((first + w) * kWarpSize + lane, kept, before + __popc(word & lower));
+            before += __popc(word);
+        }
+        fold();
+    }
+}
+
+__global__ void sparse_count_rows(SparseWeight weight, int32_t* __restrict__ counts);
+
+// In place: counts[0] = 0, then the inclusive prefix sums of counts[1..rows]. One block.
+__global__ void sparse_scan_rows(int64_t rows, int32_t* __restrict__ counts);
+
+// kStored: the unsigned integer of the values' size, so that values keep their bits.
+template <typename Stored>
+__global__ void sparse_gather_rows(SparseWeight weight, const Stored* __restrict__ dense,
+                                   int64_t row_stride, Stored* __restrict__ values) {
+    const int64_t row = sparse_row();
+    if (row >= weight.rows) return;
+    Stored* target = values + weight.row_offsets[row];
+    walk_row(
+        weight, row,
+        [&](int64_t column, bool kept, int index) {
+            if (kept) target[index] = dense[row * row_stride + column];
+        },
+        [] {});
+}
+
+template <DType kValues, DType kOut>
+__global__ void sparse_dequantize_rows(SparseWeight weight, int64_t row_begin, int64_t row_end,
+                                       void* __restrict__ out, int64_t out_stride) {
+    const int64_t row = row_begin + sparse_row();
+    if (row >= row_end) return;
+    const int64_t first = weight.row_offsets[row];
+    walk_row(
+        weight, row,
+        [&](int64_t column, bool kept, int index) {
+            const float value = kept ? Element<kValues>::load(weight.values, first + index) : 0.0f;
+            if (column < weight.cols) {
+                Element<kOut>::store(out, (row - row_begin) * out_stride + column, value);
+            }
+        },
+        [] {});
+}
+
+}  // namespace nowag::cuda

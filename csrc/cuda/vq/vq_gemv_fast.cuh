@@ -1,0 +1,88 @@
+// What the fast paths of vq_gemv.h on a GPU share: the codes of a lane, the cut of the positions
+// into segments, and the kernel that adds the segments up.
+#pragma once
+
+#include "cuda/vq/vq_gemv.cuh"
+
+namespace nowag::cuda {
+
+constexpr int kLaneRows = 8;  // rows of one tile whose codes one lane reads: whole words
+constexpr int kLanesPerTile = kTileRows / kLaneRows;
+constexpr int kFinishThreads = 512;
+constexpr int kFinishWarps = kFinishThreads / kWarpSize;
+
+// The positions of a layer (or steps of them), cut into `count` runs of `length`, the last shorter.
+// The cut depends on the shape and the device alone, so that the order of sums does.
+struct Segments {
+    int count;
+    int length;
+};
+
+template <int kBits>
+struct LaneCodes {
+    static constexpr int kWords = kLaneRows * kBits / 32;
+    uint32_t words[kWords];
+
+    // 2^kScale times code r of the lane's 8: the place of its entry in a table whose entries are
+    // that large. r is known to the compiler, and so is the word: a shift and a mask.
+    template <int kScale = 0>
+    __device__ __forceinline__ unsigned code(int r) const {
+        constexpr uint32_t kMask = ((1u << kBits) - 1u) << kScale;
+        const int bit = r * kBits - kScale;
+        if (bit < 0) return (words[0] << -bit) & kMask;
+        const int word = bit / 32, shift = bit % 32;
+        const bool straddles = shift + kScale + kBits > 32;
+        return __funnelshift_r(words[word], straddles ? words[word + 1] : 0u, shift) & kMask;
+    }
+};
+
+// Where a lane's words of a tile begin at a position; those of the next are kBits words on.
+template <int kBits>
+__device__ __forceinline__ const uint32_t* lane_words(const VqWeight& weight, int64_t tile,
+                                                      int position, int part) {
+    return weight.packed + tile * weight.positions * kBits +
+           (position * kBits + part * LaneCodes<kBits>::kWords);
+}
+
+template <int kBits>
+__device__ __forceinline__ LaneCodes<kBits> load_codes(const uint32_t* words) {
+    LaneCodes<kBits> codes;
+    if constexpr (LaneCodes<kBits>::kWords == 2) {
+        const uint2 pair = *reinterpret_cast<const uint2*>(words);
+        codes.words[0] = pair.x, codes.words[1] = pair.y;
+    } else {
+#pragma unroll
+        for (int w = 0; w < LaneCodes<kBits>::kWords; ++w) codes.words[w] = words[w];
+    }
+    return codes;
+}
+
+// Finishes the outputs of one token from partial [segment, token, padded_rows]: a warp adds up the
+// segments s = r mod kResidues of 32 rows, ascending, and one of them the residues r, ascending.
+template <DType kType, int kResidues>
+__global__ void __launch_bounds__(kFinishThreads)
+    vq_gemv_finish(VqWeight weight, VqActivations io, int segments, int64_t padded_rows,
+                   const float* partial) {
+    float* sums = reinterpret_cast<float*>(shared_memory());
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int residue = warp % kResidues, token = blockIdx.y;
+    const int64_t tile =
+        static_cast<int64_t>(blockIdx.x) * (kFinishWarps / kResidues) + warp / kResidues;
+    const int64_t row = tile * kTileRows + lane;
+    wait_for_previous_kernel();
+    float sum = 0.0f;
+    if (row < padded_rows) {
+#pragma unroll 9
+        for (int s = residue; s < segments; s += kResidues) {
+            sum += partial[(static_cast<int64_t>(s) * io.tokens + token) * padded_rows + row];
+        }
+    }
+    sums[threadIdx.x] = sum;
+    __syncthreads();
+    if (residue != 0 || row >= weight.rows) return;
+    float total = 0.0f;
+    for (int r = 0; r < kResidues; ++r) total += sums[threadIdx.x + r * kWarpSize];
+    store_output<kType>(io, weight, token, row, total);
+}
+
+}  // namespace nowag::cuda

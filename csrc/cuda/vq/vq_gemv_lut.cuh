@@ -1,0 +1,254 @@
+// vq_gemv.h on a GPU for one or two tokens, d = 6 and 12 bits: products are looked up, not
+// computed.
+//
+// For a position p the table T_p[k] = x_p . c_k is built once and then serves every row: one 4-byte
+// gather from shared memory a code, where decoding needs a 12-byte one. Bound by shared memory: 32
+// codes hit 32 banks at random, in about 3.5 cycles, and take 0.8 more to be staged and read: 45
+// weights a cycle and multiprocessor, where vq_gemv_mma.cuh takes 16.
+//
+//           positions of one segment (blockIdx.x)
+//          +-----------+-----------+---
+//   rows   | table of  |  next     |        A block: one segment of positions, all rows (or a chunk
+//   of a   | 4096      |  table,   |        of kSets * 4096 of them). Two tables: one is read while
+//   chunk  | products  |  built    |        the next is built, one barrier between.
+//          |           |  meanwhile|        A warp: 8 tiles of 32 rows; a lane: 8 rows of one tile,
+//          +-----------+-----------+---     whose codes are 3 whole words, and 8 sums.
+//
+// Codes come through shared memory, so that loads are of whole 16-byte chunks, and far ahead: two
+// stages of kRun positions for each warp, one being read, one on its way from memory.
+//
+// The sums of a segment go to scratch memory, [segment, token, row], and vq_gemv_finish adds them
+// up.
+#pragma once
+
+#include "cuda/vq/vq_gemv_fast.cuh"
+
+namespace nowag::cuda {
+
+constexpr int kLutThreads = 512;
+constexpr int kLutWarps = kLutThreads / kWarpSize;
+constexpr int kLutD = 6;
+constexpr int kLutBits = 12;
+constexpr int kTable = 1 << kLutBits;  // products of a table, for one token
+constexpr int kWarpTiles = kWarpSize / kLanesPerTile;
+constexpr int kSetTiles = kLutWarps * kWarpTiles;  // tiles that a block takes with one set of sums
+constexpr int kLutResidues = 16;                   // of vq_gemv_finish
+constexpr int kInputStride = 8;  // floats of a scaled sub-vector of the inputs: whole 16-byte loads
+constexpr int kChunk = 16;       // bytes of a copy
+constexpr int kTileChunks = kTileRows * kLutBits / 8 / kChunk;  // of a tile's codes at a position
+
+__device__ __forceinline__ void read_input(const float* input, float (&x)[kLutD]) {
+    const float4 low = *reinterpret_cast<const float4*>(input);
+    const float2 high = *reinterpret_cast<const float2*>(input + 4);
+    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y;
+}
+
+// The codes of one warp for kRun positions: [set][position][tile][kTileChunks] chunks. Where kRun
+// is not 1 a position is an odd number of chunks, so that the copies of a tile's positions, which
+// are made side by side, do not meet in banks.
+template <int kSets, int kRun>
+struct LutStage {
+    static constexpr int kPosition = (kWarpTiles + (kRun > 1)) * kTileChunks;
+    static constexpr int kSet = kRun * kPosition;
+    static constexpr int kBytes = kSets * kSet * kChunk;
+};
+
+// What a block of vq_gemv_lut keeps in shared memory: two tables [kTable][kTokens], the stages
+// [2][warp], then the scaled inputs of its segment, [position][token][kInputStride].
+template <int kTokens, int kSets>
+struct LutMemory {
+    static constexpr int kRun = kSets > 1 ? 1 : 4 / kTokens;
+    using Stage = LutStage<kSets, kRun>;
+    static constexpr unsigned kOneTable = sizeof(float) * kTable * kTokens;
+    static constexpr unsigned kStages = 2 * kOneTable;
+    static constexpr unsigned kOneStage = kLutWarps * Stage::kBytes;
+    static constexpr unsigned kInputs = kStages + 2 * kOneStage;
+
+    static constexpr size_t bytes(int segment_length) {
+        return kInputs + sizeof(float) * segment_length * kTokens * kInputStride;
+    }
+};
+
+// Copies the codes of one warp, stage by stage; `tile` is its first, `begin` its first position.
+template <int kSets, int kRun>
+class LutCopier {
+  public:
+    __device__ __forceinline__ LutCopier(const VqWeight& weight, int64_t tile, int64_t begin,
+                                         int length)
+        : left_(length) {
+        const int lane = threadIdx.x % kWarpSize;
+        const int chunk = lane % kTileChunks, of_tile = lane / kTileRun;
+        run_ = lane % kTileRun / kTileChunks;
+        place_ = (run_ * Stage::kPosition + of_tile * kTileChunks + chunk) * kChunk;
+        stride_ = weight.positions * kTileChunks * kStep;
+        source_ = reinterpret_cast<const uint4*>(weight.packed) +
+                  ((tile + of_tile) * weight.positions + begin + run_) * kTileChunks + chunk;
+        const int64_t tiles = (weight.rows + kTileRows - 1) / kTileRows - tile - of_tile;
+        count_ = lane < kLanes && tiles > 0 ? static_cast<int>((tiles + kStep - 1) / kStep) : 0;
+    }
+
+    // Starts copying the next stage, as much of it as there is, to `stage`.
+    __device__ __forceinline__ void start(unsigned char* stage) {
+        if (run_ < left_) {
+#pragma unroll
+            for (int i = 0; i < kCopies; ++i) {
+                if (i >= count_) break;
+                start_copy(stage + place_ + i * kTogether * kTileChunks * kChunk,
+                           source_ + i * stride_);
+            }
+        }
+        commit_copies();
+        source_ += kTileRun;
+        left_ -= kRun;
+    }
+
+  private:
+    using Stage = LutStage<kSets, kRun>;
+    static constexpr int kLanes = kWarpTiles * kTileChunks;  // those that copy
+    static constexpr int kTileRun = kRun * kTileChunks;      // chunks side by side in memory
+    static constexpr int kTogether = kLanes / kTileRun;      // tiles that are copied at once
+    static constexpr int kCopies = kSets * kRun;             // of a lane in a stage
+    static constexpr int kStep = kSets == 1 ? kTogether : kSetTiles;  // tiles from one to the next
+    static_assert(kSets == 1 || kRun == 1, "one stride");
+
+    const uint4* source_;  // of the lane's first copy
+    int64_t stride_;
+    int count_;  // how many of the lane's tiles exist
+    int run_;    // the lane's position in the stage
+    int left_;   // positions that are left
+    int place_;
+};
+
+// Builds tables: a thread's entries never change, so that they stay in registers.
+template <int kTokens>
+struct TableBuilder {
+    static constexpr int kOwn = kTable / kLutThreads;
+    float c[kOwn][kLutD];
+
+    __device__ __forceinline__ explicit TableBuilder(const uint16_t* codebook) {
+        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(codebook);
+#pragma unroll
+        for (int e = 0; e < kOwn; ++e) {
+            const int k = threadIdx.x + e * kLutThreads;
+#pragma unroll
+            for (int j = 0; j < kLutD; j += 2) {
+                const uint32_t pair = pairs[k * (kLutD / 2) + j / 2];
+                c[e][j] = half_to_float(static_cast<uint16_t>(pair));
+                c[e][j + 1] = half_to_float(static_cast<uint16_t>(pair >> 16));
+            }
+        }
+    }
+
+    // The products of one position from its inputs, [token][kInputStride].
+    __device__ __forceinline__ void build(const float* inputs, unsigned char* memory) const {
+        float* table = reinterpret_cast<float*>(memory);
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+            float x[kLutD];
+            read_input(inputs + t * kInputStride, x);
+#pragma unroll
+            for (int e = 0; e < kOwn; ++e) {
+                table[(threadIdx.x + e * kLutThreads) * kTokens + t] = product<kLutD>(x, c[e]);
+            }
+        }
+    }
+};
+
+template <int kTokens>
+__device__ __forceinline__ void add_entry(const unsigned char* entry, float (&acc)[kTokens]) {
+    if constexpr (kTokens == 2) {
+        const float2 two = *reinterpret_cast<const float2*>(entry);
+        acc[0] += two.x;
+        acc[1] += two.y;
+    } else {
+        acc[0] += *reinterpret_cast<const float*>(entry);
+    }
+}
+
+// partial [segment, kTokens, padded_rows]
+template <DType kType, int kTokens, int kSets>
+__global__ void __launch_bounds__(kLutThreads, 1)
+    vq_gemv_lut(VqWeight weight, VqActivations io, Segments segments, int64_t padded_rows,
+                float* partial) {
+    using Memory = LutMemory<kTokens, kSets>;
+    using Stage = typename Memory::Stage;
+    constexpr int kRun = Memory::kRun;
+    constexpr int kScale = kTokens == 1 ? 2 : 3;  // log2 of an entry's bytes
+    let_next_kernel_start();
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * segments.length;
+    const int64_t left = weight.positions - begin;
+    const int length = static_cast<int>(left < segments.length ? left : segments.length);
+
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int64_t tile = static_cast<int64_t>(blockIdx.y) * kSets * kSetTiles + warp * kWarpTiles;
+    const int64_t lane_tile = tile + lane / kLanesPerTile;  // of the first set
+    const int64_t tiles_left = padded_rows / kTileRows - lane_tile;
+
+    // Places in shared memory, in bytes. Which of the two tables, which of the two stages.
+    unsigned char* memory = shared_memory();
+    unsigned table = 0, stage = Memory::kStages + warp * Stage::kBytes;
+    const unsigned both_stages = 2 * stage + Memory::kOneStage;
+    LutCopier<kSets, kRun> copier(weight, tile, begin, length);
+    copier.start(memory + stage);
+    copier.start(memory + both_stages - stage);
+
+    const TableBuilder<kTokens> builder(weight.codebook);
+    float* inputs = reinterpret_cast<float*>(memory + Memory::kInputs);
+    for (int i = threadIdx.x; i < length * kTokens; i += kLutThreads) {
+        float x[kLutD];
+        load_scaled<kLutD, kType>(io, weight, i % kTokens, begin + i / kTokens, x);
+#pragma unroll
+        for (int j = 0; j < kLutD; ++j) inputs[i * kInputStride + j] = x[j];
+    }
+    __syncthreads();
+    builder.build(inputs, memory);
+    wait_for_copies<1>();
+    __syncthreads();
+
+    float acc[kSets][kLaneRows][kTokens] = {};
+    for (int p = 0, run = 0; p < length; ++p, table ^= Memory::kOneTable) {
+        if (p + 1 < length) {
+            inputs += kTokens * kInputStride;
+            builder.build(inputs, memory + (table ^ Memory::kOneTable));
+        }
+#pragma unroll
+        for (int s = 0; s < kSets; ++s) {
+            if (s * kSetTiles >= tiles_left) continue;
+            const LaneCodes<kLutBits> codes = load_codes<kLutBits>(
+                reinterpret_cast<const uint32_t*>(
+                    memory + stage + (s * Stage::kSet + run * Stage::kPosition) * kChunk) +
+                lane * LaneCodes<kLutBits>::kWords);
+#pragma unroll
+            for (int r = 0; r < kLaneRows; ++r) {
+                add_entry<kTokens>(memory + (codes.template code<kScale>(r) | table), acc[s][r]);
+            }
+        }
+        // The barrier is the tables', and the stages': behind it this one is free, and the next
+        // has come.
+        const bool stage_ends = ++run == kRun;
+        if (stage_ends) wait_for_copies<0>();
+        __syncthreads();
+        if (!stage_ends) continue;
+        copier.start(memory + stage);
+        stage = both_stages - stage;
+        run = 0;
+    }
+
+    const int part = lane % kLanesPerTile;
+#pragma unroll
+    for (int s = 0; s < kSets; ++s) {
+        if (s * kSetTiles >= tiles_left) continue;
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) {
+            float* sums = partial + (static_cast<int64_t>(blockIdx.x) * kTokens + t) * padded_rows +
+                          (lane_tile + s * kSetTiles) * kTileRows + part * kLaneRows;
+#pragma unroll
+            for (int r = 0; r < kLaneRows; r += 4) {
+                *reinterpret_cast<float4*>(sums + r) =
+                    make_float4(acc[s][r][t], acc[s][r + 1][t], acc[s][r + 2][t], acc[s][r + 3][t]);
+            }
+        }
+    }
+}
+
+}  // namespace nowag::cuda

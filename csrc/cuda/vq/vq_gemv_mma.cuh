@@ -1,0 +1,333 @@
+// vq_gemv.h on a GPU with tensor cores: (d = 4, 8 bits), and (d = 6, 12 bits) from 3 tokens on.
+//
+// Codebook entries are float16 and go from shared memory into the second operand of mma as they
+// are; one gather serves 8 tokens (an octet) or 16. Inputs, times their column norms, are two
+// float16 parts of 22 bits together, scaled by a power of two for each token and step of 8
+// positions; the high parts of an octet are rows 0 to 7 of the first operand, the low ones rows 8
+// to 15. vq_gemv_prepare writes them in the order in which lanes take them.
+//
+//   step: 8 positions; with g = lane / 4 and t = lane % 4 a lane takes positions t and t + 4
+//   band: 64 rows of a warp; a lane takes rows 8 g to 8 g + 7, whose codes are 3 (or 2) whole words
+//         a position. Its row u is column g of the product u, 0 to 7.
+//   mma:  rows 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of the second operand are coordinates 0 to 3 of
+//         position t, in the next mma those of position t + 4, and in the third, where d = 6,
+//         coordinates 4 and 5 of both. Entries are in the registers that mma reads: no lane needs
+//         another's, and nothing is moved.
+//   sums: a lane has those of token g, rows 16 t to 16 t + 15.
+//
+//   block: 2 bands, 8 warps each, which take the steps of a segment in turn; their sums meet in
+//          shared memory and go to scratch, [segment, token, row], for vq_gemv_finish. Blocks stay
+//          and take one item (segment, bands) after another.
+//
+// Bound by shared memory. d = 6: 32 lanes read 8 and 4 bytes of entries at random in 6.2 + 3.5
+// cycles (expected conflicts), and codes and inputs take 2.2 on their way through the same L1: 16
+// weights a cycle and multiprocessor. d = 4: 16 copies of the 256 entries, so that each lane of a
+// half-warp has banks of its own: 2 cycles for 32 codes, and 0.9 (1 token) to 1.4 (8 tokens) for
+// the rest: 44 to 37 weights, with 2.1 cycles of issue beside it.
+//
+// Error: a step loses less than 2e-6 of its absolute sum if mma keeps 2 bits below float32's last
+// of what it adds up and truncates the sum, which is not specified, but what hardware is believed
+// to do. Then at most kMaxWarpSteps float32 additions, 8 and the segments: within the 8e-6 of
+// vq_gemv.h. What float16 loses below 2^-24 is the term of vq_gemv.h for this kernel.
+#pragma once
+
+#include "cuda/vq/vq_gemv_fast.cuh"
+
+namespace nowag::cuda {
+
+constexpr int kMmaThreads = 512;
+constexpr int kStep = 8;   // positions
+constexpr int kOctet = 8;  // tokens
+constexpr int kBandRows = 64;
+constexpr int kBands = 2;  // of a block: they share the inputs in the L1 cache
+constexpr int kSlices = kMmaThreads / kWarpSize / kBands;
+constexpr int kBlockRows = kBands * kBandRows;
+constexpr int kMaxWarpSteps = 64;  // of a warp in one segment: sums stay short
+constexpr int kMmaResidues = 4;    // of vq_gemv_finish
+// What adding the slices up at the end of an item takes, in steps of all its warps.
+template <int kD>
+constexpr double kItemEndTurns = kD == 4 ? 1.0 : 0.25;
+constexpr int kQuads = kBandRows / 16;  // of consecutive rows, in the sums of a lane
+constexpr int kBlockSums = kBands * kQuads * kWarpSize;  // quads that a slice has for an octet
+
+// Few blocks: where one runs there is no room for a block of vq_gemv_mma, which starts meanwhile.
+constexpr int kPrepareThreads = 1024;
+constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
+
+// The codebook in shared memory. Coordinates 0 to 3 of entry k are the 8 bytes at k 2^kEntryShift,
+// in every copy; those beyond are 4 bytes each in a second table, from kFours on.
+template <int kD>
+constexpr int kTableCopies = kD == 4 ? 16 : 1;
+template <int kD>
+constexpr int kEntryShift = kD == 4 ? 7 : 3;
+template <int kD, int kBits>
+constexpr unsigned kFours = 1u << (kBits + kEntryShift<kD>);
+template <int kD, int kBits>
+constexpr size_t kTableBytes = kFours<kD, kBits> + (kD == 4 ? 0 : sizeof(uint32_t) << kBits);
+
+template <int kD, int kBits>
+constexpr size_t kMmaShared = kTableBytes<kD, kBits> + sizeof(float4) * kSlices * kBlockSums;
+
+// Scratch memory of vq_gemv_prepare.
+struct MmaInputs {
+    uint4* operands;  // [octet, step, kD / 2, lane]: the lane's part of each first operand
+    float* scales;    // [octet, step, kOctet]: what takes a step's sums back
+    int steps;
+};
+
+// Of two inputs: the high parts, and the low parts, which are what those leave.
+struct Parts {
+    uint32_t high;
+    uint32_t low;
+
+    __device__ __forceinline__ Parts(float x0, float x1) {
+        const uint16_t h0 = float_to_half(x0), h1 = float_to_half(x1);
+        high = h0 | static_cast<uint32_t>(h1) << 16;
+        low = float_to_half(x0 - half_to_float(h0)) |
+              static_cast<uint32_t>(float_to_half(x1 - half_to_float(h1))) << 16;
+    }
+};
+
+// Coordinates of a token's position(s), in columns 2 t and 2 t + 1, and 2 t + 8 and 2 t + 9.
+__device__ __forceinline__ uint4 first_operand(const Parts& left, const Parts& right) {
+    return make_uint4(left.high, left.low, right.high, right.low);
+}
+
+// A warp a step and octet; lane 4 g + t has token g, positions t and t + 4. Absent tokens are 0.
+template <int kD, DType kType>
+__global__ void __launch_bounds__(kPrepareThreads)
+    vq_gemv_prepare(VqWeight weight, VqActivations io, MmaInputs inputs) {
+    let_next_kernel_start();
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    const int step = blockIdx.x * kPrepareWarps + threadIdx.x / kWarpSize;
+    const int token = blockIdx.y * kOctet + g;
+    if (step >= inputs.steps) return;
+    float x[2][kD] = {};
+    float largest = 0.0f;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+        if (token < io.tokens) {
+            load_scaled<kD, kType>(io, weight, token,
+                                   static_cast<int64_t>(step) * kStep + t + 4 * q, x[q]);
+        }
+#pragma unroll
+        for (int j = 0; j < kD; ++j) largest = fmaxf(largest, fabsf(x[q][j]));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
+
+    // The scale takes the largest to [2^14, 2^15): no part overflows, and as little as can be is
+    // lost below 2^-24. Both it and its inverse are normal numbers.
+    const unsigned exponent = __float_as_uint(largest) >> 23;
+    const unsigned bounded = exponent < 15u ? 15u : exponent;
+    const float scale = __uint_as_float((268u - bounded) << 23);
+    const int64_t place = static_cast<int64_t>(blockIdx.y) * inputs.steps + step;
+    if (t == 0) inputs.scales[place * kOctet + g] = __uint_as_float((bounded - 14u) << 23);
+
+    uint4* operands = inputs.operands + place * (kD / 2) * kWarpSize + lane;
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+#pragma unroll
+        for (int j = 0; j < kD; ++j) x[q][j] *= scale;
+        operands[q * kWarpSize] = first_operand(Parts(x[q][0], x[q][1]), Parts(x[q][2], x[q][3]));
+    }
+    if constexpr (kD == 6) {
+        operands[2 * kWarpSize] = first_operand(Parts(x[0][4], x[0][5]), Parts(x[1][4], x[1][5]));
+    }
+}
+
+template <int kD, int kBits>
+__device__ __forceinline__ void fill_table(const uint16_t* codebook, unsigned char* table) {
+    constexpr int kOwn = (kTableCopies<kD> << kBits) / kMmaThreads;
+    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(codebook);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+        const int place = threadIdx.x + i * kMmaThreads;
+        const uint32_t* entry = pairs + place / kTableCopies<kD> * (kD / 2);
+        reinterpret_cast<uint2*>(table)[place] = make_uint2(entry[0], entry[1]);
+        if constexpr (kD == 6) {
+            reinterpret_cast<uint32_t*>(table + kFours<kD, kBits>)[place] = entry[2];
+        }
+    }
+}
+
+// Where a warp is: its steps [step, end) of an item, kSlices apart.
+struct MmaPlace {
+    const uint32_t* words;  // the lane's, from position lane % 4 on
+    int positions;          // before this one; 0: the lane has no codes here
+    int step;
+    int end;
+};
+
+// A lane's codes of one step; where there are none, 0.
+template <int kBits>
+struct StepCodes {
+    LaneCodes<kBits> at[2];
+
+    __device__ __forceinline__ void load(const MmaPlace& place, int step) {
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+            const int first = step * kStep + 4 * q;
+            at[q] = {};
+            if (first + static_cast<int>(threadIdx.x) % 4 < place.positions) {
+                at[q] = load_codes<kBits>(place.words + static_cast<int64_t>(first) * kBits);
+            }
+        }
+    }
+};
+
+// The first operands of one step and octet.
+template <int kD>
+struct StepInputs {
+    MmaA operands[kD / 2];
+    float scale;  // of the lane's token
+
+    __device__ __forceinline__ void load(const MmaInputs& inputs, int octet, int step, int tokens) {
+        const int lane = threadIdx.x % kWarpSize;
+        const int64_t place = static_cast<int64_t>(octet) * inputs.steps + step;
+        const bool present = octet * kOctet + lane / 4 < tokens;
+        scale = inputs.scales[place * kOctet + lane / 4];
+#pragma unroll
+        for (int i = 0; i < kD / 2; ++i) {
+            uint4 words = make_uint4(0u, 0u, 0u, 0u);
+            if (present) words = inputs.operands[(place * (kD / 2) + i) * kWarpSize + lane];
+            operands[i] = {{words.x, words.y, words.z, words.w}};
+        }
+    }
+};
+
+// The second operands of product u: the entries of the lane's row u at its two positions.
+template <int kD, int kBits>
+__device__ __forceinline__ void gather(const unsigned char* table, const StepCodes<kBits>& codes,
+                                       int u, uint2 (&b)[kD / 2]) {
+    const unsigned copy = threadIdx.x % kTableCopies<kD> * sizeof(uint2);
+    unsigned offset[2];
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+        offset[q] = codes.at[q].template code<kEntryShift<kD>>(u);
+        b[q] = *reinterpret_cast<const uint2*>(table + (offset[q] | copy));
+    }
+    if constexpr (kD == 6) {
+        const unsigned char* fours = table + kFours<kD, kBits>;
+        b[2].x = *reinterpret_cast<const uint32_t*>(fours + offset[0] / 2);
+        b[2].y = *reinterpret_cast<const uint32_t*>(fours + offset[1] / 2);
+    }
+}
+
+// Sums of one token: rows 16 t + u and 16 t + 8 + u of the band.
+struct LaneSums {
+    float x[2][kLaneRows];
+};
+
+template <int kD>
+__device__ __forceinline__ void multiply(const StepInputs<kD>& a, const uint2 (&b)[kD / 2], int u,
+                                         LaneSums& total) {
+    MmaC sum{};
+#pragma unroll
+    for (int i = 0; i < kD / 2; ++i) mma_16<DType::float16>(a.operands[i], b[i].x, b[i].y, sum);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        total.x[h][u] = fused(sum.x[h] + sum.x[h + 2], a.scale, total.x[h][u]);
+    }
+}
+
+// Adds the slices' sums of one octet up and writes them to partial, of this segment and octet.
+__device__ __forceinline__ void add_slices(const float4* sums, int64_t first_row, int tokens,
+                                           int64_t padded_rows, float* partial) {
+    for (int i = threadIdx.x; i < kBlockSums; i += kMmaThreads) {
+        float4 sum = sums[i];
+#pragma unroll
+        for (int slice = 1; slice < kSlices; ++slice) {
+            const float4 other = sums[slice * kBlockSums + i];
+            sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
+        }
+        const int lane = i % kWarpSize, quad = i / kWarpSize % kQuads;
+        const int band = i / (kWarpSize * kQuads), token = lane / 4;
+        const int64_t row = first_row + band * kBandRows + lane % 4 * 16 + quad * 4;
+        if (row < padded_rows && token < tokens) {
+            *reinterpret_cast<float4*>(partial + token * padded_rows + row) = sum;
+        }
+    }
+}
+
+// partial [segment, token, padded_rows]; segments are of steps. Items (segment, bands of a block)
+// go to the blocks in turn, the last and perhaps short segment last.
+template <int kD, int kBits, int kOctets>
+__global__ void __launch_bounds__(kMmaThreads, 1)
+    vq_gemv_mma(VqWeight weight, int tokens, MmaInputs inputs, Segments segments,
+                int64_t padded_rows, float* partial) {
+    // Steps whose codes are on their way from memory: a warp's turn takes 700 cycles at d = 4 and 8
+    // tokens, less than memory may, and from 1000 on otherwise.
+    constexpr int kAhead = kD == 4 && kOctets == 1 ? 2 : 1;
+    unsigned char* table = shared_memory();
+    float4* sums = reinterpret_cast<float4*>(table + kTableBytes<kD, kBits>);
+    let_next_kernel_start();
+    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+    const int band = warp % kBands, slice = warp / kBands;
+    const int rows_of_blocks = static_cast<int>((padded_rows + kBlockRows - 1) / kBlockRows);
+    const int items = rows_of_blocks * segments.count;
+    const auto place_of = [&](int item) {
+        const int begin = item / rows_of_blocks * segments.length;
+        const int end = min(begin + segments.length, inputs.steps);
+        const int64_t row = static_cast<int64_t>(item % rows_of_blocks) * kBlockRows +
+                            band * kBandRows + lane / 4 * kLaneRows;
+        const int positions = min(end * kStep, static_cast<int>(weight.positions));
+        return MmaPlace{
+            lane_words<kBits>(weight, row / kTileRows, lane % 4, row % kTileRows / kLaneRows),
+            item < items && row < padded_rows ? positions : 0, begin + slice, end};
+    };
+
+    int item = blockIdx.x;
+    MmaPlace place = place_of(item);
+    StepCodes<kBits> ahead[kAhead];
+    const auto start_loading = [&] {
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) ahead[i].load(place, place.step + i * kSlices);
+    };
+    start_loading();
+    fill_table<kD, kBits>(weight.codebook, table);
+    __syncthreads();
+    wait_for_previous_kernel();
+
+    while (item < items) {
+        LaneSums total[kOctets] = {};
+        for (int step = place.step; step < place.end; step += kSlices) {
+            StepInputs<kD> a[kOctets];
+#pragma unroll
+            for (int o = 0; o < kOctets; ++o) a[o].load(inputs, o, step, tokens);
+            const StepCodes<kBits> codes = ahead[0];
+#pragma unroll
+            for (int i = 1; i < kAhead; ++i) ahead[i - 1] = ahead[i];
+            ahead[kAhead - 1].load(place, step + kAhead * kSlices);
+#pragma unroll
+            for (int u = 0; u < kLaneRows; ++u) {
+                uint2 b[kD / 2];
+                gather<kD, kBits>(table, codes, u, b);
+#pragma unroll
+                for (int o = 0; o < kOctets; ++o) multiply<kD>(a[o], b, u, total[o]);
+            }
+        }
+
+        const int segment = item / rows_of_blocks;
+        const int64_t first_row = static_cast<int64_t>(item % rows_of_blocks) * kBlockRows;
+        item += gridDim.x;
+        place = place_of(item);
+        start_loading();
+#pragma unroll
+        for (int o = 0; o < kOctets; ++o) {
+#pragma unroll
+            for (int quad = 0; quad < kQuads; ++quad) {
+                const float* x = total[o].x[quad / 2] + quad % 2 * 4;
+                sums[slice * kBlockSums + (band * kQuads + quad) * kWarpSize + lane] =
+                    make_float4(x[0], x[1], x[2], x[3]);
+            }
+            __syncthreads();
+            const int64_t first_token = static_cast<int64_t>(segment) * tokens + o * kOctet;
+            add_slices(sums, first_row, tokens - o * kOctet, padded_rows,
+                       partial + first_token * padded_rows);
+            __syncthreads();
+        }
+    }
+}
+
+}  // namespace nowag::cuda

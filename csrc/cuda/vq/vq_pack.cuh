@@ -1,0 +1,78 @@
+// vq_pack.h on a GPU. A block takes one tile of 32 rows at kPackPositions positions, and passes the
+// codes through shared memory so that both sides, rows of codes and bit streams of positions, are
+// read and written in whole lines. Bound by memory.
+#pragma once
+
+#include "cuda/base/device.cuh"
+#include "nowag/format.h"
+#include "nowag/vq_pack.h"
+
+namespace nowag::cuda {
+
+constexpr int kPackThreads = 256;
+constexpr int kPackPositions = 64;
+constexpr int kPackPitch = kPackPositions + 2;  // keeps rows of uint16 in different banks
+constexpr size_t kPackShared = sizeof(uint16_t) * kTileRows * kPackPitch;
+// A position's stream is code_bits words; one more may be read past the last.
+constexpr size_t kUnpackShared = sizeof(uint32_t) * (kPackPositions * kMaxCodeBits + 1);
+
+// The code of row `r` of a tile from its position's stream of words.
+__device__ __forceinline__ unsigned code_at(const uint32_t* words, int r, int code_bits) {
+    const int bit = r * code_bits, word = bit / 32;
+    // The next word is looked at only by a code that ends in it.
+    const uint32_t next = bit % 32 + code_bits > 32 ? words[word + 1] : 0u;
+    return __funnelshift_r(words[word], next, bit % 32) & ((1u << code_bits) - 1u);
+}
+
+__device__ __forceinline__ int positions_of_block(int64_t positions) {
+    const int64_t left = positions - static_cast<int64_t>(blockIdx.x) * kPackPositions;
+    return static_cast<int>(left < kPackPositions ? left : kPackPositions);
+}
+
+__global__ void pack_code_tiles(const uint16_t* __restrict__ codes, int64_t rows, int64_t positions,
+                                int code_bits, uint32_t* __restrict__ packed);
+__global__ void unpack_code_tiles(const uint32_t* __restrict__ packed, int64_t rows,
+                                  int64_t positions, int code_bits, uint16_t* __restrict__ codes);
+
+struct VqWeight {
+    const uint32_t* packed;
+    const uint16_t* codebook;
+    const uint16_t* row_norms;
+    const uint16_t* col_norms;
+    int64_t rows;
+    int64_t cols;
+    int64_t positions;
+    int code_bits;
+};
+
+// The words of the block's tile and positions, to shared memory.
+__device__ __forceinline__ void load_streams(const uint32_t* packed, int64_t tile,
+                                             int64_t positions, int code_bits, uint32_t* words) {
+    const int count = positions_of_block(positions) * code_bits;
+    const uint32_t* source =
+        packed + (tile * positions + static_cast<int64_t>(blockIdx.x) * kPackPositions) * code_bits;
+    for (int i = threadIdx.x; i < count; i += kPackThreads) words[i] = source[i];
+    __syncthreads();
+}
+
+template <int kD, DType kType>
+__global__ void vq_dequantize_tiles(VqWeight weight, int64_t row_begin, int64_t row_end,
+                                    void* __restrict__ out, int64_t out_stride) {
+    uint32_t* words = reinterpret_cast<uint32_t*>(shared_memory());
+    const int64_t tile = row_begin / kTileRows + blockIdx.y;
+    load_streams(weight.packed, tile, weight.positions, weight.code_bits, words);
+    const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kPackPositions * kD;
+    constexpr int kWidth = kPackPositions * kD;
+    for (int e = threadIdx.x; e < kTileRows * kWidth; e += kPackThreads) {
+        const int r = e / kWidth, column = e % kWidth;
+        const int64_t i = tile * kTileRows + r, j = first_column + column;
+        if (i >= row_end || j >= weight.cols) continue;
+        const unsigned code = code_at(words + column / kD * weight.code_bits, r, weight.code_bits);
+        const float value = half_to_float(weight.codebook[code * kD + column % kD]);
+        const float scaled = half_to_float(weight.row_norms[i]) * value;
+        Element<kType>::store(out, (i - row_begin) * out_stride + j,
+                              scaled * half_to_float(weight.col_norms[j]));
+    }
+}
+
+}  // namespace nowag::cuda
