@@ -11,6 +11,7 @@ nothing and raises on a bad status.
 from nowag_ext.ops.format import (
     FORMAT_VERSION,
     MAX_CODE_BITS,
+    MAX_GROUP,
     MAX_SUBVECTOR,
     TILE_ROWS,
     bitmap_shape,
@@ -40,6 +41,7 @@ __all__ = [
     "FORMAT_VERSION",
     "GEMV_MAX_TOKENS",
     "MAX_CODE_BITS",
+    "MAX_GROUP",
     "MAX_SUBVECTOR",
     "TILE_ROWS",
     "bitmap_shape",

@@ -9,6 +9,7 @@ TILE_ROWS: int = _cpu.tile_rows
 BITMAP_ALIGN = 64
 MAX_SUBVECTOR = 8
 MAX_CODE_BITS = 16
+MAX_GROUP = 32  # M of N:M
 
 
 def code_positions(in_features: int, d: int) -> int:

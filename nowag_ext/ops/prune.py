@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nowag_ext.ops.checks import check, require, same_device
-from nowag_ext.ops.format import bitmap_shape
+from nowag_ext.ops.format import MAX_GROUP, bitmap_shape
 from nowag_ext.ops.registry import backend_of, operation
 
 
@@ -41,7 +41,10 @@ def prune_select(w: Tensor, h: Tensor, n_prune: int) -> Tensor:
 def prune_select_nm(w: Tensor, h: Tensor, n: int, m: int) -> Tensor:
     """Bitmap of the n weights kept of every m consecutive inputs."""
     _check_saliency(w, h)
-    require(1 <= n <= m <= 32, f"an N:M pattern needs 1 <= N <= M <= 32, not {n}:{m}.")
+    require(
+        1 <= n <= m <= MAX_GROUP,
+        f"an N:M pattern needs 1 <= N <= M <= {MAX_GROUP}, not {n}:{m}.",
+    )
     require(w.shape[1] % m == 0, f"in_features {w.shape[1]} is not a multiple of M = {m}.")
     bitmap = _bitmap_fake(w)
     backend, queue = backend_of(w.device)

@@ -12,7 +12,7 @@ from nowag_ext import _cpu
 
 _cuda: Any
 try:
-    from nowag_ext import _cuda  # type: ignore[attr-defined,no-redef]
+    from nowag_ext import _cuda  # type: ignore[no-redef]
 except ImportError:
     _cuda = None
 
