@@ -124,8 +124,9 @@ __global__ void __launch_bounds__(kSeedThreads)
     for (int64_t i = chunk_begin() + threadIdx.x; i < chunk_end(range); i += kSeedThreads) {
         sum += quantized(energy_of<kD>(problem, i), scale);
     }
-    sum = block_scan(sum, reinterpret_cast<unsigned long long*>(shared_memory())).total;
-    if (threadIdx.x == 0) energies.before[range.first_chunk + blockIdx.x] = sum;
+    auto* warp_sums = reinterpret_cast<unsigned long long*>(shared_memory());
+    const unsigned long long total = block_scan<kSeedThreads>(sum, warp_sums).total;
+    if (threadIdx.x == 0) energies.before[range.first_chunk + blockIdx.x] = total;
 }
 
 // One block turns the chunks' sums into those of the chunks before each. Shared memory: kSeedWarps
@@ -184,8 +185,9 @@ __global__ void __launch_bounds__(kSeedThreads, 2)
                       static_cast<uint64_t>(range.first + chunk_begin()) * even;
     for (int64_t first = chunk_begin(); first < end; first += kSeedThreads) {
         const int64_t i = first + threadIdx.x;
-        const uint64_t mass = i < end ? even + quantized(energy_of<kD>(problem, i), scale) : 0u;
-        const BlockScan scan = block_scan(mass, upto + kSeedThreads);
+        const unsigned long long mass =
+            i < end ? even + quantized(energy_of<kD>(problem, i), scale) : 0u;
+        const auto scan = block_scan<kSeedThreads>(mass, upto + kSeedThreads);
         upto[threadIdx.x] = passed + scan.upto;
         const uint64_t reached = passed + scan.total;
         __syncthreads();

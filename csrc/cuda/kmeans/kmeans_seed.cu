@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kSeedThreads) kmeans_scan_energies(SampleEnerg
     for (int64_t first = 0; first < energies.chunks; first += kSeedThreads) {
         const int64_t chunk = first + threadIdx.x;
         const unsigned long long sum = chunk < energies.chunks ? energies.before[chunk] : 0u;
-        const BlockScan scan = block_scan(sum, warp_sums);
+        const auto scan = block_scan<kSeedThreads>(sum, warp_sums);
         if (chunk < energies.chunks) energies.before[chunk] = passed + scan.upto - sum;
         passed += scan.total;
     }

@@ -180,7 +180,7 @@ struct SeedBlock {
             }
             if (!drawn_here) continue;
             const unsigned long long q = quantized(nearest, scale);
-            const BlockScan scan = block_scan(q, shared.warps[0]);
+            const auto scan = block_scan<kSeedThreads>(q, shared.warps[0]);
             const unsigned long long upto = passed + scan.upto;
 #pragma unroll
             for (int c = 0; c < kCandidates; ++c) {

@@ -274,8 +274,10 @@ struct Finish {
             const bool tie = inside && key == threshold;
             unsigned rank = 1;
             if (kRanked) {
-                rank = seen + block_scan(tie, shared.find_bin);
-                seen += static_cast<unsigned>(__syncthreads_count(tie));
+                const auto scan =
+                    block_scan<kPruneThreads>(static_cast<unsigned>(tie), shared.find_bin);
+                rank = seen + scan.upto;
+                seen += scan.total;
             }
             const bool kept = inside && (key > threshold || (tie && rank > pruned));
             const unsigned word = __ballot_sync(kFullWarp, kept);
@@ -300,19 +302,20 @@ struct Finish {
         if (found.rank < found.count) {
             unsigned mine = 0;
             for_rows([&](int64_t i) { mine += ties_in_row(i, threshold); });
-            own = block_sum(mine, shared.find_bin);
+            own = block_sum<kPruneThreads>(mine, shared.find_bin);
             if (threadIdx.x == 0) ties[blockIdx.x] = own;
             barrier();
             mine = 0;
             for (unsigned block = threadIdx.x; block < blockIdx.x; block += kPruneThreads) {
                 mine += ties[block];
             }
-            const unsigned before = block_sum(mine, shared.find_bin);
+            const unsigned before = block_sum<kPruneThreads>(mine, shared.find_bin);
             pruned = found.rank > before ? found.rank - before : 0u;
         }
         for_rows([&](int64_t i) {
             if (pruned == 0 || pruned >= own) return write_row<false>(i, threshold, pruned);
-            const unsigned row = block_sum(ties_in_row(i, threshold), shared.find_bin);
+            const unsigned row =
+                block_sum<kPruneThreads>(ties_in_row(i, threshold), shared.find_bin);
             if (pruned >= row) {
                 write_row<false>(i, threshold, row);
             } else {

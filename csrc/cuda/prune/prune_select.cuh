@@ -16,6 +16,7 @@
 // second-level cache, each of some microseconds.
 #pragma once
 
+#include "cuda/base/block.cuh"
 #include "cuda/prune/prune.cuh"
 
 namespace nowag::cuda {
@@ -93,31 +94,6 @@ struct PruneCandidates {
     unsigned capacity;
 };
 
-// Inclusive prefix sums over the threads of a block. Every thread calls it.
-__device__ __forceinline__ unsigned block_scan(unsigned value, unsigned* warp_sums) {
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    for (int step = 1; step < kWarpSize; step *= 2) {
-        const unsigned before = __shfl_up_sync(kFullWarp, value, step);
-        if (lane >= step) value += before;
-    }
-    __syncthreads();
-    if (lane == kWarpSize - 1) warp_sums[warp] = value;
-    __syncthreads();
-    for (int other = 0; other < warp; ++other) value += warp_sums[other];
-    return value;
-}
-
-// The sum over a block's threads. Every thread calls it and gets the result.
-__device__ __forceinline__ unsigned block_sum(unsigned value, unsigned* warp_sums) {
-    value = __reduce_add_sync(kFullWarp, value);
-    __syncthreads();
-    if (threadIdx.x % kWarpSize == 0) warp_sums[threadIdx.x / kWarpSize] = value;
-    __syncthreads();
-    unsigned sum = 0;
-    for (int warp = 0; warp < kPruneWarps; ++warp) sum += warp_sums[warp];
-    return sum;
-}
-
 // Shared memory of find_bin, in integers.
 constexpr int kFindBinShared = kPruneWarps + 3;
 
@@ -148,7 +124,7 @@ __device__ __forceinline__ PruneBin find_bin(const unsigned* histogram, unsigned
         bins[b] = histogram[first + b];
         own += bins[b];
     }
-    below += block_scan(own, shared) - own;
+    below += block_scan<kPruneThreads>(own, shared).upto - own;
 #pragma unroll
     for (int b = 0; b < kEach; ++b) {
         if (below < rank && rank <= below + bins[b]) {
