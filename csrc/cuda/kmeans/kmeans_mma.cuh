@@ -313,10 +313,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     for (int i = 0; i < 2; ++i) {
         const bool moved = points[i].real && settle_point<kD>(problem, first_row + 8 * i, position,
                                                               h, points[i].best, scale, warm);
-        const int total = __syncthreads_count(moved);
-        if (threadIdx.x == 0 && total > 0) {
-            atomicAdd(changed, static_cast<unsigned long long>(total));
-        }
+        count_changed(moved, changed);
     }
 }
 
