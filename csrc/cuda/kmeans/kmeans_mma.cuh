@@ -21,15 +21,15 @@ constexpr int kMmaWarps = kMmaThreads / kWarpSize;
 constexpr int kMmaFragments = 4;
 constexpr int kMmaWarpPoints = 16 * kMmaFragments;
 constexpr int kMmaRows = kMmaWarps * kMmaWarpPoints;
-constexpr int kMmaMinD =
-    4;  // shorter sub-vectors are scanned: the minimum costs as much as they do
+// Shorter sub-vectors are scanned: the minimum costs as much as they do.
+constexpr int kMmaMinD = 4;
 constexpr int kMmaMaxD = 6;
 constexpr int kMmaChunk = 64;             // entries that are scored again together
 constexpr int kMmaSlab = 64 * kMmaChunk;  // entries in shared memory: a 64-bit mask of chunks
 constexpr int kMmaEntry = 8;              // floats of an entry in shared memory
 constexpr size_t kMmaPointsShared = sizeof(float) * kMmaRows * kMmaEntry;
-constexpr float kMmaNeverWins = 0x1p126f;  // bias of an entry past the codebook's end: only lower
-                                           // scores count
+// Bias of an entry past the codebook's end: only lower scores count.
+constexpr float kMmaNeverWins = 0x1p126f;
 
 // An entry in shared memory, in the order of mma's second operand, row 0, 4, 1, 5, 2, 6, 3, 7: rows
 // 0 to 5 are its coordinates, 6 and 7 its bias: the part that tf32 holds exactly, and the rest.
@@ -75,9 +75,10 @@ struct MmaPoint {
     bool real;
 
     // E: how far the tf32 score of any entry at least as good as `best` can be from its exact one.
-    // With D = score + X, the weighted squared distance, sum |a_j c_j| is at most 2 X + 2 sqrt(X
-    // D). a is rounded to tf32 and c truncated, with a scaled by 1 + 2^-11 to centre that: 2^-10 of
-    // the sum, taken 1/8 larger. All sums are float32, in 8 steps: 2^-18 is more than enough.
+    // With D = score + X, the weighted squared distance, sum |a_j c_j| is at most
+    // 2 X + 2 sqrt(X D). a is rounded to tf32 and c truncated, with a scaled by 1 + 2^-11 to centre
+    // that: 2^-10 of the sum, taken 1/8 larger. All sums are float32, in 8 steps: 2^-18 is more
+    // than enough.
     __device__ __forceinline__ float error() const {
         const float distance = fmaxf(score + energy, 0.0f) * (1.0f + 0x1p-14f) + 0x1p-14f * energy;
         const float products = 2.0f * energy + 2.0f * sqrtf(energy * distance);

@@ -13,8 +13,7 @@ namespace nowag::cuda {
 
 constexpr int kDecodeThreads = 512;
 constexpr int kDecodeWarps = kDecodeThreads / kWarpSize;
-constexpr int kDecodeRun =
-    64;  // positions summed on their own: the error bound asks for short sums
+constexpr int kDecodeRun = 64;  // positions summed on their own: short sums, for the error bound
 
 struct VqActivations {
     const void* x;
