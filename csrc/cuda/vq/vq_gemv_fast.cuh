@@ -25,7 +25,7 @@ struct LaneCodes {
 
     // 2^kScale times code r of the lane's 8: the place of its entry in a table whose entries are
     // that large. r is known to the compiler, and so is the word: a shift and a mask.
-    template <int kScale = 0>
+    template <int kScale>
     __device__ __forceinline__ unsigned code(int r) const {
         constexpr uint32_t kMask = ((1u << kBits) - 1u) << kScale;
         const int bit = r * kBits - kScale;
