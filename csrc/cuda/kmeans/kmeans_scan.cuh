@@ -1,4 +1,6 @@
-// Assignment by scanning the whole codebook: every d and K, bound by FFMA issue.
+// Assignment by scanning the whole codebook: every d and K. Bound by FFMA issue and shared loads:
+// measured on an H100 at 4096 x 4096, d = 4, K = 256: 0.38 ms, L1 at 87 %, issuing in 64 % of all
+// cycles.
 //
 // A block takes one position of kScanRows rows, kScanPoints a thread, so that an entry read from
 // shared memory (a broadcast) serves kScanPoints * d multiply-adds. The minimum costs one
@@ -122,6 +124,13 @@ struct ScanPoints {
     }
 };
 
+//   kD       d
+//   entries  K
+//   scale    of the sums' integers
+//   warm     the codes hold the last assignment
+//   changed  in and out: raised by how many codes differ from it (of all points if not warm)
+// Block (x, y): position x of kScanRows rows; a thread: kScanPoints points, kScanThreads rows
+// apart.
 template <int kD>
 __global__ void __launch_bounds__(kScanThreads, 4)
     kmeans_scan(KmeansProblem problem, int64_t entries, double scale, bool warm,
