@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_modules.py modules.tar.gz
 
-They are taken from NOWAG_PREBUILT (such an archive, or a folder), else from nowag_ext/ itself, where
-they were built from these sources, load in this Python and launch a kernel on this device;
-otherwise CMake builds them, offline, for this device alone. What is in use is written to the
+They are taken from NOWAG_PREBUILT (such an archive, or a folder), else from nowag_ext/ itself, if
+they were built from these sources, load in this Python and launch a kernel on this device.
+Otherwise CMake builds them, offline, for this device alone. What is in use is written to the
 archive, so that a later run need not build.
 """
 

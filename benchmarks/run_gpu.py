@@ -9,15 +9,16 @@ figures. Beside them stands modules.tar.gz, what was built. A run whose OUTDIR h
 of an earlier one (or RESUME names it) goes on with what that left out, if device and sources are
 the same. Each part has a limit of its own; parts come in the order in which they matter.
 
-Variables: PYTHON, the interpreter of all parts; BUDGET, seconds for everything (280); LIMIT, seconds
-that no part exceeds; SKIP and ONLY, lists of parts; NOWAG_PREBUILT, modules to use instead of
-building (gpu_modules.py); FULL=1, all shapes. Offline, nothing but Python's own library is needed here; what a part misses ends that part.
-Exit status 0: every part asked for has been done.
+Variables: PYTHON, the interpreter of all parts; BUDGET, seconds for everything (280); LIMIT,
+seconds that no part exceeds; SKIP and ONLY, lists of parts; NOWAG_PREBUILT, modules to use instead
+of building (gpu_modules.py); FULL=1, all shapes. Nothing is fetched; a package or a tool that is
+missing ends the part that wants it. Exit status 0: every part asked for has been done.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -193,10 +194,8 @@ class Run:
         part.update(facts)
         figures = self.work / f"{name}.json"
         if figures.is_file():
-            try:
+            with contextlib.suppress(ValueError):  # not whole: a part was killed while it wrote
                 part["document"] = json.loads(figures.read_text())
-            except ValueError:
-                pass  # being written at this moment: the next look finds it whole
         self.save()
 
     def save(self) -> None:
@@ -278,14 +277,10 @@ class Run:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Ends a part and all that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):  # its device hangs: others may tell more
         process.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        pass  # its device hangs: the other parts may tell more
 
 
 def keep(out: Path, results: Path = baseline.RESULTS) -> None:

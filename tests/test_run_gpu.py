@@ -38,9 +38,11 @@ echo "$part" >>"$STUB_HOME/calls"
 echo "$part begins"
 does=
 [ -e "$STUB_HOME/does/$part" ] && read -r does <"$STUB_HOME/does/$part"
-figures='{{"lines": [{{"op": "'$part'", "shape": "64x96 tokens=1", "contender": "vq d=6", "microseconds": 12.0}}]}}'
+line='"op": "'$part'", "shape": "64x96 tokens=1", "contender": "vq d=6", "microseconds": 12.0'
 [ "$part" = modules ] && echo modules >"$2"
-[ "${{@: -2:1}}" = --json ] && [ "$does" != hang ] && echo "$figures" >"${{@: -1}}"
+if [ "${{@: -2:1}}" = --json ] && [ "$does" != hang ]; then
+    printf '{{"lines": [{{%s}}]}}' "$line" >"${{@: -1}}"
+fi
 case $does in
     *hang) echo $$ >"$STUB_HOME/hangs"; exec sleep 60 ;;
     fail) exit 3 ;;
@@ -254,7 +256,8 @@ def test_lines_stand_beside_the_last_result_and_their_prediction(tmp_path: Path)
          line("64x96 tokens=2", "vq d=6", 123.4)]
     )  # fmt: skip
     assert rows == [
-        "gemv 64x96 tokens=1: vq d=6 12.0 (10.0 1.20x; predicted 6.00 2.00x), dense 20.0 (20.0 1.00x)",
+        "gemv 64x96 tokens=1: "
+        "vq d=6 12.0 (10.0 1.20x; predicted 6.00 2.00x), dense 20.0 (20.0 1.00x)",
         "gemv 64x96 tokens=2: vq d=6 123",
     ]
 
