@@ -1,8 +1,8 @@
 """What a measured line is held against: the last committed result of its device, a prediction.
 
 A line of a GPU benchmark (gpu.Line) is named by its op, shape and contender. `results/<device>/`
-holds the committed documents of one device, `results/predictions.json` what was predicted before
-it was measured. Needs nothing but Python, so that run_gpu.py can use it anywhere.
+holds the committed documents of one device, `results/predictions.json` targets, and what was
+predicted before it was measured. Needs nothing but Python, so that run_gpu.py can use it anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PREDICTIONS = RESULTS / "predictions.json"
-LEGEND = "each figure: us now (last committed us, now/last; predicted us, now/predicted)"
+LEGEND = "each figure: us now (last committed us, now/last; target or predicted us, now/that)"
 
 Line = dict[str, Any]
 Key = tuple[str, str, str]
@@ -35,10 +35,13 @@ def key(line: Line) -> Key:
 
 @dataclass
 class Baseline:
-    """Microseconds by line: measured last on this device, and predicted for it."""
+    """Microseconds by line: measured last on this device; and what they should be.
+
+    The latter with what it is: a target, or predicted by the reasoning that made a change.
+    """
 
     last: dict[Key, float] = field(default_factory=dict)
-    predicted: dict[Key, float] = field(default_factory=dict)
+    aimed: dict[Key, tuple[str, float]] = field(default_factory=dict)
 
     def beside(self, line: Line) -> str:
         """`11.9 (11.8 1.01x; predicted 6.5 1.83x)`: a line's time and what is known of it."""
@@ -46,8 +49,9 @@ class Baseline:
         known = []
         if last := self.last.get(key(line)):
             known.append(f"{short(last)} {now / last:.2f}x")
-        if predicted := self.predicted.get(key(line)):
-            known.append(f"predicted {short(predicted)} {now / predicted:.2f}x")
+        if aimed := self.aimed.get(key(line)):
+            kind, microseconds = aimed
+            known.append(f"{kind} {short(microseconds)} {now / microseconds:.2f}x")
         return short(now) + (f" ({'; '.join(known)})" if known else "")
 
     def table(self, lines: Iterable[Line]) -> list[str]:
@@ -75,13 +79,20 @@ def read_lines(paths: Iterable[Path]) -> dict[Key, float]:
     return found
 
 
+def read_predictions(path: Path, folder: str) -> dict[Key, tuple[str, float]]:
+    """What a device's lines should be; a prediction stands before a target of the same line."""
+    lines = json.loads(path.read_text())["lines"] if path.is_file() else []
+    lines.sort(key=lambda line: line["kind"] == "predicted")
+    return {
+        key(line): (line["kind"], line["microseconds"])
+        for line in lines
+        if line["device"] == folder
+    }
+
+
 @functools.cache
 def of_device(device: str, results: Path = RESULTS) -> Baseline:
     """The baseline of a device, by the name that its driver gives it."""
     folder = device_folder(device)
-    predictions = results / PREDICTIONS.name
-    predicted: dict[Key, float] = {}
-    if predictions.is_file():
-        lines = json.loads(predictions.read_text())["lines"]
-        predicted = {key(e): e["microseconds"] for e in lines if e["device"] == folder}
-    return Baseline(read_lines(sorted((results / folder).glob("*.json"))), predicted)
+    last = read_lines(sorted((results / folder).glob("*.json")))
+    return Baseline(last, read_predictions(results / PREDICTIONS.name, folder))

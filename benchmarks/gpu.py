@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def _elapsed(action: Callable[[], Any]) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def graph_calls(contenders: dict[str, Sequence[Callable[[], Any]]]) -> int:
+def graph_calls(contenders: Mapping[str, Sequence[Callable[[], Any]]]) -> int:
     """How many calls each contender's graph holds: all its copies, unless calls are long."""
     longest = 0.0
     for calls in contenders.values():
@@ -92,7 +92,7 @@ def graph_calls(contenders: dict[str, Sequence[Callable[[], Any]]]) -> int:
 
 
 def compare(
-    contenders: dict[str, Sequence[Callable[[], Any]]], *, graphs: bool = True, rounds: int = 25
+    contenders: Mapping[str, Sequence[Callable[[], Any]]], *, graphs: bool = True, rounds: int = 25
 ) -> dict[str, tuple[float, float, float]]:
     """(median, p10, p90) microseconds a call of each contender, replayed in turn.
 

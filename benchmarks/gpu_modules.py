@@ -125,13 +125,13 @@ def pack(target: Path) -> None:
     """Writes the modules in use, without debug information, and what they were built from."""
     with tempfile.TemporaryDirectory() as folder:
         stamp = BUILD / STAMP
-        files = [shutil.copy2(PACKAGE / name, folder) for name in NAMES]
+        files = [Path(shutil.copy2(PACKAGE / name, folder)) for name in NAMES]
         if strip := shutil.which("strip"):
             subprocess.run([strip, "--strip-debug", *files], check=True)
         partial = target.with_name(target.name + ".partial")
         with tarfile.open(partial, "w:gz") as archive:
             for path in [*files, *([stamp] if stamp.is_file() else [])]:
-                archive.add(path, Path(path).name)
+                archive.add(path, path.name)
         partial.replace(target)
 
 

@@ -243,9 +243,14 @@ def results(folder: Path) -> Path:
     (folder / "h100" / "peers.json").write_text(
         json.dumps({"lines": [line("64x96 tokens=1", "dense", 99.0)]})
     )
-    predicted = {"device": "h100", **line("64x96 tokens=1", "vq d=6", 6.0)}
-    other = {"device": "h200", **line("64x96 tokens=1", "dense", 1.0)}
-    (folder / "predictions.json").write_text(json.dumps({"lines": [predicted, other]}))
+    same = line("64x96 tokens=1", "vq d=6", 6.0)
+    aimed = [
+        {"device": "h100", "kind": "predicted", **same},
+        {"device": "h100", "kind": "target", **same, "microseconds": 5.0},
+        {"device": "h100", "kind": "target", **line("64x96 tokens=2", "vq d=6", 100.0)},
+        {"device": "h200", "kind": "target", **line("64x96 tokens=1", "dense", 1.0)},
+    ]
+    (folder / "predictions.json").write_text(json.dumps({"lines": aimed}))
     return folder
 
 
@@ -258,7 +263,7 @@ def test_lines_stand_beside_the_last_result_and_their_prediction(tmp_path: Path)
     assert rows == [
         "gemv 64x96 tokens=1: "
         "vq d=6 12.0 (10.0 1.20x; predicted 6.00 2.00x), dense 20.0 (20.0 1.00x)",
-        "gemv 64x96 tokens=2: vq d=6 123",
+        "gemv 64x96 tokens=2: vq d=6 123 (target 100 1.23x)",
     ]
 
 
@@ -293,6 +298,7 @@ def test_the_device_names_the_folder(device: str, folder: str) -> None:
 def test_every_prediction_is_of_a_device_and_says_why() -> None:
     for entry in json.loads(baseline.PREDICTIONS.read_text())["lines"]:
         assert entry["device"]
+        assert entry["kind"] in ("target", "predicted")
         assert entry["because"]
         assert entry["microseconds"] > 0
         assert all(entry[name] for name in ("op", "shape", "contender"))
