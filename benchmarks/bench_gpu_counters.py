@@ -41,7 +41,7 @@ METRICS = {
     "alu %": (f"sm__inst_executed_pipe_alu.{_OF_PEAK}_active", 1),
     "fma %": (f"sm__inst_executed_pipe_fma.{_OF_PEAK}_active", 1),
     "lsu %": (f"sm__inst_executed_pipe_lsu.{_OF_PEAK}_active", 1),
-    "tensor %": (f"sm__inst_executed_pipe_tensor_op_hmma.{_OF_PEAK}_active", 1),
+    "tensor %": (f"sm__pipe_tensor_cycles_active.{_OF_PEAK}_active", 1),
     "instructions_m": ("smsp__inst_executed.sum", 1e6),
     "shared_wavefronts_m": ("l1tex__data_pipe_lsu_wavefronts_mem_shared.sum", 1e6),
     "bank_conflicts_m": ("l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum", 1e6),
