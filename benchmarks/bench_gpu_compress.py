@@ -73,7 +73,7 @@ def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
         marks[iteration + 1].record()
     torch.cuda.synchronize()
     times = [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(marks)]
-    rows = max(1, 2**30 // (len(h) // d * entries * 4 * 8))
+    rows = max(1, min(ROWS, 2**30 // (len(h) // d * entries * 4 * 8)))
     torch_assign(w, h, codebook, rows)
     peer = gpu.seconds(lambda: torch_assign(w, h, codebook, rows)) * ROWS / rows
     mean = statistics.fmean(times)

@@ -17,6 +17,7 @@ from torch import Tensor
 from nowag_ext import ops
 
 SHAPES = [(4096, 4096), (11008, 4096)]
+HOST = (4096, 4096)
 TOKENS = [17, 32, 64, 128, 512, 2048]
 QUICK = [17, 64, 512, 2048]
 COPIES = 4  # of the dense weight: 32 MB and more each
@@ -85,7 +86,7 @@ def host(rows: int, cols: int) -> list[gpu.Line]:
 def main() -> None:
     options = gpu.arguments(__doc__ or "")
     bandwidth = gpu.copy_bandwidth()
-    results = host(4096, 4096)
+    results = host(*HOST)
     gpu.print_lines(results)
     for rows, cols in SHAPES:
         found = linears(rows, cols)

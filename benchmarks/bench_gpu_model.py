@@ -20,22 +20,23 @@ ITERATIONS = 3
 PROMPTS = (64, 512, 2048)
 NEW_TOKENS = 32
 OP = "7B model"
+CONFIG = {
+    "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
 
 
 def random_model() -> Any:
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096,
-    )  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
-        model = LlamaForCausalLM(config).eval()
+        model = LlamaForCausalLM(LlamaConfig(**CONFIG)).eval()
     torch.set_default_dtype(torch.float32)
     return model
 
 
 def tokens(count: int) -> torch.Tensor:
-    return torch.randint(0, 32000, (1, count), device="cuda")
+    return torch.randint(0, CONFIG["vocab_size"], (1, count), device="cuda")
 
 
 def replay_seconds(model: Any) -> float:
@@ -72,8 +73,8 @@ def forward_seconds(model: Any, count: int, repeats: int) -> float:
 def measure(model: Any, name: str, results: list[gpu.Line], path: Any) -> None:
     """All times of a model, each printed and written as it comes."""
     jobs = {
-        "1 token, graph": lambda: replay_seconds(model),
         "1 token, eager": lambda: forward_seconds(model, 1, 5),
+        "1 token, graph": lambda: replay_seconds(model),
         **{f"prompt of {n}": lambda n=n: forward_seconds(model, n, 3) for n in PROMPTS},
         "generate, a token": lambda: generate_seconds(model),
     }

@@ -15,7 +15,7 @@ from typing import Any
 import gpu
 import torch
 from bench_gpu_block import LINEARS
-from bench_gpu_compress import points
+from bench_gpu_compress import COLS, ROWS, points
 from bench_gpu_gemv import DTYPE, VQ, sparse_weight, vq_weight
 from torch.profiler import ProfilerActivity, profile
 
@@ -115,7 +115,7 @@ def compression(timeline: Timeline) -> None:
             ops.kmeans_update(sums, scale, codebook)  # noqa: B023
             warm = True
 
-        name = f"4096x4096 d={d} K={entries}"
+        name = f"{ROWS}x{COLS} d={d} K={entries}"
         timeline.add(f"assign+update, {name}", iterate, graph=False, warm=6)
         timeline.add(
             f"seed, {name}",
@@ -125,7 +125,7 @@ def compression(timeline: Timeline) -> None:
 
 
 def selection(timeline: Timeline) -> None:
-    w, h = torch.randn(4096, 4096, device="cuda"), torch.rand(4096, device="cuda")
+    w, h = torch.randn(ROWS, COLS, device="cuda"), torch.rand(COLS, device="cuda")
     half = w.numel() // 2
     zeros = w * (w > 0)
     timeline.add("select 50 %", lambda: ops.prune_select(w, h, half))
