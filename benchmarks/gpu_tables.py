@@ -135,8 +135,7 @@ def counters(documents: Documents) -> str:
 def units(documents: Documents) -> str:
     document = documents["units"]
     rates = [[rate["name"], number(rate["value"]), rate["unit"]] for rate in document["rates"]]
-    times = [[f"{line['shape']}, {line['contender']}", number(line["microseconds"]), "µs"]
-             for line in document["lines"]]  # fmt: skip
+    times = [[line["shape"], number(line["microseconds"]), "µs"] for line in document["lines"]]
     return f"{source(document)}\n\n{table(['unit', 'rate or time', ''], [*rates, *times])}"
 
 

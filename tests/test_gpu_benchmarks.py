@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,3 +179,25 @@ def test_a_contender_that_fails_is_a_line(capsys: pytest.CaptureFixture[str]) ->
     timings = gpu.compare({"ours": [lambda: torch.ones(1)], "theirs": [fails]}, rounds=1)
     assert list(timings) == ["ours"]
     assert "theirs left out: ImportError: no such package" in capsys.readouterr().out
+
+
+def test_units_are_rates_and_times() -> None:
+    import bench_gpu_units
+
+    rates, times = bench_gpu_units.parse("FFMA\t108.2\tlanes a clock and SM\ncold read\t4.65\tus\n")
+    assert rates == [{"name": "FFMA", "value": 108.2, "unit": "lanes a clock and SM"}]
+    assert [(line.op, line.shape, line.microseconds) for line in times] == [
+        ("unit", "cold read", 4.65)
+    ]
+
+
+def test_units_compile(tmp_path: Path) -> None:
+    import bench_gpu_units
+
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    for arch in ("sm_80", "sm_90"):
+        command = [nvcc, "-std=c++17", f"-arch={arch}", "-Werror=all-warnings", "--ptx"]
+        target = ["-o", str(tmp_path / f"{arch}.ptx")]
+        subprocess.run([*command, str(bench_gpu_units.SOURCE), *target], check=True)
