@@ -77,19 +77,16 @@ def rotated(
     return [lambda x, w=w: apply(x, *w) for w in weights], size
 
 
-def dense(rows: int, cols: int, dtype: torch.dtype) -> tuple[list[Call], int]:
+def dense(rows: int, cols: int) -> tuple[list[Call], int]:
     def make() -> list[Tensor]:
-        return [torch.randn(rows, cols, device="cuda", dtype=dtype)]
+        return [torch.randn(rows, cols, device="cuda", dtype=DTYPE)]
 
     return rotated(make, torch.nn.functional.linear)
 
 
 def own(rows: int, cols: int) -> Contenders:
     """Our kernels, checked, beside cuBLAS and what else torch has."""
-    found = {
-        DENSE: dense(rows, cols, DTYPE),
-        "cuBLAS fp16": dense(rows, cols, torch.float16),
-    }
+    found = {DENSE: dense(rows, cols)}
     for name, (d, code_bits) in VQ.items():
         vq = vq_weight(rows, cols, d, code_bits)
         want = ops.vq_dequantize(*vq, torch.float32)
@@ -111,7 +108,7 @@ def own(rows: int, cols: int) -> Contenders:
 def published(rows: int, cols: int) -> Contenders:
     """What other packages have, beside cuBLAS again: their ratio is to that of the same run."""
     found = gpu_peers.gemv(gpu_peers.PUBLISHED, rows, cols)
-    return {DENSE: dense(rows, cols, DTYPE), **found} if found else {}
+    return {DENSE: dense(rows, cols), **found} if found else {}
 
 
 def bench(

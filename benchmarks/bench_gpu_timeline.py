@@ -64,7 +64,7 @@ class Timeline:
             return
         span = max(start + duration for start, duration, _ in found)
         notes = {"kernels": len(found), "sum": sum(duration for _, duration, _ in found)}
-        line = gpu.Line("timeline", name, "first to last", span, 0, 0, notes=notes)
+        line = gpu.Line("timeline", name, "span", span, 0, 0, notes=notes)
         gpu.print_lines([line])
         for start, duration, kernel in found[:MOST_SHOWN]:
             print(f"  {start:9.1f} {duration:9.2f} {kernel}")

@@ -82,7 +82,7 @@ PUBLISHED: dict[str, Make] = {
     "aqlm 1x16": functools.partial(_aqlm, codebooks=1, bits=16),
     "vptq 8x16": _vptq,
 }
-IN_HALF = {"cuBLAS fp16", "aqlm 2x8", "aqlm 1x16"}  # contenders that take float16 inputs
+IN_HALF = {"aqlm 2x8", "aqlm 1x16"}  # contenders that take float16 inputs
 MOST_COPIES = 24  # their layers are slow to make; so many exceed a cache of 50 MB
 _missing: set[str] = set()  # what failed once is not tried at every shape
 

@@ -40,7 +40,7 @@ import baseline
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 280.0
-LEAST = 8.0  # seconds: a part with less time left than this is not begun
+LEAST = 8.0  # seconds under which no part tells anything
 LOOK = 1.0  # seconds between looks at a running part's figures
 # Characters of output: only an end of it may be seen, and each part's own line has to be in it.
 MOST_ROWS, MOST_ROWS_A_PART = 10_000, 4_500
@@ -51,12 +51,17 @@ Document = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """One command with its limit in seconds; ``figures``: it takes --json FILE."""
+    """One command with its limit in seconds.
+
+    ``figures``: it takes --json FILE, and writes what it has as it goes. ``least``: it is not begun
+    with less time than this left, because it tells little before its end.
+    """
 
     name: str
     limit: float
     command: tuple[str, ...]
     figures: bool = False
+    least: float = LEAST
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -77,33 +82,36 @@ WORKERS = 12
 def parts(python: str, out: Path, full: bool) -> list[Part]:
     """All parts, in order."""
 
-    def bench(name: str, limit: float) -> Part:
+    def bench(name: str, limit: float, least: float = LEAST) -> Part:
         script = f"benchmarks/bench_gpu_{name}.py"
-        return Part(name, limit, (python, script, *([] if full else ["--quick"])), figures=True)
+        command = (python, script, *([] if full else ["--quick"]))
+        return Part(name, limit, command, figures=True, least=least)
 
     def sanitizer(tool: str, limit: float, tests: str) -> Part:
         pytest = (python, "-m", "pytest", "-q", "-x", "tests/test_cuda.py", "-k", tests)
         # Without torch's cache, which hides where an allocation ends.
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest)
-        return Part(tool, limit, command, environment=environment)
+        return Part(tool, limit, command, least=30, environment=environment)
 
+    # More threads than cores would wait for each other.
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // WORKERS))}
+    tests = (python, "-m", "pytest", *test_options(python), "tests/test_cuda.py")
     return [
         Part("modules", 160, (python, "benchmarks/gpu_modules.py", str(out / "modules.tar.gz"))),
         bench("smoke", 30),
-        Part("tests", 100, (python, "-m", "pytest", *test_options(python), "tests/test_cuda.py"),
-             environment={"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // WORKERS))}),
+        Part("tests", 100, tests, least=40, environment=threads),
         bench("gemv", 70),
         bench("block", 25),
         bench("many", 40),
         bench("timeline", 30),
         bench("compress", 40),
-        bench("counters", 75),
+        bench("counters", 75, least=30),
         sanitizer("memcheck", 75, MEMCHECK),
         sanitizer("racecheck", 75, RACECHECK),
         bench("model", 75),
-        bench("units", 60),
-    ]  # fmt: skip
+        bench("units", 60, least=30),
+    ]
 
 
 def test_options(python: str) -> list[str]:
@@ -195,7 +203,10 @@ class Run:
         figures = self.work / f"{name}.json"
         if figures.is_file():
             with contextlib.suppress(ValueError):  # not whole: a part was killed while it wrote
-                part["document"] = json.loads(figures.read_text())
+                document = json.loads(figures.read_text())
+                before = part.get("document", {}).get("lines", [])
+                if len(document["lines"]) >= len(before):  # an earlier run may have come further
+                    part["document"] = document
         self.save()
 
     def save(self) -> None:
@@ -208,7 +219,7 @@ class Run:
 
     def do(self, part: Part) -> str:
         """Runs one part up to its limit; returns how it ended."""
-        if self.left() < LEAST:
+        if self.left() < part.least:
             self.record(part.name, status="no time")
             return "no time"
         limit = min(part.limit, self.left(), float(os.environ.get("LIMIT", "inf")))
@@ -263,7 +274,7 @@ class Run:
         status, log = part["status"], self.work / f"{name}.log"
         text = log.read_text(errors="replace").splitlines() if log.is_file() else []
         last = next((line.strip() for line in reversed(text) if line.strip()), "")
-        self.say(f"== {name}: {status}, {part.get('seconds', 0):.0f} s | {last[:100]}")
+        self.say(f"== {name}: {status}, {part.get('seconds', 0):.0f} s | {last[:60]}")
         rows = self.baseline.table(part.get("document", {}).get("lines", []))
         if status != "ok":
             rows += [line[:160] for line in text[-6:-1]]

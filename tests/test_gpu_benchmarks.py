@@ -93,7 +93,7 @@ NAMES = {
     "bench_gpu_many": {
         (op, n) for op in ("linear", "linear, eager", "host") for n in ("cuBLAS bf16", "vq d=6")
     },
-    "bench_gpu_timeline": {("timeline", "first to last")},
+    "bench_gpu_timeline": {("timeline", "span")},
     "bench_gpu_compress": {
         ("select", "50 %"), ("select", "50 %, half zeros"), ("select", "50 %, ties"),
         ("select", "2:4"), ("select", "normalize"), ("assign+update", "mean of 20"),

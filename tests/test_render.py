@@ -244,7 +244,7 @@ def test_gpu_sections_of_their_own_documents(tmp_path: Path) -> None:
         "counters",
         gpu_document("a GPU", gpu_line("ncu", "a call", "a kernel", 7.5, notes=wait)),
     )
-    call = gpu_line("timeline", "a call", "first to last", 9.0, notes={"kernels": 2, "sum": 10.0})
+    call = gpu_line("timeline", "a call", "span", 9.0, notes={"kernels": 2, "sum": 10.0})
     put(
         tmp_path / "h100",
         "timeline",
