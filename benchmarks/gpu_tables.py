@@ -155,16 +155,16 @@ def targets(documents: Documents) -> str:
             times = [number(measured[key]), f"{number(aim)} ({kind})", number(measured[key] / aim)]
             lines.append([f"{op} {shape}", contender, *times])
     header = ["", "", "measured, µs", "to be, µs", "measured / to be"]
-    return table(header, lines)
+    return table(header, lines) if lines else ""
 
 
 def short(documents: Documents) -> str:
     """One token at three shapes, all from one run."""
-    document = next(
-        found
-        for found in documents.values()
-        if {"torch int4", "vq d=6"} <= {line["contender"] for line in found["lines"]}
-    )
+    for document in documents.values():
+        if {"torch int4", "vq d=6"} <= {line["contender"] for line in document["lines"]}:
+            break
+    else:
+        return ""
     lines = [
         {**line, "shape": shape}
         for shape in SHORT_SHAPES
@@ -197,4 +197,4 @@ def section(name: str, results: Path, load: Callable[[Path], Document | None]) -
         found = {name: document for name in names if (document := load(folder / f"{name}.json"))}
         if found and all("device" in document["machine"] for document in found.values()):
             parts.append(write(found))
-    return "\n\n".join(parts) or None
+    return "\n\n".join(filter(None, parts)) or None

@@ -295,14 +295,16 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def keep(out: Path, results: Path = baseline.RESULTS) -> None:
-    """Writes every part's figures to the folder of their device."""
+    """Writes the figures of every part that came to its end to the folder of their device."""
     result = json.loads((out / "result.json").read_text())
     folder = results / baseline.device_folder(result["machine"]["device"])
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in result["parts"].items():
-        if "document" in part:
+        if "document" in part and part["status"] == "ok":
             (folder / f"{name}.json").write_text(json.dumps(part["document"], indent=1) + "\n")
             print(folder / f"{name}.json")
+        elif "document" in part:
+            print(f"{name}: {part['status']}, not kept")
 
 
 def selection() -> Callable[[str], bool]:
