@@ -1,4 +1,4 @@
-"""VQ and sparse GEMV on a GPU against dense cuBLAS and published kernels, under graph replay.
+"""VQ and sparse GEMV on a GPU against what torch has: cuBLAS, its int4 and its 2:4 product.
 
 python benchmarks/bench_gpu_gemv.py --json out.json
 """
@@ -84,31 +84,31 @@ def dense(rows: int, cols: int) -> tuple[list[Call], int]:
     return rotated(make, torch.nn.functional.linear)
 
 
-def own(rows: int, cols: int) -> Contenders:
-    """Our kernels, checked, beside cuBLAS and what else torch has."""
-    found = {DENSE: dense(rows, cols)}
+def vq(rows: int, cols: int) -> Contenders:
+    """Our VQ kernels, checked."""
+    found = {}
     for name, (d, code_bits) in VQ.items():
-        vq = vq_weight(rows, cols, d, code_bits)
-        want = ops.vq_dequantize(*vq, torch.float32)
-        check(lambda x, w=vq: ops.vq_gemv(x, *w), want, cols, name)
+        weight = vq_weight(rows, cols, d, code_bits)
+        want = ops.vq_dequantize(*weight, torch.float32)
+        check(lambda x, w=weight: ops.vq_gemv(x, *w), want, cols, name)
         found[name] = rotated(
             lambda d=d, bits=code_bits: vq_weight(rows, cols, d, bits), ops.vq_gemv
         )
+    return found
+
+
+def sparse(rows: int, cols: int) -> Contenders:
+    """Our kernels for pruned weights, checked."""
+    found = {}
     for pattern in ("50 %", "2:4"):
-        sparse = sparse_weight(rows, cols, pattern)
-        want = ops.sparse_dequantize(*sparse, cols, torch.float32)
-        check(lambda x, w=sparse: ops.sparse_gemv(x, *w), want, cols, pattern)
+        weight = sparse_weight(rows, cols, pattern)
+        want = ops.sparse_dequantize(*weight, cols, torch.float32)
+        check(lambda x, w=weight: ops.sparse_gemv(x, *w), want, cols, pattern)
         # Copies of one weight: what is measured does not depend on which weights are kept.
         found[f"sparse {pattern}"] = rotated(
-            lambda w=sparse: [t.clone() for t in w], ops.sparse_gemv
+            lambda w=weight: [t.clone() for t in w], ops.sparse_gemv
         )
-    return found | gpu_peers.gemv(gpu_peers.TORCH, rows, cols)
-
-
-def published(rows: int, cols: int) -> Contenders:
-    """What other packages have, beside cuBLAS again: their ratio is to that of the same run."""
-    found = gpu_peers.gemv(gpu_peers.PUBLISHED, rows, cols)
-    return {DENSE: dense(rows, cols), **found} if found else {}
+    return found
 
 
 def bench(
@@ -128,20 +128,16 @@ def main() -> None:
     bandwidth = gpu.copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     results: list[gpu.Line] = []
-    # What may take long to compile comes last, when ours is measured at every shape.
-    for make in (own, published):
-        for rows, cols in QUICK if options.quick else SHAPES:
-            found = make(rows, cols)
-            for tokens in TOKENS if (rows, cols) in QUICK else TOKENS[:1]:
-                shape = f"{rows}x{cols} tokens={tokens}"
-                lines = bench(found, shape, tokens, cols, bandwidth)
-                if make is published:
-                    lines = [line for line in lines if line.contender != DENSE]
-                gpu.print_lines(lines)
-                results += lines
-                gpu.write(options.json, results, copy_bandwidth=bandwidth)
-            del found
-            torch.cuda.empty_cache()
+    for rows, cols in QUICK if options.quick else SHAPES:
+        found = {DENSE: dense(rows, cols), **vq(rows, cols), **sparse(rows, cols)}
+        found |= gpu_peers.layers(gpu_peers.TORCH, rows, cols)
+        for tokens in TOKENS if (rows, cols) in QUICK else TOKENS[:1]:
+            lines = bench(found, f"{rows}x{cols} tokens={tokens}", tokens, cols, bandwidth)
+            gpu.print_lines(lines)
+            results += lines
+            gpu.write(options.json, results, copy_bandwidth=bandwidth)
+        del found
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

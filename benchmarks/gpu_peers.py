@@ -19,7 +19,7 @@ Call = Callable[[Tensor], Tensor]
 DTYPE = torch.bfloat16
 
 
-def _torch_2_4(rows: int, cols: int) -> tuple[Call, int]:
+def torch_2_4(rows: int, cols: int) -> tuple[Call, int]:
     """torch's semi-structured sparse product: 2 of 4 values and 2 bits each for where they are."""
     from torch.sparse import to_sparse_semi_structured
 
@@ -28,7 +28,7 @@ def _torch_2_4(rows: int, cols: int) -> tuple[Call, int]:
     return lambda x: torch.nn.functional.linear(x, weight), rows * cols * 9 // 8
 
 
-def _torch_int4(rows: int, cols: int) -> tuple[Call, int]:
+def torch_int4(rows: int, cols: int) -> tuple[Call, int]:
     """torch's int4 product (tinygemm): 4 bits a weight, a scale and a zero for 128 of them."""
     group = 128
     weight = torch.randint(0, 256, (rows, cols // 2), dtype=torch.uint8, device="cuda")
@@ -38,7 +38,7 @@ def _torch_int4(rows: int, cols: int) -> tuple[Call, int]:
     return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, group, scales), size
 
 
-def _aqlm(rows: int, cols: int, codebooks: int, bits: int) -> tuple[Call, int]:
+def aqlm_layer(rows: int, cols: int, codebooks: int, bits: int) -> tuple[Call, int]:
     """AQLM's 2 bits a weight: codebooks of entries of 8 that are added up."""
     # It compiles its kernels when it is first used.
     major, minor = torch.cuda.get_device_capability()
@@ -57,7 +57,7 @@ def _aqlm(rows: int, cols: int, codebooks: int, bits: int) -> tuple[Call, int]:
     return layer, rows * cols * codebooks * bits // 64
 
 
-def _vptq(rows: int, cols: int) -> tuple[Call, int]:
+def vptq_layer(rows: int, cols: int) -> tuple[Call, int]:
     """VPTQ's 2 bits a weight: one codebook of 65536 entries of 8, no residual, no outliers."""
     from vptq.layers.vqlinear import VQuantLinear
     from vptq.ops import quant_gemm
@@ -76,11 +76,11 @@ def _vptq(rows: int, cols: int) -> tuple[Call, int]:
 
 
 Make = Callable[[int, int], tuple[Call, int]]
-TORCH: dict[str, Make] = {"torch int4": _torch_int4, "torch 2:4": _torch_2_4}
+TORCH: dict[str, Make] = {"torch int4": torch_int4, "torch 2:4": torch_2_4}
 PUBLISHED: dict[str, Make] = {
-    "aqlm 2x8": functools.partial(_aqlm, codebooks=2, bits=8),
-    "aqlm 1x16": functools.partial(_aqlm, codebooks=1, bits=16),
-    "vptq 8x16": _vptq,
+    "aqlm 2x8": functools.partial(aqlm_layer, codebooks=2, bits=8),
+    "aqlm 1x16": functools.partial(aqlm_layer, codebooks=1, bits=16),
+    "vptq 8x16": vptq_layer,
 }
 IN_HALF = {"aqlm 2x8", "aqlm 1x16"}  # contenders that take float16 inputs
 MOST_COPIES = 24  # their layers are slow to make; so many exceed a cache of 50 MB
@@ -92,20 +92,20 @@ def inputs(name: str, x: Tensor) -> Tensor:
     return x.half() if name in IN_HALF else x
 
 
-def gemv(makers: dict[str, Make], rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
+def layers(makers: dict[str, Make], rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
     """Name -> (calls of a linear layer of this size, bytes of its weight)."""
     found: dict[str, tuple[list[Call], int]] = {}
     for name, make in makers.items():
         x = inputs(name, torch.randn(1, cols, device="cuda", dtype=DTYPE))
 
-        def layers(make: Make = make, x: Tensor = x) -> tuple[list[Call], int]:
+        def copies(make: Make = make, x: Tensor = x) -> tuple[list[Call], int]:
             first, size = make(rows, cols)
             first(x)
             count = min(MOST_COPIES, gpu.copies(size))
             return [first] + [make(rows, cols)[0] for _ in range(count - 1)], size
 
         if name not in _missing:
-            if made := gpu.attempt(name, layers):
+            if made := gpu.attempt(name, copies):
                 found[name] = made
             else:
                 _missing.add(name)

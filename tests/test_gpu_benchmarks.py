@@ -22,6 +22,7 @@ from cpu_as_cuda import cpu_as_cuda
 SHAPE = (64, 96)
 TINY: dict[str, dict[str, Any]] = {
     "bench_gpu_gemv": {"QUICK": [SHAPE], "TOKENS": [1, 8]},
+    "bench_gpu_peers": {"QUICK": [SHAPE, SHAPE]},
     "bench_gpu_block": {"LINEARS": [SHAPE, SHAPE]},
     "bench_gpu_many": {"SHAPES": [SHAPE], "HOST": SHAPE, "QUICK": [17, 64]},
     "bench_gpu_compress": {"ROWS": 260, "COLS": 96, "LLAMA_2_7B": {(288, 96): 2}},
@@ -120,6 +121,32 @@ def test_a_benchmark_runs_to_its_end(
     assert all(line["microseconds"] > 0 for line in lines)
     if name == "bench_gpu_timeline":
         assert document["kernels"]["normalize"] == [[0.0, 3.0, "one<6>"], [2.0, 2.0, "two"]]
+
+
+@pytest.mark.usefixtures("cuda")
+def test_peers_are_measured_where_there_are_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_peers
+
+    def fails(rows: int, cols: int) -> Any:
+        raise RuntimeError("does not\ncompile")
+
+    def zeros(rows: int, cols: int) -> Any:
+        return lambda x: x.new_zeros(len(x), rows), 7
+
+    makers = {"aqlm 2x8": fails, "aqlm 1x16": zeros}
+    monkeypatch.setattr(gpu_peers, "PUBLISHED", makers)
+    monkeypatch.setattr(gpu_peers, "_missing", set())
+    document = run("bench_gpu_peers", tmp_path / "out.json", monkeypatch)
+    text = capsys.readouterr().out
+    assert text.count("aqlm 2x8 left out: RuntimeError: does not compile") == 1
+    names = {line["contender"] for line in document["lines"]}
+    assert names == {"cuBLAS bf16", "vq d=6", "vq d=4", "aqlm 1x16"}
+
+    del makers["aqlm 1x16"]
+    with pytest.raises(FileNotFoundError):
+        run("bench_gpu_peers", tmp_path / "none.json", monkeypatch)
 
 
 def test_targets_are_of_lines_that_benchmarks_write() -> None:

@@ -104,8 +104,8 @@ def stubs(tmp_path: Path) -> Stubs:
     return Stubs(tmp_path)
 
 
-ORDER = ["modules", "smoke", "tests", "gemv", "block", "many", "timeline", "compress", "counters",
-         "memcheck", "racecheck", "model", "units"]  # fmt: skip
+ORDER = ["modules", "smoke", "tests", "gemv", "peers", "block", "many", "timeline", "compress",
+         "counters", "memcheck", "racecheck", "model", "units"]  # fmt: skip
 
 
 def test_all_parts_in_order(stubs: Stubs) -> None:
