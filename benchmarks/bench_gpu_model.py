@@ -20,7 +20,7 @@ ITERATIONS = 3
 PROMPTS = (64, 512, 2048)
 NEW_TOKENS = 32
 OP = "7B model"
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
     "max_position_embeddings": 4096,

@@ -270,13 +270,14 @@ class Run:
             end(process)
 
     def show(self, name: str) -> None:
-        """One line about a part; its figures beside what is known of them; why it failed."""
+        """One line about a part; its figures beside what is known; what is missing, and why."""
         part = self.result["parts"][name]
         status, log = part["status"], self.work / f"{name}.log"
         text = log.read_text(errors="replace").splitlines() if log.is_file() else []
         last = next((line.strip() for line in reversed(text) if line.strip()), "")
         self.say(f"== {name}: {status}, {part.get('seconds', 0):.0f} s | {last[:60]}")
         rows = self.baseline.table(part.get("document", {}).get("lines", []))
+        rows += [line[:120] for line in text if " left out: " in line][:4]
         if status != "ok":
             rows += [line[:160] for line in text[-6:-1]]
         most = min(MOST_ROWS, self.shown + MOST_ROWS_A_PART)

@@ -277,9 +277,14 @@ def test_a_run_prints_them(
         line(f"{shape}x96 tokens=1", "vq d=6", 5.0) for shape in range(1000)
     ]
     this.result["parts"]["gemv"] = {"status": "ok", "seconds": 3.0, "document": {"lines": lines}}
+    (tmp_path / "gemv.log").write_text("a peer left out: ImportError: none\nthe end\n")
+    this.result["parts"]["block"] = {"status": "ok", "seconds": 1.0}
+    (tmp_path / "block.log").write_text("a peer left out: ImportError: none\nthe end\n")
+    this.show("block")
     for _ in range(4):
         this.show("gemv")
     text = capsys.readouterr().out
+    assert "== block: ok, 1 s | the end\n  a peer left out: ImportError: none\n" in text
     assert "gemv 64x96 tokens=1: vq d=6 12.0 (10.0 1.20x; predicted 6.00 2.00x)" in text
     assert text.count("== gemv: ok, 3 s") == 4  # however much each part has to say
     assert len(text) < 11_000
