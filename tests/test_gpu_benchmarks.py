@@ -15,7 +15,9 @@ from typing import Any
 
 import baseline
 import gpu
+import gpu_tables
 import pytest
+import render
 import torch
 from cpu_as_cuda import cpu_as_cuda
 
@@ -112,7 +114,8 @@ def test_a_benchmark_runs_to_its_end(
     import bench_gpu_timeline
 
     monkeypatch.setattr(bench_gpu_timeline, "profile", Profile)
-    document = run(name, tmp_path / "out.json", monkeypatch)
+    figures = tmp_path / "h100" / f"{name.removeprefix('bench_gpu_')}.json"
+    document = run(name, figures, monkeypatch)
     assert document["machine"]["device"] == "NVIDIA H100 80GB HBM3"
     assert document["command"] == f"python benchmarks/{name}.py --quick"
     lines = document["lines"]
@@ -121,6 +124,10 @@ def test_a_benchmark_runs_to_its_end(
     assert all(line["microseconds"] > 0 for line in lines)
     if name == "bench_gpu_timeline":
         assert document["kernels"]["normalize"] == [[0.0, 3.0, "one<6>"], [2.0, 2.0, "two"]]
+    for section, (documents, _) in gpu_tables.SECTIONS.items():  # what it wrote can be shown
+        if figures.stem in documents and section != "gpu_short":
+            text = gpu_tables.section(section, tmp_path, render.load)
+            assert section == "gpu_targets" or "python benchmarks/bench_gpu_" in str(text)
 
 
 @pytest.mark.usefixtures("cuda")
