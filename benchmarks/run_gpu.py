@@ -42,8 +42,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 280.0
 LEAST = 8.0  # seconds under which no part tells anything
 LOOK = 1.0  # seconds between looks at a running part's figures
-# Characters of output: only an end of it may be seen, and each part's own line has to be in it.
-MOST_ROWS, MOST_ROWS_A_PART = 10_000, 4_500
+# Characters of output, of which only an end may be seen: every part's own line, and some of its
+# rows, have to be in it.
+MOST_ROWS, ROWS_OF_A_PART = 10_400, 600
 FINISHED = ("ok", "failed")  # ended by itself: not repeated by a run that goes on
 
 Document = dict[str, Any]
@@ -269,7 +270,7 @@ class Run:
         finally:
             end(process)
 
-    def show(self, name: str) -> None:
+    def show(self, name: str, parts_to_come: int = 0) -> None:
         """One line about a part; its figures beside what is known; what is missing, and why."""
         part = self.result["parts"][name]
         status, log = part["status"], self.work / f"{name}.log"
@@ -280,7 +281,7 @@ class Run:
         rows += [line[:120] for line in text if " left out: " in line][:4]
         if status != "ok":
             rows += [line[:160] for line in text[-6:-1]]
-        most = min(MOST_ROWS, self.shown + MOST_ROWS_A_PART)
+        most = MOST_ROWS - ROWS_OF_A_PART * parts_to_come
         for at, row in enumerate(rows):
             if self.shown + len(row) > most:
                 self.say(f"  ... {len(rows) - at} more rows in result.json")
@@ -329,7 +330,8 @@ def run(out: Path) -> int:
         this.save()
         this.say(f"{this.result['machine']['nvidia_smi']}; {baseline.LEGEND}")
         missing = []
-        for part in parts(python, this.out, bool(os.environ.get("FULL"))):
+        every = parts(python, this.out, bool(os.environ.get("FULL")))
+        for at, part in enumerate(every):
             status = this.result["parts"].get(part.name, {}).get("status")
             if not wanted(part.name):
                 this.say(f"== {part.name}: left out")
@@ -339,7 +341,7 @@ def run(out: Path) -> int:
                 this.say(f"== {part.name}: {status} before")
             else:
                 status = this.do(part)
-                this.show(part.name)
+                this.show(part.name, sum(later.figures for later in every[at + 1 :]))
             if status != "ok":
                 missing.append(f"{part.name} ({status})")
                 if part.name == "modules":
