@@ -225,6 +225,7 @@ def test_units_are_rates_and_times() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_units_compile(tmp_path: Path) -> None:
     import bench_gpu_units
 
