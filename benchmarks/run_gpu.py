@@ -7,7 +7,10 @@ The machine may go away at any second. So OUTDIR always holds a whole result.jso
 logs.tar.gz: both are replaced after every part, and while a part runs whenever it has written
 figures. Beside them stands modules.tar.gz, what was built. A run whose OUTDIR holds the result.json
 of an earlier one (or RESUME names it) goes on with what that left out, if device and sources are
-the same. Each part has a limit of its own; parts come in the order in which they matter.
+the same.
+
+Parts, in the order in which they matter, each with a limit of its own: modules smoke tests gemv
+peers block many timeline compress counters memcheck racecheck model units.
 
 Variables: PYTHON, the interpreter of all parts; BUDGET, seconds for everything (280); LIMIT,
 seconds that no part exceeds; SKIP and ONLY, lists of parts; NOWAG_PREBUILT, modules to use instead
