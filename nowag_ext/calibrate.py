@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.files import atomic_file
+from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.report import Progress
 from nowag_ext.version import __version__
 
@@ -79,7 +80,9 @@ class CalibrationStatistics:
         tensors: dict[str, Tensor] = {}
         for name, squares in self.sum_squares.items():
             tensors[name + _SQUARES] = squares.cpu().contiguous()
-            tensors[name + _TOKENS] = torch.tensor(self.tokens[name])
+            tensors[name + _TOKENS] = torch.tensor(
+                self.tokens[name], dtype=torch.int64, device="cpu"
+            )
         metadata = {"format": FILE_FORMAT, "format_version": FILE_VERSION, "nowag": __version__}
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, metadata)
@@ -200,6 +203,7 @@ def _column_squares(rows: Tensor) -> Tensor:
     return squares
 
 
+@ordinary_tensors
 def collect_statistics(
     model: nn.Module, token_batches: Iterable[TokenBatch], *, progress: Progress | None = None
 ) -> CalibrationStatistics:
@@ -212,8 +216,8 @@ def collect_statistics(
         progress: called after each batch with ("calibrate", batches done, batches in all or 0).
 
     Raises:
-        ValueError: no linear layers, no batches, ids outside the vocabulary, or an input that is
-            NaN or infinite (the sentence names the module).
+        ValueError: no linear layers, no batches, a batch of padding alone, ids outside the
+            vocabulary, or an input that is NaN or infinite (the sentence names the module).
         TypeError: a batch that is not of integers.
     """
     linears = decoder_linears(model)
@@ -226,14 +230,13 @@ def collect_statistics(
     done = 0
     try:
         model.eval()
-        with torch.no_grad():
-            for batch in token_batches:
-                ids, mask = _checked_batch(model, batch)
-                gatherer.mask = None if mask is None or bool(mask.all()) else mask.bool()
-                body(input_ids=ids, attention_mask=mask, use_cache=False)
-                done += 1
-                if progress is not None:
-                    progress("calibrate", done, total)
+        for batch in token_batches:
+            ids, mask = _checked_batch(model, batch)
+            gatherer.mask = None if mask is None or bool(mask.all()) else mask.bool()
+            body(input_ids=ids, attention_mask=mask, use_cache=False)
+            done += 1
+            if progress is not None:
+                progress("calibrate", done, total)
     finally:
         gatherer.remove()
         for module, training in modes:
@@ -269,6 +272,11 @@ def _checked_batch(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor | None
         raise ValueError(
             f"attention_mask must have the shape of input_ids, {tuple(ids.shape)}, "
             f"not {tuple(mask.shape)}."
+        )
+    if mask is not None and not mask.any():
+        raise ValueError(
+            f"attention_mask of a token batch of shape {tuple(ids.shape)} keeps no position: "
+            "nothing but padding says nothing about the inputs."
         )
     embeddings = model.get_input_embeddings().weight
     low, high = int(ids.min()), int(ids.max())

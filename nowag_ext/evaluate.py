@@ -86,7 +86,7 @@ def tokenize(tokenizer: Any, text: str) -> Tensor:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise ValueError("the text holds no tokens.")
-    return torch.tensor(ids, dtype=torch.int64)
+    return torch.tensor(ids, dtype=torch.int64, device="cpu")
 
 
 def split_windows(tokens: Tensor, window: int, windows: int | None = None) -> Tensor:

@@ -45,7 +45,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> Tensor:
     ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty: it must hold at least one token.")
-    return torch.tensor([ids], dtype=torch.int64)
+    return torch.tensor([ids], dtype=torch.int64, device="cpu")
 
 
 def generate(

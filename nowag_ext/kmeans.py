@@ -93,7 +93,7 @@ class Points:
         ]
         # Spares later iterations work on the CPU; the CUDA kernels have no use for it.
         self.gaps = (
-            [torch.zeros(codes.shape) for codes in self.codes]
+            [codes.new_zeros(codes.shape, dtype=torch.float32) for codes in self.codes]
             if w[0].device.type == "cpu"
             else None
         )
@@ -226,7 +226,9 @@ class Points:
         coordinate = widest.indices[split]
         weights = sums[split, self.d + coordinate].tolist()
         deviations = [(spread[m] / h) ** 0.5 for m, h in zip(moves.values(), weights, strict=True)]
-        half = (_HALF_MEAN * torch.tensor(deviations, dtype=torch.float64)).to(codebook)
+        half = (_HALF_MEAN * torch.tensor(deviations, dtype=torch.float64, device=self.device)).to(
+            codebook
+        )
         codebook[given_up] = codebook[split]
         codebook[given_up, coordinate] += half
         codebook[split, coordinate] -= half

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nowag_ext.codebook import adopt_codebooks
 from nowag_ext.decoder import check_patterns, decoder_linears, decoder_weights, matches
+from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.integrations.transformers import NowagConfig, attach, format_group
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import Settings, make_settings, packed_linear
@@ -46,6 +47,7 @@ class _Plan:
     decoder_weights: int
 
 
+@ordinary_tensors
 def compress_model(
     model: Any,
     act_norms: Mapping[str, Tensor],

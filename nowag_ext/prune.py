@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nowag_ext import ops
+from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.normalize import normalize_weight
 
 
@@ -117,6 +118,7 @@ def kept_weights(
     return numel // m * n
 
 
+@ordinary_tensors
 def prune(
     W: Any,
     act_norms: Any,

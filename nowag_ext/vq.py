@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nowag_ext import ops
 from nowag_ext.codebook import Codebook
+from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.kmeans import Clustering, Points
 from nowag_ext.normalize import NormalizedWeight, normalize_weight
 
@@ -117,6 +118,7 @@ class VQWeight:
         )
 
 
+@ordinary_tensors
 def vq_compress(
     W: Any,
     act_norms: Any,
