@@ -164,14 +164,14 @@ def to_dense(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Replaces, in place, packed modules by ``nn.Linear`` with the dequantised weights.
 
     Args:
-        dtype: of those weights; None: that of the model's other parameters.
+        dtype: of the whole model; None: the packed ones become that of its other weights.
 
     Returns:
         The same model, an ordinary one of transformers.
     """
     if getattr(model, "quantization_method", None) != QUANT_METHOD:
         raise ValueError("the model is not compressed: there is nothing to make dense.")
-    replace_by_dense(model, dtype or model.dtype)
+    replace_by_dense(model, dtype)
     model.hf_quantizer.remove_quantization_config(model)
     return model
 

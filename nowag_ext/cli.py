@@ -173,7 +173,15 @@ def compress(
     save(loaded, tokenizer, output, overwrite=overwrite)
     if partial is not None:
         shutil.rmtree(partial, ignore_errors=True)
-    _out.print(report_table(loaded.nowag_report))
+    report = loaded.nowag_report
+    _out.print(report_table(report))
+    if report.dead_inputs:
+        layers = sum(layer.dead_inputs > 0 for layer in report.layers)
+        _err.print(
+            f"{report.dead_inputs} inputs of {layers} layers are 0 on all of the calibration text: "
+            "give more or more varied text if they matter.",
+            soft_wrap=True,
+        )
     _out.print(f"The checkpoint, report.json and layers.csv are in {output}.", soft_wrap=True)
 
 

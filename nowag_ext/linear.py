@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_ext import ops
+from nowag_ext.ops.checks import check_features
 from nowag_ext.prune import SparseWeight, kept_weights
 from nowag_ext.vq import VQWeight, check_code
 
@@ -122,6 +123,15 @@ class PackedLinear(nn.Module, ABC):
         bias = self._parameters["bias"]
         return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
+    def _input(self, x: Tensor) -> Tensor:
+        """x in autocast's dtype where that is on, as for nn.Linear; raises for a wrong width."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            check_features(x, "x", self.in_features)
+        kind = x.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(kind))
+        return x
+
     def _is_plain_call(self, x: Tensor) -> bool:
         """Whether the op for few tokens will do, which has no gradient and so costs less a call."""
         if x.numel() > self._few or torch.compiler.is_compiling():
@@ -231,6 +241,7 @@ class VQLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
+        x = self._input(x)
         packed: Any = self._parameters  # nn.Module's attribute access takes a detour
         codes = packed["codes"]
         codebook = packed["codebook"] if self.codebook_name is None else self._shared(codes.device)
@@ -355,6 +366,7 @@ class SparseLinear(PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
+        x = self._input(x)
         packed: Any = self._parameters
         op = ops.sparse_gemv if self._is_plain_call(x) else ops.sparse_linear
         return op(

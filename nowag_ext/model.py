@@ -128,6 +128,8 @@ def _plan(
     settings = make_settings(*method)
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError("the model is already quantised: compress the dense model it came from.")
+    if getattr(model, "peft_config", None):
+        raise ValueError("the model has a PEFT adapter: merge it first (merge_and_unload).")
     if isinstance(ignore, str):
         raise TypeError(f'ignore must be a list of patterns, not the string "{ignore}".')
     check_patterns(model, ignore, "ignore")
@@ -135,6 +137,7 @@ def _plan(
     every = decoder_linears(model)
     ignored = tuple(name for name in every if matches(name, ignore))
     linears = {name: linear for name, linear in every.items() if name not in ignored}
+    _check_parameters(linears)
     not_reached = _check_coverage(model, every, linears, min_coverage)
     _check_shared(model, linears)
     units = {
@@ -176,6 +179,17 @@ def settings_by_layer(
         return found[-1] if found else default
 
     return choose
+
+
+def _check_parameters(linears: Mapping[str, nn.Linear]) -> None:
+    """Raises for a linear whose weight another module or a hook computes."""
+    for name, linear in linears.items():
+        if "weight" not in linear._parameters:
+            raise ValueError(
+                f"{name} computes its weight from other parameters (torch.nn.utils."
+                "parametrizations, torch.nn.utils.prune): make it a parameter first with "
+                "remove_parametrizations or prune.remove, or ignore the layer."
+            )
 
 
 def _check_coverage(
@@ -303,6 +317,7 @@ def _compress_unit(
         seconds=seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         resumed=stored is not None,
+        dead_inputs=int((unit.act_norms == 0).sum()),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,22 +71,24 @@ def as_importance(act_norms: Any, in_features: int, device: torch.device) -> Ten
         )
     if act_norms.device != device:
         raise ValueError(f"act_norms must be on W's device {device}, not on {act_norms.device}.")
-    squares = act_norms.detach().double().square()
-    if not torch.isfinite(squares).all():
-        bad = int((~torch.isfinite(act_norms)).sum())
+    bad = int((~torch.isfinite(act_norms)).sum())
+    if bad:
         raise ValueError(
             f"act_norms must be finite, but {bad} of {in_features} are NaN or infinite."
         )
     if (act_norms < 0).any():
         bad = int((act_norms < 0).sum())
         raise ValueError(f"act_norms must not be negative, but {bad} of {in_features} are.")
-    mean = squares.mean()
-    if mean == 0:
+    largest = float(act_norms.max())
+    if largest == 0:
         raise ValueError(
             f"act_norms must not all be zero, but all {in_features} are: "
             "the calibration text never reached this layer."
         )
-    return (squares / mean).float()
+    # Scaled by a power of two, which changes no bit, so that no square leaves float64's range.
+    scale = math.ldexp(1.0, min(math.frexp(largest)[1], 1023))
+    squares = (act_norms.detach().double() / scale).square()
+    return (squares / squares.mean()).float()
 
 
 def normalize_weight(weight: Any, act_norms: Any) -> NormalizedWeight:
@@ -107,5 +110,10 @@ def normalize_weight(weight: Any, act_norms: Any) -> NormalizedWeight:
     finite = torch.isfinite(col_norms)
     if not finite.all():
         column = int((~finite).nonzero()[0])
+        if torch.isfinite(weight[:, column]).all():
+            raise ValueError(
+                f"the norm of column {column} of W is beyond float32: scale W down, its largest "
+                f"value is {float(weight[:, column].abs().max()):.3g}."
+            )
         raise ValueError(f"W must be finite, but column {column} holds a NaN or an infinity.")
     return NormalizedWeight(weight, normalized, row_norms, col_norms, importance)

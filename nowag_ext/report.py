@@ -30,6 +30,7 @@ class LayerReport:
         seconds: what compressing it took; if ``resumed``, in the run that did.
         peak_memory: the process's largest resident size so far, in bytes.
         resumed: taken from the work directory of an earlier, interrupted run.
+        dead_inputs: inputs whose act_norms are 0: the calibration text never reached them.
     """
 
     name: str
@@ -43,6 +44,7 @@ class LayerReport:
     seconds: float
     peak_memory: int
     resumed: bool
+    dead_inputs: int = 0
 
     @property
     def weights(self) -> int:
@@ -98,6 +100,11 @@ class ModelReport:
         return sum(layer.relative_objective for layer in self.layers) / len(self.layers)
 
     @property
+    def dead_inputs(self) -> int:
+        """Inputs of all layers that the calibration text never reached."""
+        return sum(layer.dead_inputs for layer in self.layers)
+
+    @property
     def peak_memory(self) -> int:
         return max(layer.peak_memory for layer in self.layers)
 
@@ -109,6 +116,7 @@ class ModelReport:
             "coverage": self.coverage,
             "compressed_weights": self.compressed_weights,
             "bytes": self.bytes,
+            "dead_inputs": self.dead_inputs,
             "peak_memory": self.peak_memory,
         }
         return json.dumps({**totals, **asdict(self)}, indent=2) + "\n"

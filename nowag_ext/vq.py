@@ -167,7 +167,7 @@ def vq_compress(
         return _assign_to_shared(normalized, codebook, d, code_bits)
     norms = _half_norms(normalized.row_norms, normalized.col_norms)
     rows, cols = normalized.weight.shape
-    points = Points([normalized.normalized], [normalized.importance], d)
+    points = Points([normalized.normalized], [_floored(normalized.importance)], d)
     entries = 1 << code_bits
     if codebook is not None:
         best = points.finish(_given_codebook(codebook, entries, d, points.device), [])
@@ -206,7 +206,7 @@ def _assign_to_shared(
     rows, cols = normalized.weight.shape
     factor = math.sqrt(cols)
     norms = _half_norms(normalized.row_norms / factor, normalized.col_norms)
-    points = Points([normalized.normalized * factor], [normalized.importance], d)
+    points = Points([normalized.normalized * factor], [_floored(normalized.importance)], d)
     found = points.finish(codebook.entries.float(), [])
     return VQWeight(
         ops.pack_codes(found.codes[0], code_bits),
@@ -216,6 +216,20 @@ def _assign_to_shared(
         relative_objective=found.relative_objective,
         codebook_name=codebook.name,
     )
+
+
+# What an input that calibration never saw counts for, where 1 is the mean: too little to change
+# what the others get, enough to choose among the entries that suit them alike.
+_DEAD_IMPORTANCE = 1e-6
+
+
+def _floored(importance: Tensor) -> Tensor:
+    """The importances, with dead inputs counting for something.
+
+    At 0 any entry would do for a sub-vector of dead inputs, and on other text, where they are
+    alive, it would be far worse than none.
+    """
+    return torch.where(importance == 0, _DEAD_IMPORTANCE, importance)
 
 
 def check_code(d: Any, bits: Any) -> int:

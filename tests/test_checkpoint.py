@@ -368,3 +368,25 @@ def test_damaged_gguf_files_are_refused(content: bytes, tmp_path: Path) -> None:
         load_dense_model(file)
     with pytest.raises(FileNotFoundError, match="there is no model at"):
         load_dense_model(tmp_path / "missing.gguf")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantizes_as_a_whole_after_saving_and_loading(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    compress_model(model, random_act_norms(model), d=4, bits=1.5, iters=2)
+    save_compressed(model, None, tmp_path / "one")
+    for one in (model, nowag_ext.load(tmp_path / "one")):
+        dense = one.dequantize(dtype=dtype)
+        assert {parameter.dtype for parameter in dense.parameters()} == {dtype}
+        assert logits(dense).dtype == dtype
+        dense.save_pretrained(tmp_path / "dense")
+
+
+def test_dequantizes_after_saving(tmp_path: Path) -> None:
+    model = tiny_model()
+    compress_model(model, random_act_norms(model), d=4, bits=1.5, iters=2)
+    save_compressed(model, None, tmp_path / "one")
+    want = logits(model)
+    torch.testing.assert_close(logits(model.dequantize()), want, rtol=1e-3, atol=1e-3)

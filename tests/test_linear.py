@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -300,3 +301,32 @@ def test_gradient_makes_no_difference_to_the_result(tokens: int) -> None:
     with torch.no_grad():
         plain = layer(x)
     assert torch.equal(layer(x.requires_grad_()), plain)
+
+
+@pytest.mark.parametrize("make", [vq_layer, lambda: SparseLinear.from_weight(sparse_weight())])
+def test_unfit_inputs_are_refused(make: Callable[[], nn.Module]) -> None:
+    layer = make()
+    width = layer.in_features
+    assert isinstance(width, int)
+    for wrong in (width - 1, width + 1, 1):
+        with pytest.raises(ValueError, match=rf"x must have {width} features in its last dim"):
+            layer(torch.randn(2, wrong))
+    with pytest.raises(ValueError, match=rf"x must have {width} features"):
+        layer(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="x must be on meta, not on cpu"):
+        layer.to("meta")(torch.randn(2, width))
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("make", [vq_layer, lambda: SparseLinear.from_weight(sparse_weight())])
+def test_autocast(make: Callable[[], nn.Module], tokens: int) -> None:
+    layer = make()
+    x = torch.randn(tokens, int(layer.in_features), requires_grad=True)  # type: ignore[arg-type]
+    want = layer(x.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = layer(x)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got, want)
+    got.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32

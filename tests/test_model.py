@@ -20,6 +20,7 @@ from tiny_models import (
     tiny_tokens,
 )
 from torch import Tensor, nn
+from torch.nn.utils import prune as prune_by_mask
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from nowag_ext import (
@@ -415,3 +416,40 @@ def test_report_as_json_and_csv() -> None:
     rows = list(csv.DictReader(io.StringIO(report.to_csv())))
     assert [row["name"] for row in rows] == [layer.name for layer in report.layers]
     assert float(rows[0]["relative_objective"]) == report.layers[0].relative_objective
+
+
+# --- models that are not plain ones ---------------------------------------------------------------
+
+
+def test_weights_that_are_computed_are_refused() -> None:
+    sentence = r"layers\.0\.mlp\.up_proj computes its weight from other parameters"
+    model = tiny_model()
+    norms = random_act_norms(model)
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(ValueError, match=sentence):
+        compress_model(model, norms, **VQ)
+    model = tiny_model()
+    prune_by_mask.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.3)
+    with pytest.raises(ValueError, match=sentence):
+        compress_model(model, norms, **VQ)
+    prune_by_mask.remove(model.model.layers[0].mlp.up_proj, "weight")
+    compress_model(model, norms, **VQ)
+
+
+def test_adapters_are_refused() -> None:
+    model = tiny_model()
+    model.peft_config = {"default": object()}
+    with pytest.raises(ValueError, match="has a PEFT adapter: merge it first"):
+        compress_model(model, random_act_norms(model), **VQ)
+
+
+def test_dead_inputs_are_counted() -> None:
+    model = tiny_model()
+    norms = random_act_norms(model)
+    norms[DOWN][:5] = 0
+    compress_model(model, norms, **VQ)
+    report = model.nowag_report
+    assert {layer.name: layer.dead_inputs for layer in report.layers if layer.dead_inputs} == {
+        DOWN: 5
+    }
+    assert json.loads(report.to_json())["dead_inputs"] == 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -270,3 +271,48 @@ def test_relocation_beats_the_seeds_and_never_rises() -> None:
     assert result.history[-1] < 0.98 * plain
     for before, after in itertools.pairwise(result.history):
         assert after <= before * (1 + 1e-6)
+
+
+def test_dead_inputs_are_reconstructed_as_well_as_codes_allow() -> None:
+    weight, act_norms = torch.randn(256, 512), torch.rand(512) + 0.1
+    act_norms[:256] = 0
+    vq = vq_compress(weight, act_norms, d=4, bits=2, iters=10)
+    error = (vq.dequantize() - weight).square()
+    assert error[:, :256].sum() < 0.3 * weight[:, :256].square().sum()
+    alive = vq_compress(weight[:, 256:], act_norms[256:], d=4, bits=2, iters=10)
+    least = (alive.dequantize() - weight[:, 256:]).square().sum()
+    assert error[:, 256:].sum() < 1.05 * least
+
+
+@pytest.mark.parametrize("factor", [1e200, 1e-200, 2.0**-1060, 2.0**1000])
+def test_any_multiple_of_the_norms_gives_the_same_codes(factor: float) -> None:
+    weight, act_norms = layer()
+    want = vq_compress(weight, act_norms, d=4, bits=2, iters=3)
+    scaled = act_norms.double() * 2.0 ** (torch.tensor(factor, dtype=torch.float64).log2().round())
+    got = vq_compress(weight, scaled, d=4, bits=2, iters=3)
+    if float(scaled.min()) > 1e-300:  # all of their bits are there
+        assert torch.equal(got.codes, want.codes)
+        assert torch.equal(got.codebook, want.codebook)
+    else:
+        assert got.relative_objective == pytest.approx(want.relative_objective, rel=1e-2)
+
+
+def test_norms_beyond_float32_are_named_as_such() -> None:
+    weight, act_norms = torch.full((64, 64), 1e38), torch.ones(64)
+    with pytest.raises(ValueError, match=r"norm of column 0 of W is beyond float32: .* is 1e\+38"):
+        vq_compress(weight, act_norms, d=4, bits=1, iters=1)
+    weight[3, 5] = torch.inf
+    with pytest.raises(ValueError, match="column 0 of W is beyond float32"):
+        vq_compress(weight, act_norms, d=4, bits=1, iters=1)
+    weight = torch.randn(64, 64)
+    weight[3, 5] = torch.nan
+    with pytest.raises(ValueError, match="W must be finite, but column 5 holds"):
+        vq_compress(weight, act_norms, d=4, bits=1, iters=1)
+
+
+def test_representation_is_a_line_and_equality_is_identity() -> None:
+    weight, act_norms = layer()
+    vq = vq_compress(weight, act_norms, d=4, bits=2, iters=2)
+    assert re.fullmatch(r"VQWeight\(96 x 50, d=4, bits=2, relative objective 0\.\d+\)", repr(vq))
+    assert vq == vq
+    assert vq != vq_compress(weight, act_norms, d=4, bits=2, iters=2)

@@ -230,8 +230,8 @@ class NowagHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return replace_by_dense(model, dtype or model.dtype)
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        return replace_by_dense(model, dtype)
 
 
 _FORMAT_TENSORS = {
@@ -247,8 +247,15 @@ def attach(model: Any, config: NowagConfig) -> None:
     model.config.quantization_config = config
 
 
-def replace_by_dense(model: Any, dtype: torch.dtype) -> Any:
-    """Replaces every packed module by an ``nn.Linear`` of ``dtype`` with the same weight."""
+def replace_by_dense(model: Any, dtype: torch.dtype | str | None = None) -> Any:
+    """Replaces every packed module by an ``nn.Linear`` with the same weight.
+
+    The whole model is then of ``dtype``, by default that of its other weights. A string is what
+    transformers leaves for a dtype in the configuration of a model that was saved.
+    """
+    if isinstance(dtype, str):
+        dtype = _DTYPES[dtype]
+    whole, dtype = dtype is not None, dtype or model.dtype
     packed = {n: module for n, module in model.named_modules() if isinstance(module, PackedLinear)}
     for name, module in packed.items():
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
@@ -256,7 +263,7 @@ def replace_by_dense(model: Any, dtype: torch.dtype) -> Any:
         linear.register_parameter("bias", module.bias)
         model.set_submodule(name, linear.train(module.training))
     disown_codebooks(model)
-    return model
+    return nn.Module.to(model, dtype) if whole else model
 
 
 def _local_name(model: Any, name: str) -> str:

@@ -21,6 +21,7 @@ _WEIGHT = "Tensor bitmap, Tensor values, Tensor row_offsets"
 def _sparse_linear_fake(
     x: Tensor, bitmap: Tensor, values: Tensor, row_offsets: Tensor, bias: Tensor | None = None
 ) -> Tensor:
+    same_device(bitmap.device, x=x, bias=bias)
     return x.new_empty((*x.shape[:-1], row_offsets.shape[0] - 1))
 
 
