@@ -11,13 +11,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nowag_ext import _cpu
 from nowag_ext.gemm import gemm_dtype
+
+if TYPE_CHECKING:
+    from nowag_ext._cpu import Kernels
 
 _cuda: Any
 try:
@@ -26,13 +29,18 @@ except ImportError:
     _cuda = None
 
 _LIBRARY = torch.library.Library("nowag", "DEF")
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_DTYPES = {
+    torch.float32: _cpu.float32,
+    torch.float16: _cpu.float16,
+    torch.bfloat16: _cpu.bfloat16,
+}
 
 FORMAT_VERSION: int = _cpu.format_version
 TILE_ROWS: int = _cpu.tile_rows
-BITMAP_ALIGN = 64
-MAX_SUBVECTOR = 8
-MAX_CODE_BITS = 16
+BITMAP_ALIGN: int = _cpu.bitmap_align
+MAX_SUBVECTOR: int = _cpu.max_subvector
+MAX_CODE_BITS: int = _cpu.max_code_bits
+MAX_GROUP: int = _cpu.max_group
 
 
 def _op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
@@ -49,7 +57,7 @@ def _op(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]],
     return register
 
 
-def _backend(device: torch.device) -> tuple[Any, int]:
+def _backend(device: torch.device) -> tuple[Kernels, int]:
     """The compiled module for a device, and its last argument: threads, or the stream."""
     if device.type == "cpu":
         return _cpu, torch.get_num_threads()
@@ -164,11 +172,12 @@ def normalize(weight: Tensor) -> tuple[Tensor, ...]:
     )
     if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
         weight = weight.contiguous()
-    outputs = _normalize_fake(weight)
+    rows, cols = weight.shape
+    out, row_norms, col_norms = outputs = _normalize_fake(weight)
     backend, queue = _backend(weight.device)
     backend.normalize(
-        weight.data_ptr(), dtype, *weight.shape, weight.stride(0),
-        *(output.data_ptr() for output in outputs), queue,
+        weight.data_ptr(), dtype, rows, cols, weight.stride(0), out.data_ptr(),
+        row_norms.data_ptr(), col_norms.data_ptr(), queue,
     )  # fmt: skip
     return outputs
 
@@ -184,6 +193,9 @@ def kmeans_scale(points_weight: float, largest: float = 1.0) -> float:
     return 2.0 ** (61 - math.ceil(math.log2(points_weight * max(1.0, largest))))
 
 
+_Problem = tuple[int, int, int, int, int, int, int, int, int]
+
+
 def _problems(
     w: Sequence[Tensor],
     h: Sequence[Tensor],
@@ -193,7 +205,7 @@ def _problems(
     sums: Sequence[Tensor] = (),
     previous: Sequence[Tensor] = (),
     gaps: Sequence[Tensor] = (),
-) -> list[tuple[int, ...]]:
+) -> list[_Problem]:
     """Checks a batch of k-means problems; returns the addresses and sizes of KmeansProblem."""
     _require(
         len(w) > 0 and len(w) == len(h), "w and h must be lists of the same length, not empty."
@@ -207,7 +219,7 @@ def _problems(
             len(tensors) in (0, len(w)), f"{name} must have one tensor a problem, or none at all."
         )
     entries = codebooks[0].shape[0] if codebooks else 0
-    rows_of_addresses = []
+    rows_of_addresses: list[_Problem] = []
     for index in range(len(w)):
         _require(
             w[index].dim() == 2 and w[index].numel() > 0,
@@ -231,10 +243,13 @@ def _problems(
         optional = [tensors[index] if tensors else None for tensors in named.values()]
         for tensor in (*operands, *optional):
             _same_device(w[0].device, tensor=tensor)
-        addresses = [tensor.data_ptr() if tensor is not None else 0 for tensor in optional]
+        at = [tensor.data_ptr() if tensor is not None else 0 for tensor in optional]
         rows_of_addresses.append(
-            (w[index].data_ptr(), h[index].data_ptr(), *addresses[:3], rows, cols, *addresses[3:])
-        )
+            (
+                w[index].data_ptr(), h[index].data_ptr(), at[0], at[1], at[2], rows, cols,
+                at[3], at[4],
+            )
+        )  # fmt: skip
     return rows_of_addresses
 
 
@@ -265,7 +280,8 @@ def kmeans_assign(
     """
     _require(len(codebooks) > 0, "codebooks must not be empty.")
     entries, d = codebooks[0].shape
-    _require(1 <= entries <= 2**MAX_CODE_BITS, f"a codebook has 1 to 65536 entries, not {entries}.")
+    most = 2**MAX_CODE_BITS
+    _require(1 <= entries <= most, f"a codebook has 1 to {most} entries, not {entries}.")
     problems = _problems(w, h, d, codebooks, codes, sums, previous or (), gaps or ())
     changed = _kmeans_assign_fake(w)
     backend, queue = _backend(w[0].device)
@@ -281,8 +297,8 @@ def kmeans_assign_exhaustive(w: Tensor, h: Tensor, codebook: Tensor, codes: Tens
     entries, d = codebook.shape
     problems = _problems([w], [h], d, [codebook], [codes])
     changed = torch.empty(1, dtype=torch.int64)
-    _cpu.kmeans_assign(
-        problems, entries, d, 1.0, False, changed.data_ptr(), torch.get_num_threads(), True
+    _cpu.kmeans_assign_exhaustive(
+        problems, entries, d, 1.0, False, changed.data_ptr(), torch.get_num_threads()
     )
 
 
@@ -389,7 +405,7 @@ def kmeans_energy(w: Tensor, h: Tensor, d: int) -> Tensor:
     return energy
 
 
-_INITS = {"random": 0, "kmeans++": 1}
+_INITS = {"random": _cpu.init_random, "kmeans++": _cpu.init_plus_plus}
 
 
 def _kmeans_seed_fake(
@@ -444,7 +460,8 @@ def prune_select(w: Tensor, h: Tensor, n_prune: int) -> Tensor:
     _require(0 <= n_prune <= w.numel(), f"n_prune must be from 0 to {w.numel()}, not {n_prune}.")
     bitmap = _bitmap_fake(w)
     backend, queue = _backend(w.device)
-    backend.prune_select(w.data_ptr(), h.data_ptr(), *w.shape, n_prune, bitmap.data_ptr(), queue)
+    rows, cols = w.shape
+    backend.prune_select(w.data_ptr(), h.data_ptr(), rows, cols, n_prune, bitmap.data_ptr(), queue)
     return bitmap
 
 
@@ -452,11 +469,15 @@ def prune_select(w: Tensor, h: Tensor, n_prune: int) -> Tensor:
 def prune_select_nm(w: Tensor, h: Tensor, n: int, m: int) -> Tensor:
     """Bitmap of the n weights kept of every m consecutive inputs."""
     _check_saliency(w, h)
-    _require(1 <= n <= m <= 32, f"an N:M pattern needs 1 <= N <= M <= 32, not {n}:{m}.")
-    _require(w.shape[1] % m == 0, f"in_features {w.shape[1]} is not a multiple of M = {m}.")
+    _require(
+        1 <= n <= m <= MAX_GROUP,
+        f"an N:M pattern needs 1 <= N <= M <= {MAX_GROUP}, not {n}:{m}.",
+    )
+    rows, cols = w.shape
+    _require(cols % m == 0, f"in_features {cols} is not a multiple of M = {m}.")
     bitmap = _bitmap_fake(w)
     backend, queue = _backend(w.device)
-    backend.prune_select_nm(w.data_ptr(), h.data_ptr(), *w.shape, n, m, bitmap.data_ptr(), queue)
+    backend.prune_select_nm(w.data_ptr(), h.data_ptr(), rows, cols, n, m, bitmap.data_ptr(), queue)
     return bitmap
 
 
@@ -472,8 +493,9 @@ def prune_objective(w: Tensor, h: Tensor, bitmap: Tensor) -> Tensor:
     _same_device(w.device, bitmap=bitmap)
     sums = _prune_objective_fake(w, h, bitmap)
     backend, queue = _backend(w.device)
+    rows, cols = w.shape
     backend.prune_objective(
-        w.data_ptr(), h.data_ptr(), bitmap.data_ptr(), *w.shape, sums.data_ptr(), queue
+        w.data_ptr(), h.data_ptr(), bitmap.data_ptr(), rows, cols, sums.data_ptr(), queue
     )
     return sums
 
@@ -495,13 +517,17 @@ def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
         f"codes must be a non-empty matrix, not of shape {tuple(codes.shape)}.",
     )
     _check(codes, "codes", torch.uint16, tuple(codes.shape))
-    _require(1 <= code_bits <= MAX_CODE_BITS, f"code_bits must be from 1 to 16, not {code_bits}.")
+    _require(
+        1 <= code_bits <= MAX_CODE_BITS,
+        f"code_bits must be from 1 to {MAX_CODE_BITS}, not {code_bits}.",
+    )
     packed = _pack_codes_fake(codes, code_bits)
     if codes.is_cuda:  # its launcher cannot wait for an answer, so that this has to
         largest = int(codes.to(torch.int32).max())
         _require(largest < 2**code_bits, f"code {largest} does not fit into {code_bits} bits.")
     backend, queue = _backend(codes.device)
-    backend.pack_codes(codes.data_ptr(), *codes.shape, code_bits, packed.data_ptr(), queue)
+    rows, positions = codes.shape
+    backend.pack_codes(codes.data_ptr(), rows, positions, code_bits, packed.data_ptr(), queue)
     return packed
 
 
@@ -560,8 +586,8 @@ def _check_vq(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Ten
     d, code_bits = codebook.shape[1], codes.shape[2] // 4
     _require(
         1 <= d <= MAX_SUBVECTOR and 1 <= code_bits <= MAX_CODE_BITS and rows > 0 and cols > 0,
-        f"d must be from 1 to 8, code bits from 1 to 16 and the shape not empty, not {d}, "
-        f"{code_bits} and {(rows, cols)}.",
+        f"d must be from 1 to {MAX_SUBVECTOR}, code bits from 1 to {MAX_CODE_BITS} and the shape "
+        f"not empty, not {d}, {code_bits} and {(rows, cols)}.",
     )
     _check(codes, "codes", torch.uint8, packed_shape(rows, cols, d, code_bits))
     _check(codebook, "codebook", torch.float16, (2**code_bits, d))
@@ -579,10 +605,11 @@ def _dequantize_vq_rows(
     out: Tensor,
 ) -> None:
     """Writes rows [begin, end) as dense values into the first rows of ``out``."""
+    codes, codebook, row_norms, col_norms = vq
     backend, queue = _backend(out.device)
     backend.vq_dequantize(
-        *(tensor.data_ptr() for tensor in vq), *sizes, begin, end, out.data_ptr(),
-        _DTYPES[out.dtype], out.stride(0), queue,
+        codes.data_ptr(), codebook.data_ptr(), row_norms.data_ptr(), col_norms.data_ptr(), *sizes,
+        begin, end, out.data_ptr(), _DTYPES[out.dtype], out.stride(0), queue,
     )  # fmt: skip
 
 
@@ -934,6 +961,7 @@ _register_linear_autograd(vq_linear, vq_linear_grad, lambda x: ())
 
 # --- sparse_gemv.h: sparse_gemv, sparse_linear ----------------------------------------------------
 
+SPARSE_GEMV_MAX_TOKENS: int = _cpu.sparse_gemv_max_tokens
 _SPARSE_SCHEMA = "Tensor bitmap, Tensor values, Tensor row_offsets"
 
 
@@ -967,8 +995,8 @@ def sparse_gemv(
     rows = _check_sparse(bitmap, values, row_offsets, cols)
     x, tokens, bias = _check_linear(x, bias, rows, cols, bitmap.device)
     _require(
-        tokens <= GEMV_MAX_TOKENS,
-        f"sparse_gemv takes at most {GEMV_MAX_TOKENS} tokens, not {tokens}.",
+        tokens <= SPARSE_GEMV_MAX_TOKENS,
+        f"sparse_gemv takes at most {SPARSE_GEMV_MAX_TOKENS} tokens, not {tokens}.",
     )
     return _run_sparse_gemv(x, tokens, (bitmap, values, row_offsets), rows, bias)
 
@@ -982,7 +1010,7 @@ def sparse_linear(
     sparse = (bitmap, values, row_offsets)
     rows = _check_sparse(*sparse, cols)
     x, tokens, bias = _check_linear(x, bias, rows, cols, bitmap.device)
-    if tokens <= GEMV_MAX_TOKENS:
+    if tokens <= SPARSE_GEMV_MAX_TOKENS:
         return _run_sparse_gemv(x, tokens, sparse, rows, bias)
     return _tiled_linear(
         x,

@@ -11,8 +11,6 @@ from torch import Tensor
 from nowag_ext import ops
 from nowag_ext.normalize import normalize_weight
 
-_LARGEST_GROUP = 32
-
 
 @dataclass
 class SparseWeight:
@@ -67,14 +65,14 @@ def parse_pattern(pattern: str, in_features: int) -> tuple[int, int]:
     """(N, M) of "N:M": N weights kept of every M consecutive inputs.
 
     Raises:
-        ValueError: unless 1 <= N <= M <= 32 and M divides in_features.
+        ValueError: unless 1 <= N <= M <= ops.MAX_GROUP and M divides in_features.
     """
     kept, _, group = str(pattern).partition(":")
     if not (kept.isdecimal() and group.isdecimal() and 1 <= int(kept) <= int(group)):
         raise ValueError(f'pattern must be "N:M" with 1 <= N <= M, not {pattern!r}.')
     n, m = int(kept), int(group)
-    if m > _LARGEST_GROUP:
-        raise ValueError(f"M of pattern {pattern!r} must be at most {_LARGEST_GROUP}.")
+    if m > ops.MAX_GROUP:
+        raise ValueError(f"M of pattern {pattern!r} must be at most {ops.MAX_GROUP}.")
     if in_features % m:
         raise ValueError(f"M = {m} of pattern {pattern!r} must divide in_features {in_features}.")
     return n, m
