@@ -40,7 +40,7 @@
 
 namespace nowag {
 
-// The most tokens the kernel takes; ops.py dequantises tiles into a dense GEMM beyond.
+// The most tokens the kernel takes; nowag_ext/ops dequantises tiles into a dense GEMM beyond.
 constexpr int64_t kVqGemvMaxTokens = 16;
 
 // The most positions whose tables share one scale: 16-bit sums of 256 bytes cannot overflow, and
