@@ -12,7 +12,8 @@ import pytest
 import torch
 from cpu_stub import INCLUDE, ROOT, operations
 
-from nowag_ext import _cpu, ops
+from nowag_ext import _cpu
+from nowag_ext.ops import registry
 
 CPU_ONLY = {"kmeans_assign_exhaustive", "simd_level", "simd_best"}
 COMPOSED = {"vq_linear", "vq_linear_grad", "sparse_linear", "sparse_linear_grad"}
@@ -41,9 +42,9 @@ def test_the_cpu_module_offers_the_list() -> None:
     assert set(cpu_stub.functions()) == {*operations(), *CPU_ONLY}
 
 
-@pytest.mark.skipif(ops._cuda is None, reason="nowag_ext was built without CUDA")
+@pytest.mark.skipif(registry._cuda is None, reason="nowag_ext was built without CUDA")
 def test_the_cuda_module_offers_the_list() -> None:
-    offered = {name for name in vars(ops._cuda) if not name.startswith("_")}
+    offered = {name for name in vars(registry._cuda) if not name.startswith("_")}
     names = operations()
     assert offered == {*names, *(f"{name}_workspace" for name in names)}
 

@@ -12,6 +12,7 @@ from vq_cases import activations, random_vq
 
 from nowag_ext import ops, prune, vq_compress
 from nowag_ext.linear import SparseLinear, VQLinear
+from nowag_ext.ops import registry
 
 CUDA = torch.device("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -19,7 +20,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(ops._cuda is None, reason="nowag_ext was built without CUDA"),
+    pytest.mark.skipif(registry._cuda is None, reason="nowag_ext was built without CUDA"),
 ]
 
 
