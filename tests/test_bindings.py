@@ -113,18 +113,14 @@ def test_the_build_refuses_a_file_of_no_operation(tmp_path: Path) -> None:
 
 
 @needs_cmake
-@pytest.mark.parametrize("missing", ["include/nowag", "cpu/row", "cuda/row"])
+@pytest.mark.parametrize("missing", ["include/nowag", "cpu/lost", "cuda/lost"])
 def test_the_build_refuses_an_operation_without_its_files(tmp_path: Path, missing: str) -> None:
-    for name in ("include/nowag/row_sums.h", "cpu/row/row_sums.cpp", "cuda/row/row_sums.cu"):
+    for name in ("include/nowag/lost_op.h", "cpu/lost/lost_op.cpp", "cuda/lost/lost_op.cu"):
         path = tmp_path / "csrc" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not name.startswith(missing):
             path.touch()
     text = (INCLUDE / "operations.h").read_text()
-    added = text.replace(
-        "    EACH(normalize,", "    EACH(row_sums, row_sums) \\\n    EACH(normalize,"
-    )
-    (tmp_path / "csrc" / "include" / "nowag" / "operations.h").write_text(added)
-    assert f"names the stem row_sums, but there is no csrc/{missing}/row_sums." in configure(
-        tmp_path
-    )
+    listed = text.replace("    EACH(normalize,", "    EACH(lost_op, lost) \\\n    EACH(normalize,")
+    (tmp_path / "csrc" / "include" / "nowag" / "operations.h").write_text(listed)
+    assert f"names the stem lost_op, but there is no csrc/{missing}/lost_op." in configure(tmp_path)
