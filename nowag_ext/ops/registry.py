@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _cuda: Any
 try:
-    from nowag_ext import _cuda  # type: ignore[attr-defined,no-redef]
+    from nowag_ext import _cuda  # type: ignore[no-redef]
 except ImportError:
     _cuda = None
 
