@@ -29,7 +29,6 @@ find_package(CUDAToolkit 12 REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
-file(GLOB NOWAG_CUDA_SOURCES CONFIGURE_DEPENDS csrc/cuda/*/*.cu)
 pybind11_add_module(_cuda NO_EXTRAS csrc/bindings/cuda_module.cpp ${NOWAG_CUDA_SOURCES})
 target_include_directories(_cuda PRIVATE csrc/include csrc)
 target_link_libraries(_cuda PRIVATE CUDA::cudart_static)

@@ -83,7 +83,7 @@ def parse_pattern(pattern: str, in_features: int) -> tuple[int, int]:
     """(N, M) of "N:M": N weights kept of every M consecutive inputs.
 
     Raises:
-        ValueError: unless 1 <= N <= M <= 32 and M divides in_features.
+        ValueError: unless 1 <= N <= M <= ops.MAX_GROUP and M divides in_features.
     """
     kept, _, group = str(pattern).partition(":")
     if not (kept.isdecimal() and group.isdecimal() and 1 <= int(kept) <= int(group)):

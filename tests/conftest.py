@@ -1,4 +1,4 @@
-"""Shared by the tests: poisoned allocations, thread counts, hypothesis settings."""
+"""Shared by the tests: poisoned allocations, thread counts, SIMT executor, hypothesis settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from simt_host import Driver
 
 # Kernels write into torch.empty: filling it with NaN (or the largest integer) makes an element that
 # a kernel forgot show up in every comparison.
@@ -26,3 +27,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Driver]:
+    """The process that runs CUDA kernels on the host."""
+    driver = Driver()
+    yield driver
+    driver.close()

@@ -1,35 +1,59 @@
-// nowag_ext._cpu: one bind_* a header in include/nowag.
+// nowag_ext._cpu: every operation's CPU side under its name, the constants of the contracts, and
+// the instruction set.
 #include "bindings/binding.h"
 #include "cpu/base/simd.h"
+#include "nowag/dtype.h"
 #include "nowag/format.h"
 
 namespace nowag::bindings {
-void bind_normalize(py::module_& module);
-void bind_kmeans(py::module_& module);
-void bind_prune(py::module_& module);
-void bind_vq_pack(py::module_& module);
-void bind_sparse_pack(py::module_& module);
-void bind_vq_gemv(py::module_& module);
-void bind_sparse_gemv(py::module_& module);
-}  // namespace nowag::bindings
+namespace {
 
-PYBIND11_MODULE(_cpu, module) {
-    using namespace nowag;
+// Statuses say all there is to say.
+const char* no_reason() { return ""; }
+
+void add_constants(py::module_& module) {
+    module.attr("format_version") = kFormatVersion;
+    module.attr("tile_rows") = kTileRows;
+    module.attr("max_subvector") = kMaxSubvector;
+    module.attr("max_code_bits") = kMaxCodeBits;
+    module.attr("bitmap_align") = kBitmapAlign;
+    module.attr("max_group") = kMaxGroup;
+    module.attr("norm_eps") = kNormEps;
+    module.attr("vq_gemv_max_tokens") = kVqGemvMaxTokens;
+    module.attr("sparse_gemv_max_tokens") = kSparseGemvMaxTokens;
+    module.attr("float32") = static_cast<int>(DType::float32);
+    module.attr("float16") = static_cast<int>(DType::float16);
+    module.attr("bfloat16") = static_cast<int>(DType::bfloat16);
+    module.attr("init_random") = static_cast<int>(KmeansInit::random);
+    module.attr("init_plus_plus") = static_cast<int>(KmeansInit::plus_plus);
+}
+
+void add_instruction_set(py::module_& module) {
     if (const char* refused = cpu::simd_refused()) {
         throw std::runtime_error(
             std::string("NOWAG_SIMD=") + refused +
             " is not an instruction set of this machine and build; the best is " +
             cpu::simd_name(cpu::simd_best()));
     }
-    module.attr("format_version") = kFormatVersion;
-    module.attr("tile_rows") = kTileRows;
-    module.def("simd_level", [] { return cpu::simd_name(cpu::simd_level()); });
-    module.def("simd_best", [] { return cpu::simd_name(cpu::simd_best()); });
-    bindings::bind_normalize(module);
-    bindings::bind_kmeans(module);
-    bindings::bind_prune(module);
-    bindings::bind_vq_pack(module);
-    bindings::bind_sparse_pack(module);
-    bindings::bind_vq_gemv(module);
-    bindings::bind_sparse_gemv(module);
+    module.def(
+        "simd_level", [] { return cpu::simd_name(cpu::simd_level()); }, "simd_level() -> str");
+    module.def("simd_best", [] { return cpu::simd_name(cpu::simd_best()); }, "simd_best() -> str");
+}
+
+}  // namespace
+}  // namespace nowag::bindings
+
+#define NOWAG_BIND(name)                                                           \
+    nowag::bindings::bind(module, {#name, nowag::bindings::no_reason},             \
+                          std::string(nowag::name##_parameters) + ", int threads", \
+                          nowag::cpu::name);
+#define NOWAG_BIND_LISTED(stem, name) NOWAG_BIND(name)
+
+PYBIND11_MODULE(_cpu, module) {
+    pybind11::options options;
+    options.disable_function_signatures();
+    nowag::bindings::add_instruction_set(module);
+    nowag::bindings::add_constants(module);
+    NOWAG_OPERATIONS(NOWAG_BIND_LISTED)
+    NOWAG_BIND(kmeans_assign_exhaustive)
 }

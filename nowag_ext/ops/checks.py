@@ -8,7 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+from nowag_ext import _cpu
+
+DTYPES = {
+    torch.float32: _cpu.float32,
+    torch.float16: _cpu.float16,
+    torch.bfloat16: _cpu.bfloat16,
+}
 
 
 def require(condition: bool, message: str) -> None:

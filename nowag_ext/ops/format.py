@@ -6,10 +6,10 @@ from nowag_ext import _cpu
 
 FORMAT_VERSION: int = _cpu.format_version
 TILE_ROWS: int = _cpu.tile_rows
-BITMAP_ALIGN = 64
-MAX_SUBVECTOR = 8
-MAX_CODE_BITS = 16
-MAX_GROUP = 32  # M of N:M
+BITMAP_ALIGN: int = _cpu.bitmap_align
+MAX_SUBVECTOR: int = _cpu.max_subvector
+MAX_CODE_BITS: int = _cpu.max_code_bits
+MAX_GROUP: int = _cpu.max_group  # M of N:M
 
 
 def code_positions(in_features: int, d: int) -> int:

@@ -23,6 +23,10 @@ def kmeans_scale(points_weight: float, largest: float = 1.0) -> float:
     return 2.0 ** (61 - math.ceil(math.log2(points_weight * max(1.0, largest))))
 
 
+# The fields of KmeansProblem.
+_Problem = tuple[int, int, int, int, int, int, int, int, int]
+
+
 def _problems(
     w: Sequence[Tensor],
     h: Sequence[Tensor],
@@ -32,7 +36,7 @@ def _problems(
     sums: Sequence[Tensor] = (),
     previous: Sequence[Tensor] = (),
     gaps: Sequence[Tensor] = (),
-) -> list[tuple[int, ...]]:
+) -> list[_Problem]:
     """Checks a batch of k-means problems; returns the addresses and sizes of KmeansProblem."""
     require(len(w) > 0 and len(w) == len(h), "w and h must be lists of the same length, not empty.")
     require(1 <= d <= MAX_SUBVECTOR, f"d must be from 1 to {MAX_SUBVECTOR}, not {d}.")
@@ -44,7 +48,7 @@ def _problems(
             len(tensors) in (0, len(w)), f"{name} must have one tensor a problem, or none at all."
         )
     entries = codebooks[0].shape[0] if codebooks else 0
-    rows_of_addresses = []
+    rows_of_addresses: list[_Problem] = []
     for index in range(len(w)):
         require(
             w[index].dim() == 2 and w[index].numel() > 0,
@@ -68,10 +72,13 @@ def _problems(
         optional = [tensors[index] if tensors else None for tensors in named.values()]
         for tensor in (*operands, *optional):
             same_device(w[0].device, tensor=tensor)
-        addresses = [tensor.data_ptr() if tensor is not None else 0 for tensor in optional]
+        at = [tensor.data_ptr() if tensor is not None else 0 for tensor in optional]
         rows_of_addresses.append(
-            (w[index].data_ptr(), h[index].data_ptr(), *addresses[:3], rows, cols, *addresses[3:])
-        )
+            (
+                w[index].data_ptr(), h[index].data_ptr(), at[0], at[1], at[2], rows, cols,
+                at[3], at[4],
+            )
+        )  # fmt: skip
     return rows_of_addresses
 
 
@@ -102,7 +109,8 @@ def kmeans_assign(
     """
     require(len(codebooks) > 0, "codebooks must not be empty.")
     entries, d = codebooks[0].shape
-    require(1 <= entries <= 2**MAX_CODE_BITS, f"a codebook has 1 to 65536 entries, not {entries}.")
+    most = 2**MAX_CODE_BITS
+    require(1 <= entries <= most, f"a codebook has 1 to {most} entries, not {entries}.")
     problems = _problems(w, h, d, codebooks, codes, sums, previous or (), gaps or ())
     changed = _kmeans_assign_fake(w)
     backend, queue = backend_of(w[0].device)
@@ -118,8 +126,8 @@ def kmeans_assign_exhaustive(w: Tensor, h: Tensor, codebook: Tensor, codes: Tens
     entries, d = codebook.shape
     problems = _problems([w], [h], d, [codebook], [codes])
     changed = torch.empty(1, dtype=torch.int64)
-    _cpu.kmeans_assign(
-        problems, entries, d, 1.0, False, changed.data_ptr(), torch.get_num_threads(), True
+    _cpu.kmeans_assign_exhaustive(
+        problems, entries, d, 1.0, False, changed.data_ptr(), torch.get_num_threads()
     )
 
 
@@ -226,7 +234,7 @@ def kmeans_energy(w: Tensor, h: Tensor, d: int) -> Tensor:
     return energy
 
 
-_INITS = {"random": 0, "kmeans++": 1}
+_INITS = {"random": _cpu.init_random, "kmeans++": _cpu.init_plus_plus}
 
 
 def _kmeans_seed_fake(

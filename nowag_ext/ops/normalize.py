@@ -26,10 +26,11 @@ def normalize(weight: Tensor) -> tuple[Tensor, ...]:
     )
     if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
         weight = weight.contiguous()
-    outputs = _normalize_fake(weight)
+    rows, cols = weight.shape
+    out, row_norms, col_norms = outputs = _normalize_fake(weight)
     backend, queue = backend_of(weight.device)
     backend.normalize(
-        weight.data_ptr(), dtype, *weight.shape, weight.stride(0),
-        *(output.data_ptr() for output in outputs), queue,
+        weight.data_ptr(), dtype, rows, cols, weight.stride(0), out.data_ptr(),
+        row_norms.data_ptr(), col_norms.data_ptr(), queue,
     )  # fmt: skip
     return outputs

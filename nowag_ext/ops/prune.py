@@ -33,7 +33,8 @@ def prune_select(w: Tensor, h: Tensor, n_prune: int) -> Tensor:
     require(0 <= n_prune <= w.numel(), f"n_prune must be from 0 to {w.numel()}, not {n_prune}.")
     bitmap = _bitmap_fake(w)
     backend, queue = backend_of(w.device)
-    backend.prune_select(w.data_ptr(), h.data_ptr(), *w.shape, n_prune, bitmap.data_ptr(), queue)
+    rows, cols = w.shape
+    backend.prune_select(w.data_ptr(), h.data_ptr(), rows, cols, n_prune, bitmap.data_ptr(), queue)
     return bitmap
 
 
@@ -45,10 +46,11 @@ def prune_select_nm(w: Tensor, h: Tensor, n: int, m: int) -> Tensor:
         1 <= n <= m <= MAX_GROUP,
         f"an N:M pattern needs 1 <= N <= M <= {MAX_GROUP}, not {n}:{m}.",
     )
-    require(w.shape[1] % m == 0, f"in_features {w.shape[1]} is not a multiple of M = {m}.")
+    rows, cols = w.shape
+    require(cols % m == 0, f"in_features {cols} is not a multiple of M = {m}.")
     bitmap = _bitmap_fake(w)
     backend, queue = backend_of(w.device)
-    backend.prune_select_nm(w.data_ptr(), h.data_ptr(), *w.shape, n, m, bitmap.data_ptr(), queue)
+    backend.prune_select_nm(w.data_ptr(), h.data_ptr(), rows, cols, n, m, bitmap.data_ptr(), queue)
     return bitmap
 
 
@@ -64,7 +66,8 @@ def prune_objective(w: Tensor, h: Tensor, bitmap: Tensor) -> Tensor:
     same_device(w.device, bitmap=bitmap)
     sums = _prune_objective_fake(w, h, bitmap)
     backend, queue = backend_of(w.device)
+    rows, cols = w.shape
     backend.prune_objective(
-        w.data_ptr(), h.data_ptr(), bitmap.data_ptr(), *w.shape, sums.data_ptr(), queue
+        w.data_ptr(), h.data_ptr(), bitmap.data_ptr(), rows, cols, sums.data_ptr(), queue
     )
     return sums

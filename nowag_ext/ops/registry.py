@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nowag_ext import _cpu
+
+if TYPE_CHECKING:
+    from nowag_ext._cpu import Kernels
 
 _cuda: Any
 try:
@@ -33,7 +36,7 @@ def operation(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     return register
 
 
-def backend_of(device: torch.device) -> tuple[Any, int]:
+def backend_of(device: torch.device) -> tuple[Kernels, int]:
     """The compiled module for a device, and its last argument: threads, or the stream."""
     if device.type == "cpu":
         return _cpu, torch.get_num_threads()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nowag_ext import _cpu
 from nowag_ext.ops.checks import DTYPES, dtype_code, require, same_device
 from nowag_ext.ops.linear import (
-    GEMV_MAX_TOKENS,
     check_linear,
     register_linear_autograd,
     tiled_linear,
@@ -15,6 +15,7 @@ from nowag_ext.ops.linear import (
 from nowag_ext.ops.registry import backend_of, operation
 from nowag_ext.ops.sparse_pack import check_sparse, dequantize_sparse_rows
 
+MAX_TOKENS: int = _cpu.sparse_gemv_max_tokens
 _WEIGHT = "Tensor bitmap, Tensor values, Tensor row_offsets"
 
 
@@ -48,10 +49,7 @@ def sparse_gemv(
     cols = x.shape[-1] if x.dim() else 0
     rows = check_sparse(bitmap, values, row_offsets, cols)
     x, tokens, bias = check_linear(x, bias, rows, cols, bitmap.device)
-    require(
-        tokens <= GEMV_MAX_TOKENS,
-        f"sparse_gemv takes at most {GEMV_MAX_TOKENS} tokens, not {tokens}.",
-    )
+    require(tokens <= MAX_TOKENS, f"sparse_gemv takes at most {MAX_TOKENS} tokens, not {tokens}.")
     return _run_sparse_gemv(x, tokens, (bitmap, values, row_offsets), rows, bias)
 
 
@@ -64,7 +62,7 @@ def sparse_linear(
     sparse = (bitmap, values, row_offsets)
     rows = check_sparse(*sparse, cols)
     x, tokens, bias = check_linear(x, bias, rows, cols, bitmap.device)
-    if tokens <= GEMV_MAX_TOKENS:
+    if tokens <= MAX_TOKENS:
         return _run_sparse_gemv(x, tokens, sparse, rows, bias)
     return tiled_linear(
         x,

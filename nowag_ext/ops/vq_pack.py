@@ -26,13 +26,17 @@ def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
         f"codes must be a non-empty matrix, not of shape {tuple(codes.shape)}.",
     )
     check(codes, "codes", torch.uint16, tuple(codes.shape))
-    require(1 <= code_bits <= MAX_CODE_BITS, f"code_bits must be from 1 to 16, not {code_bits}.")
+    require(
+        1 <= code_bits <= MAX_CODE_BITS,
+        f"code_bits must be from 1 to {MAX_CODE_BITS}, not {code_bits}.",
+    )
     packed = _pack_codes_fake(codes, code_bits)
     if codes.is_cuda:  # its launcher cannot wait for an answer, so that this has to
         largest = int(codes.to(torch.int32).max())
         require(largest < 2**code_bits, f"code {largest} does not fit into {code_bits} bits.")
     backend, queue = backend_of(codes.device)
-    backend.pack_codes(codes.data_ptr(), *codes.shape, code_bits, packed.data_ptr(), queue)
+    rows, positions = codes.shape
+    backend.pack_codes(codes.data_ptr(), rows, positions, code_bits, packed.data_ptr(), queue)
     return packed
 
 
@@ -91,8 +95,8 @@ def _check_vq(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Ten
     d, code_bits = codebook.shape[1], codes.shape[2] // 4
     require(
         1 <= d <= MAX_SUBVECTOR and 1 <= code_bits <= MAX_CODE_BITS and rows > 0 and cols > 0,
-        f"d must be from 1 to 8, code bits from 1 to 16 and the shape not empty, not {d}, "
-        f"{code_bits} and {(rows, cols)}.",
+        f"d must be from 1 to {MAX_SUBVECTOR}, code bits from 1 to {MAX_CODE_BITS} and the shape "
+        f"not empty, not {d}, {code_bits} and {(rows, cols)}.",
     )
     check(codes, "codes", torch.uint8, packed_shape(rows, cols, d, code_bits))
     check(codebook, "codebook", torch.float16, (2**code_bits, d))
@@ -110,10 +114,11 @@ def dequantize_vq_rows(
     out: Tensor,
 ) -> None:
     """Writes rows [begin, end) as dense values into the first rows of ``out``."""
+    codes, codebook, row_norms, col_norms = vq
     backend, queue = backend_of(out.device)
     backend.vq_dequantize(
-        *(tensor.data_ptr() for tensor in vq), *sizes, begin, end, out.data_ptr(),
-        DTYPES[out.dtype], out.stride(0), queue,
+        codes.data_ptr(), codebook.data_ptr(), row_norms.data_ptr(), col_norms.data_ptr(), *sizes,
+        begin, end, out.data_ptr(), DTYPES[out.dtype], out.stride(0), queue,
     )  # fmt: skip
 
 

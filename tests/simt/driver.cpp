@@ -1,5 +1,5 @@
-// A process that runs the launchers of csrc/cuda/base/launchers.h on the SIMT executor for
-// tests/simt_host.py. Requests come on stdin and answers go to stdout, in native byte order:
+// A process that runs the launchers of csrc/cuda on the SIMT executor for tests/simt_host.py.
+// Requests come on stdin and answers go to stdout, in native byte order:
 //   request   seed u64, name, number of arguments u32, arguments
 //   argument  'i' int64 | 'd' double | 'n' (null) | 'b' size u64, bytes | 'l' count u32, arguments
 //   answer    status i32, then the bytes of every 'b' in the order of the request
@@ -12,7 +12,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cuda/base/launchers.h"
+#include "nowag/operations.h"
 #include "planted.h"
 #include "simt.h"
 
@@ -63,15 +63,20 @@ void write_buffers(const std::vector<Argument>& arguments) {
     }
 }
 
-// A list of (w, h, codebook, codes, sums, rows, cols).
+template <typename T>
+T convert(Argument& argument);
+
+// A list of problems, each a list of its fields.
 const KmeansProblem* problems_of(Argument& argument) {
     argument.problems.clear();
     for (Argument& item : argument.list) {
-        const auto buffer = [&](size_t i) { return static_cast<void*>(item.list[i].bytes.get()); };
-        argument.problems.push_back(
-            {static_cast<float*>(buffer(0)), static_cast<float*>(buffer(1)),
-             static_cast<float*>(buffer(2)), static_cast<uint16_t*>(buffer(3)),
-             static_cast<int64_t*>(buffer(4)), item.list[5].integer, item.list[6].integer});
+        KmeansProblem problem{};
+        size_t index = 0;
+        const auto read = [&](auto& field) {
+            field = convert<std::decay_t<decltype(field)>>(item.list.at(index++));
+        };
+        std::apply([&](auto&... field) { (read(field), ...); }, nowag::fields(problem));
+        argument.problems.push_back(problem);
     }
     return argument.problems.data();
 }
@@ -107,17 +112,11 @@ Operation operation(int64_t (*workspace)(Ts...), Launcher* launcher) {
     return operation(workspace, launcher, std::index_sequence_for<Ts...>{});
 }
 
-#define NOWAG_ENTRY(name) {#name, operation(nowag::cuda::name##_workspace, nowag::cuda::name)}
+#define NOWAG_ENTRY(stem, name) \
+    {#name, operation(nowag::cuda::name##_workspace, nowag::cuda::name)},
 
 std::map<std::string, Operation> operations() {
-    std::map<std::string, Operation> all = {
-        NOWAG_ENTRY(normalize),         NOWAG_ENTRY(kmeans_assign),     NOWAG_ENTRY(kmeans_update),
-        NOWAG_ENTRY(kmeans_errors),     NOWAG_ENTRY(kmeans_energy),     NOWAG_ENTRY(kmeans_seed),
-        NOWAG_ENTRY(prune_select),      NOWAG_ENTRY(prune_select_nm),   NOWAG_ENTRY(pack_codes),
-        NOWAG_ENTRY(unpack_codes),      NOWAG_ENTRY(vq_dequantize),     NOWAG_ENTRY(sparse_offsets),
-        NOWAG_ENTRY(sparse_pack),       NOWAG_ENTRY(sparse_dequantize), NOWAG_ENTRY(vq_gemv),
-        NOWAG_ENTRY(sparse_gemv),       NOWAG_ENTRY(prune_objective),   NOWAG_ENTRY(kmeans_spread),
-        NOWAG_ENTRY(kmeans_merge_costs)};
+    std::map<std::string, Operation> all = {NOWAG_OPERATIONS(NOWAG_ENTRY)};
     for (const auto& [name, planted] : simt::planted_kernels()) {
         all[name] = [run = planted](std::vector<Argument>& arguments) {
             run(convert<int*>(arguments.at(0)));

@@ -346,6 +346,23 @@ class Assignment {
     const int threads_;
 };
 
+Status assign(const KmeansProblem* problems, int64_t count, int64_t entries, int d, double scale,
+              bool warm, KmeansStart start, int64_t* changed, int threads) try {
+    if (count < 1 || !valid_entries(entries) || threads < 1) return Status::invalid_argument;
+    for (int64_t b = 0; b < count; ++b) {
+        const KmeansProblem& problem = problems[b];
+        if (!valid_points(problem, d) || problem.codebook == nullptr || problem.codes == nullptr) {
+            return Status::invalid_argument;
+        }
+    }
+    for (int64_t b = 0; b < count; ++b) {
+        changed[b] = Assignment(problems[b], entries, d, scale, warm, start, threads).run();
+    }
+    return Status::ok;
+} catch (const std::bad_alloc&) {
+    return Status::out_of_memory;
+}
+
 }  // namespace
 
 const KmeansTable& kmeans_table() {
@@ -359,23 +376,15 @@ const KmeansTable& kmeans_table() {
 }
 
 Status kmeans_assign(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
-                     double scale, bool warm, int64_t* changed, int threads, bool exhaustive) try {
-    if (count < 1 || !valid_entries(entries) || threads < 1) return Status::invalid_argument;
-    for (int64_t b = 0; b < count; ++b) {
-        const KmeansProblem& problem = problems[b];
-        if (!valid_points(problem, d) || problem.codebook == nullptr || problem.codes == nullptr) {
-            return Status::invalid_argument;
-        }
-    }
-    const KmeansStart start = exhaustive ? KmeansStart::exhaustive
-                              : warm     ? KmeansStart::previous
-                                         : KmeansStart::nothing;
-    for (int64_t b = 0; b < count; ++b) {
-        changed[b] = Assignment(problems[b], entries, d, scale, warm, start, threads).run();
-    }
-    return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+                     double scale, bool warm, int64_t* changed, int threads) {
+    const KmeansStart start = warm ? KmeansStart::previous : KmeansStart::nothing;
+    return assign(problems, count, entries, d, scale, warm, start, changed, threads);
+}
+
+Status kmeans_assign_exhaustive(const KmeansProblem* problems, int64_t count, int64_t entries,
+                                int d, double scale, bool warm, int64_t* changed, int threads) {
+    return assign(problems, count, entries, d, scale, warm, KmeansStart::exhaustive, changed,
+                  threads);
 }
 
 }  // namespace nowag::cpu

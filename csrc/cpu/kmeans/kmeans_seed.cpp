@@ -163,7 +163,7 @@ void next_entry(Sample& sample, int d, Random& random, float* entry) {
 }  // namespace
 
 Status kmeans_seed(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
-                   KmeansInit init, uint64_t seed, float* codebook, int threads) try {
+                   KmeansInit init, int64_t seed, float* codebook, int threads) try {
     if (count < 1 || !valid_entries(entries) || threads < 1) return Status::invalid_argument;
     for (int64_t b = 0; b < count; ++b) {
         if (!valid_points(problems[b], d)) return Status::invalid_argument;
@@ -171,7 +171,7 @@ Status kmeans_seed(const KmeansProblem* problems, int64_t count, int64_t entries
     const Points points{problems, count, d};
     const int64_t n = points.size();
     if (n < entries) return Status::invalid_argument;
-    Random random(seed);
+    Random random(static_cast<uint64_t>(seed));
     if (init == KmeansInit::random) {
         const std::vector<int64_t> chosen = draw_strata(n, entries, random);
         for (int64_t k = 0; k < entries; ++k) {

@@ -48,7 +48,7 @@ double row_energy(const KmeansProblem& problem, int64_t row) {
 }  // namespace
 
 Status kmeans_update(const int64_t* sums, int64_t entries, int d, double scale, float* codebook,
-                     double* objective_drop, uint8_t* empty) {
+                     double* objective_drop, uint8_t* empty, int /*threads*/) {
     if (!valid_entries(entries) || d < 1 || d > kMaxSubvector) return Status::invalid_argument;
     double drop = 0.0;
     for (int64_t k = 0; k < entries; ++k) {
@@ -67,11 +67,12 @@ Status kmeans_update(const int64_t* sums, int64_t entries, int d, double scale, 
     return Status::ok;
 }
 
-Status kmeans_errors(const KmeansProblem& problem, int64_t entries, int d, float* errors,
-                     int threads) {
-    if (!valid_points(problem, d) || !valid_entries(entries) || threads < 1) {
+Status kmeans_errors(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
+                     float* errors, int threads) {
+    if (count != 1 || !valid_points(problems[0], d) || !valid_entries(entries) || threads < 1) {
         return Status::invalid_argument;
     }
+    const KmeansProblem& problem = problems[0];
     const int64_t positions = positions_of(problem, d);
     parallel_for(problem.rows, threads, [&](int64_t row) {
         for (int64_t p = 0; p < positions; ++p) {
@@ -85,11 +86,12 @@ Status kmeans_errors(const KmeansProblem& problem, int64_t entries, int d, float
     return Status::ok;
 }
 
-Status kmeans_spread(const KmeansProblem& problem, int64_t entries, int d, double scale,
-                     int64_t* spread, int threads) try {
-    if (!valid_points(problem, d) || !valid_entries(entries) || threads < 1) {
+Status kmeans_spread(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
+                     double scale, int64_t* spread, int threads) try {
+    if (count != 1 || !valid_points(problems[0], d) || !valid_entries(entries) || threads < 1) {
         return Status::invalid_argument;
     }
+    const KmeansProblem& problem = problems[0];
     // One table a share of the rows; integers, so the shares may follow the number of threads.
     const int64_t size = entries * d;
     const int64_t shares = std::min<int64_t>(threads, problem.rows);
@@ -139,8 +141,10 @@ Status kmeans_merge_costs(const int64_t* sums, const float* codebook, int64_t en
     return Status::out_of_memory;
 }
 
-Status kmeans_energy(const KmeansProblem& problem, int d, double* energy, int threads) try {
-    if (!valid_points(problem, d) || threads < 1) return Status::invalid_argument;
+Status kmeans_energy(const KmeansProblem* problems, int64_t count, int d, double* energy,
+                     int threads) try {
+    if (count != 1 || !valid_points(problems[0], d) || threads < 1) return Status::invalid_argument;
+    const KmeansProblem& problem = problems[0];
     std::vector<double> rows(static_cast<size_t>(problem.rows));
     parallel_for(problem.rows, threads,
                  [&](int64_t row) { rows[static_cast<size_t>(row)] = row_energy(problem, row); });

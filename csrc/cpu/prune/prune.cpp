@@ -200,7 +200,7 @@ Status prune_select(const float* w, const float* h, int64_t rows, int64_t cols, 
 
 Status prune_select_nm(const float* w, const float* h, int64_t rows, int64_t cols, int n, int m,
                        uint8_t* bitmap, int threads) {
-    if (rows < 1 || cols < 1 || n < 1 || n > m || m > 32 || cols % m != 0 || threads < 1) {
+    if (rows < 1 || cols < 1 || n < 1 || n > m || m > kMaxGroup || cols % m != 0 || threads < 1) {
         return Status::invalid_argument;
     }
     const PruneTable& kernel = *table();

@@ -50,7 +50,7 @@ static inline int64_t keep_keys_from(int64_t begin, const float* w, const float*
 // An input is kept if at least m - n of its group come before it in a stable ascending sort.
 static inline void keep_nm_from(int64_t begin, const float* w, const float* h, int64_t cols, int n,
                                 int m, uint8_t* bits) {
-    float group[32];
+    float group[kMaxGroup];
     for (int64_t first = begin; first < cols; first += m) {
         for (int j = 0; j < m; ++j) group[j] = saliency(w[first + j], h[first + j]);
         for (int j = 0; j < m; ++j) {

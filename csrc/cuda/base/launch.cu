@@ -1,5 +1,6 @@
 #include <utility>
 
+#include "cuda/base/error.h"
 #include "cuda/base/launch.h"
 
 namespace nowag::cuda {

@@ -10,9 +10,8 @@
 #include <type_traits>
 
 #include "cuda/base/device.cuh"
-#include "cuda/base/launchers.h"
 #include "nowag/format.h"
-#include "nowag/status.h"
+#include "nowag/operation.h"
 
 namespace nowag::cuda {
 

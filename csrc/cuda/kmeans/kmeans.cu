@@ -2,10 +2,10 @@
 
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/kmeans/kmeans.cuh"
 #include "cuda/kmeans/kmeans_mma.cuh"
 #include "cuda/kmeans/kmeans_scan.cuh"
+#include "nowag/kmeans.h"
 
 namespace nowag::cuda {
 namespace {

@@ -2,8 +2,8 @@
 
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/kmeans/kmeans_seed.cuh"
+#include "nowag/kmeans.h"
 
 namespace nowag::cuda {
 
@@ -41,7 +41,7 @@ int64_t all_chunks(const KmeansProblem* problems, int64_t count, int d) {
 }
 
 int64_t sample_size(int64_t points, int64_t entries) {
-    return std::min(points, cpu::kmeans_sample_size(entries));
+    return std::min(points, kmeans_sample_size(entries));
 }
 
 int bit_length(int64_t n) {
@@ -140,16 +140,16 @@ Status plus_plus(const SeedCall& call, void* workspace) {
 }  // namespace
 
 int64_t kmeans_seed_workspace(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
-                              int init, int64_t, float*) {
-    if (init == static_cast<int>(cpu::KmeansInit::random)) return 0;
+                              KmeansInit init, int64_t, float*) {
+    if (init == KmeansInit::random) return 0;
     const int64_t size = sample_size(all_points(problems, count, d), entries);
     return static_cast<int64_t>(sizeof(SeedScratch)) +
            static_cast<int64_t>(sizeof(unsigned long long)) * (all_chunks(problems, count, d) + 1) +
            static_cast<int64_t>(sizeof(float)) * (2 * d + 1) * size;
 }
 
-Status kmeans_seed(const KmeansProblem* problems, int64_t count, int64_t entries, int d, int init,
-                   int64_t seed, float* codebook, void* workspace, Stream stream) {
+Status kmeans_seed(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
+                   KmeansInit init, int64_t seed, float* codebook, void* workspace, Stream stream) {
     if (count < 1 || entries < 1 || entries > (int64_t{1} << kMaxCodeBits) || d < 1 ||
         d > kMaxSubvector || all_points(problems, count, d) < entries) {
         return Status::invalid_argument;
@@ -158,9 +158,7 @@ Status kmeans_seed(const KmeansProblem* problems, int64_t count, int64_t entries
                         codebook, stream};
     return with_subvector(d, [&](auto subvector) {
         constexpr int kD = subvector.value;
-        if (init == static_cast<int>(cpu::KmeansInit::plus_plus)) {
-            return plus_plus<kD>(call, workspace);
-        }
+        if (init == KmeansInit::plus_plus) return plus_plus<kD>(call, workspace);
         return draw_strata<kD>(call, all_points(problems, count, kD), entries,
                                {codebook, nullptr, kD, 1});
     });

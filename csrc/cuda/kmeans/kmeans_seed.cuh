@@ -17,7 +17,7 @@
 
 namespace nowag::cuda {
 
-constexpr int kCandidates = cpu::kKmeansCandidates;
+constexpr int kCandidates = kKmeansCandidates;
 constexpr int kMaxSeedBlocks = 256;
 constexpr int64_t kSeedPointsPerBlock = 1024;  // fewer would only make the barrier wider
 constexpr int kDistanceBits = 40;              // of the largest q after the first entry

@@ -1,7 +1,7 @@
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/normalize/normalize.cuh"
+#include "nowag/normalize.h"
 
 namespace nowag::cuda {
 

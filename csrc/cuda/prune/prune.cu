@@ -1,7 +1,7 @@
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/prune/prune.cuh"
+#include "nowag/prune.h"
 
 namespace nowag::cuda {
 
@@ -81,7 +81,7 @@ Status prune_select_nm(const float* w, const float* h, int64_t rows, int64_t col
                        uint8_t* bitmap, void*, Stream stream) {
     const dim3 grid(static_cast<unsigned>(rows),
                     blocks_for(8 * bitmap_row_bytes(cols), kPruneThreads));
-    if (!valid_layer(rows, cols) || grid.y > kMaxGridY || n < 1 || n > m || m > kWarpSize ||
+    if (!valid_layer(rows, cols) || grid.y > kMaxGridY || n < 1 || n > m || m > kMaxGroup ||
         cols % m != 0) {
         return Status::invalid_argument;
     }

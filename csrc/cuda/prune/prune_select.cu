@@ -3,8 +3,8 @@
 #include <cstddef>
 
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/prune/prune_select.cuh"
+#include "nowag/prune.h"
 
 namespace nowag::cuda {
 

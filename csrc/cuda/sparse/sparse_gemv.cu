@@ -1,8 +1,8 @@
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/sparse/sparse_gemv.cuh"
 #include "cuda/sparse/sparse_gemv_mma.cuh"
+#include "nowag/sparse_gemv.h"
 
 namespace nowag::cuda {
 namespace {

@@ -1,8 +1,8 @@
 #include "cuda/base/block.cuh"
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/sparse/sparse_pack.cuh"
+#include "nowag/sparse_pack.h"
 
 namespace nowag::cuda {
 

@@ -2,10 +2,10 @@
 
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/vq/vq_gemv.cuh"
 #include "cuda/vq/vq_gemv_lut.cuh"
 #include "cuda/vq/vq_gemv_mma.cuh"
+#include "nowag/vq_gemv.h"
 
 namespace nowag::cuda {
 namespace {

@@ -1,7 +1,7 @@
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
-#include "cuda/base/launchers.h"
 #include "cuda/vq/vq_pack.cuh"
+#include "nowag/vq_pack.h"
 
 namespace nowag::cuda {
 

@@ -10,7 +10,7 @@
 
 namespace nowag {
 
-// The numbers are part of the contract with nowag_ext/ops.py.
+// The numbers reach Python as attributes of the compiled module.
 enum class DType : int { float32 = 0, float16 = 1, bfloat16 = 2 };
 
 static inline int64_t dtype_size(DType dtype) { return dtype == DType::float32 ? 4 : 2; }

@@ -28,8 +28,9 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
-#include "nowag/status.h"
+#include "nowag/operation.h"
 
 namespace nowag {
 
@@ -44,40 +45,47 @@ struct KmeansProblem {
     // Optional working memory that spares later iterations most of their work, never changing a
     // result: gaps [rows, P] is written by every assignment, for the next (not among 1024 entries
     // or more, where gaps hardly ever hold). In a warm call `previous` [K, d] is the codebook of
-    // the call that wrote codes and gaps, or null.
+    // the call that wrote codes and gaps, or null. On a GPU both are left alone.
     const float* previous = nullptr;
     float* gaps = nullptr;
 };
 
-namespace cpu {
+// All fields, in the order in which callers from other languages pass them.
+static inline auto fields(KmeansProblem& problem) {
+    return std::tie(problem.w, problem.h, problem.codebook, problem.codes, problem.sums,
+                    problem.rows, problem.cols, problem.previous, problem.gaps);
+}
 
 // Assigns every point of every problem. `codes` holds the previous assignment (any values < K) if
 // `warm`, and is overwritten. Where a problem has sums: if `warm`, points that changed are taken
 // out of their old entry and added to the new one (sums must be those of the previous assignment);
 // otherwise every point is added (zero the sums before). changed[b] = number of points of problem b
-// whose code differs from the previous one (all of them if not warm). `exhaustive`: every entry is
-// looked at for every point, as a yardstick; the result is the same.
-Status kmeans_assign(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
-                     double scale, bool warm, int64_t* changed, int threads,
-                     bool exhaustive = false);
+// whose code differs from the previous one (all of them if not warm).
+NOWAG_DECLARE(kmeans_assign, const KmeansProblem* problems, int64_t count, int64_t entries, int d,
+              double scale, bool warm, int64_t* changed);
+
+// The same by looking at every entry for every point: a yardstick.
+NOWAG_DECLARE_CPU(kmeans_assign_exhaustive, const KmeansProblem* problems, int64_t count,
+                  int64_t entries, int d, double scale, bool warm, int64_t* changed);
 
 // Moves each entry to the weighted mean of its points. objective_drop = sum over k and j of
 // (2 c num - c^2 den) / scale in float64, with the new, float32-rounded c, k ascending then j: the
 // weighted squared error of the assignment is sum(h x^2) - objective_drop. empty[k] = 1 where entry
 // k has no point. codebook is float32 [K, d], updated in place.
-Status kmeans_update(const int64_t* sums, int64_t entries, int d, double scale, float* codebook,
-                     double* objective_drop, uint8_t* empty);
+NOWAG_DECLARE(kmeans_update, const int64_t* sums, int64_t entries, int d, double scale,
+              float* codebook, double* objective_drop, uint8_t* empty);
 
 // errors[i, p] = sum_j h_pj (x_j - c_j)^2 of the assigned entry, j ascending, in float64, rounded
-// to float32. [rows, P]. Reads codes, which must be < K.
-Status kmeans_errors(const KmeansProblem& problem, int64_t entries, int d, float* errors,
-                     int threads);
+// to float32. [rows, P]. Reads codes, which must be < K. Here and in kmeans_spread and
+// kmeans_energy count must be 1.
+NOWAG_DECLARE(kmeans_errors, const KmeansProblem* problems, int64_t count, int64_t entries, int d,
+              float* errors);
 
 // spread[k][j] = sum of round(h_pj (x_j - c_kj)^2 * scale) over the points assigned to k, int64
 // [K, d]: float64 up to the rounding (to nearest even), then integers, as for sums. Reads codes,
 // which must be < K.
-Status kmeans_spread(const KmeansProblem& problem, int64_t entries, int d, double scale,
-                     int64_t* spread, int threads);
+NOWAG_DECLARE(kmeans_spread, const KmeansProblem* problems, int64_t count, int64_t entries, int d,
+              double scale, int64_t* spread);
 
 // costs[i] = what moving all points of entry k = chosen[i] to the entry that suits them best adds
 // to the objective, since c_k is their mean: the smallest over m != k of
@@ -85,13 +93,12 @@ Status kmeans_spread(const KmeansProblem& problem, int64_t entries, int d, doubl
 //   weight_kj = float(sums[k][d + j] / scale)
 // in float32, so that every instruction set and device gives the same bits; infinity if K is 1.
 // sums as above, codebook float32 [K, d], chosen in [0, K).
-Status kmeans_merge_costs(const int64_t* sums, const float* codebook, int64_t entries, int d,
-                          double scale, const int64_t* chosen, int64_t count, float* costs,
-                          int threads);
+NOWAG_DECLARE(kmeans_merge_costs, const int64_t* sums, const float* codebook, int64_t entries,
+              int d, double scale, const int64_t* chosen, int64_t count, float* costs);
 
 // sum of h x^2 over all points in float64: the denominator of the relative objective. Fixed order:
 // one sum a row (j ascending), rows ascending.
-Status kmeans_energy(const KmeansProblem& problem, int d, double* energy, int threads);
+NOWAG_DECLARE(kmeans_energy, const KmeansProblem* problems, int64_t count, int d, double* energy);
 
 // Writes a starting codebook [K, d] for the points of all problems together (the codebook, codes
 // and sums fields are ignored), which must be at least K. Points are numbered problem by problem,
@@ -131,8 +138,7 @@ constexpr int64_t kmeans_sample_size(int64_t entries) {
 // On layers of SmolLM2 four candidates end 0.3 to 1 % lower than one, eight no lower than four.
 constexpr int kKmeansCandidates = 4;
 
-Status kmeans_seed(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
-                   KmeansInit init, uint64_t seed, float* codebook, int threads);
+NOWAG_DECLARE(kmeans_seed, const KmeansProblem* problems, int64_t count, int64_t entries, int d,
+              KmeansInit init, int64_t seed, float* codebook);
 
-}  // namespace cpu
 }  // namespace nowag

@@ -18,7 +18,7 @@
 #include <cstdint>
 
 #include "nowag/dtype.h"
-#include "nowag/status.h"
+#include "nowag/operation.h"
 
 namespace nowag {
 
@@ -26,10 +26,7 @@ constexpr double kNormEps = 1e-5;
 constexpr int64_t kNormalizeRowBlock = 64;
 constexpr int64_t kNormalizeLanes = 32;
 
-namespace cpu {
+NOWAG_DECLARE(normalize, const void* weight, DType dtype, int64_t rows, int64_t cols,
+              int64_t row_stride, float* out, float* row_norms, float* col_norms);
 
-Status normalize(const void* weight, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
-                 float* out, float* row_norms, float* col_norms, int threads);
-
-}  // namespace cpu
 }  // namespace nowag

@@ -20,17 +20,14 @@
 #include <cstdint>
 
 #include "nowag/dtype.h"
-#include "nowag/status.h"
+#include "nowag/operation.h"
 
 namespace nowag {
 
 constexpr int64_t kSparseGemvMaxTokens = 16;
 
-namespace cpu {
+NOWAG_DECLARE(sparse_gemv, const void* x, DType dtype, int64_t tokens, const uint8_t* bitmap,
+              const void* values, DType values_dtype, const int32_t* row_offsets, const void* bias,
+              int64_t rows, int64_t cols, void* y);
 
-Status sparse_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* bitmap,
-                   const void* values, DType values_dtype, const int32_t* row_offsets,
-                   const void* bias, int64_t rows, int64_t cols, void* y, int threads);
-
-}  // namespace cpu
 }  // namespace nowag

@@ -36,23 +36,20 @@
 #include <cstdint>
 
 #include "nowag/dtype.h"
-#include "nowag/status.h"
+#include "nowag/operation.h"
 
 namespace nowag {
 
-// The most tokens the kernel takes; ops.py dequantises tiles into a dense GEMM beyond.
+// The most tokens the kernel takes; nowag_ext/ops dequantises tiles into a dense GEMM beyond.
 constexpr int64_t kVqGemvMaxTokens = 16;
 
 // The most positions whose tables share one scale: 16-bit sums of 256 bytes cannot overflow, and
 // the tables, 128 KiB, stay in an L2 cache. Long runs of positions let codes stream from memory.
 constexpr int64_t kVqLookupGroup = 256;
 
-namespace cpu {
+// On a GPU the codebook is aligned to 4 bytes.
+NOWAG_DECLARE(vq_gemv, const void* x, DType dtype, int64_t tokens, const uint8_t* packed,
+              const uint16_t* codebook, const uint16_t* row_norms, const uint16_t* col_norms,
+              const void* bias, int64_t rows, int64_t cols, int d, int code_bits, void* y);
 
-Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed,
-               const uint16_t* codebook, const uint16_t* row_norms, const uint16_t* col_norms,
-               const void* bias, int64_t rows, int64_t cols, int d, int code_bits, void* y,
-               int threads);
-
-}  // namespace cpu
 }  // namespace nowag

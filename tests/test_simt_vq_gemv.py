@@ -1,0 +1,140 @@
+"""The VQ GEMV on the host SIMT executor (simt_cases.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simt_cases import (
+    CODES,
+    DTYPES,
+    VQ_SHAPES,
+    assert_same_bits,
+    assert_within_bound,
+    needs_compiler,
+    poisoned,
+    randn,
+    vq_weight,
+)
+from simt_host import Driver
+from torch import Tensor
+
+from nowag_ext import reference
+
+pytestmark = needs_compiler
+
+
+def lost_by_split(x: Tensor, vq: tuple[Tensor, ...], d: int) -> Tensor:
+    """The term that vq_gemv.h adds to the bound for kernels that split inputs."""
+    codes, codebook, row_norms, col_norms = vq
+    ones = torch.ones_like(col_norms)
+    entries = (
+        reference.vq_dequantize(codes, codebook, row_norms, ones, torch.float32).double().abs()
+    )
+    lost = torch.zeros(len(x), len(row_norms), dtype=torch.float64)
+    for run in range(0, len(col_norms), 8 * d):
+        columns = slice(run, run + 8 * d)
+        largest = (x[:, columns].double() * col_norms[columns].double()).abs().amax(1)
+        lost += 2.0**-39 * largest[:, None] * entries[:, columns].sum(1)
+    return lost
+
+
+def fewest_tokens(d: int, code_bits: int, tokens: int) -> int:
+    """How few tokens give a token the bits that it has among `tokens` (vq_gemv.h)."""
+    return 3 if (d, code_bits) == (6, 12) and tokens > 2 else 1
+
+
+def run_vq_gemv(
+    driver: Driver,
+    x: Tensor,
+    vq: tuple[Tensor, Tensor, Tensor, Tensor],
+    d: int,
+    code_bits: int,
+    bias: Tensor | None,
+    seed: int,
+) -> Tensor:
+    rows, cols = len(vq[2]), len(vq[3])
+    y = poisoned(len(x), rows, dtype=x.dtype)
+    arguments = [x.contiguous(), CODES[x.dtype], len(x), *vq, bias, rows, cols, d, code_bits, y]
+    assert driver.run("vq_gemv", *arguments, seed=seed) == 0
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols", "d", "code_bits"), VQ_SHAPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 16])
+def test_vq_gemv(
+    driver: Driver, rows: int, cols: int, d: int, code_bits: int, tokens: int, dtype: torch.dtype
+) -> None:
+    vq = vq_weight(rows, cols, d, code_bits, seed=130)
+    x = randn(16, cols, seed=131).to(dtype)
+    bias = randn(rows, seed=132).to(dtype) if tokens % 2 else None
+    y = run_vq_gemv(driver, x[:tokens], vq, d, code_bits, bias, seed=tokens % 4)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    assert_within_bound(y, x[:tokens], weight, bias)
+    fewest = fewest_tokens(d, code_bits, tokens)
+    others = x[tokens - fewest : tokens].flip(0)  # the last token is the first among them
+    again = run_vq_gemv(driver, others, vq, d, code_bits, bias, seed=0)
+    assert_same_bits(y[tokens - 1 :], again[:1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8)])
+# One row; one chunk and two chunks of rows; a band's tail; one and several segments, and a tail of
+# positions; more items than blocks, the last of one segment shorter.
+@pytest.mark.parametrize(
+    ("rows", "cols"), [(1, 50), (4130, 100), (300, 203), (192, 401), (70, 1601)]
+)
+def test_vq_gemv_fast_paths(
+    driver: Driver, rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype
+) -> None:
+    if (rows > 4096 or cols > 1000) and dtype != torch.float16:
+        pytest.skip("the large cases in one dtype are enough")
+    vq = vq_weight(rows, cols, d, code_bits, seed=160)
+    x, bias = randn(16, cols, seed=161).to(dtype), randn(rows, seed=162).to(dtype)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    first: dict[int, Tensor] = {}
+    for tokens in (1, 2, 3, 8, 11, 16):
+        y = run_vq_gemv(driver, x[:tokens], vq, d, code_bits, bias, seed=tokens % 4)
+        assert_within_bound(y, x[:tokens], weight, bias)
+        assert_same_bits(y[:1], first.setdefault(fewest_tokens(d, code_bits, tokens), y[:1]))
+
+
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 11])
+@pytest.mark.parametrize("kind", ["1e30", "1e-30", "subnormal", "zero", "outliers", "all sizes"])
+def test_vq_gemv_of_extreme_inputs(
+    driver: Driver, d: int, code_bits: int, tokens: int, kind: str
+) -> None:
+    rows, cols = 70, 205
+    vq = vq_weight(rows, cols, d, code_bits, seed=170)
+    x = randn(tokens, cols, seed=171)
+    if kind == "outliers":
+        x[:, 7::40] *= 1e4
+    elif kind == "all sizes":
+        x *= 10.0 ** (20 * torch.rand(cols, generator=torch.Generator().manual_seed(172)) - 10)
+    else:
+        x *= {"1e30": 1e30, "1e-30": 1e-30, "subnormal": 1e-39, "zero": 0.0}[kind]
+    y = run_vq_gemv(driver, x, vq, d, code_bits, None, seed=2)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    # float32 itself loses 2^-150 of a subnormal input times its norm.
+    below = 2.0**-149 * weight.abs().sum(1) / vq[3].double().min()
+    assert_within_bound(y, x, weight, None, lost_by_split(x, vq, d) + below)
+    if kind == "outliers":  # of a model: nothing is lost that counts
+        assert_within_bound(y, x, weight, None)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (3, 9)])
+@pytest.mark.parametrize("tokens", [2, 11])
+def test_vq_gemv_of_inputs_that_are_not_finite(
+    driver: Driver, d: int, code_bits: int, tokens: int, dtype: torch.dtype, bad: float
+) -> None:
+    vq = vq_weight(40, 97, d, code_bits, seed=180)
+    x = randn(tokens, 97, seed=181).to(dtype)
+    want = run_vq_gemv(driver, x, vq, d, code_bits, None, seed=2)
+    x[1, 60] = bad
+    y = run_vq_gemv(driver, x, vq, d, code_bits, None, seed=2)
+    assert not y[1].isfinite().any()
+    others = torch.arange(tokens) != 1
+    assert_same_bits(y[others], want[others])

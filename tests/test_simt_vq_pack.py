@@ -1,0 +1,49 @@
+"""Packing and dequantising codes on the host SIMT executor (simt_cases.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simt_cases import (
+    CODES,
+    DTYPES,
+    VQ_SHAPES,
+    assert_same_bits,
+    needs_compiler,
+    poisoned,
+    vq_weight,
+)
+from simt_host import Driver
+
+from nowag_ext import ops, reference
+
+pytestmark = needs_compiler
+
+
+@pytest.mark.parametrize("code_bits", range(1, 17))
+@pytest.mark.parametrize(("rows", "positions"), [(1, 1), (33, 70)])
+def test_pack_and_unpack(driver: Driver, rows: int, positions: int, code_bits: int) -> None:
+    generator = torch.Generator().manual_seed(110)
+    codes = torch.randint(0, 2**code_bits, (rows, positions), generator=generator).to(torch.uint16)
+    packed = poisoned(*ops.packed_shape(rows, positions, 1, code_bits), dtype=torch.uint8)
+    assert driver.run("pack_codes", codes, rows, positions, code_bits, packed) == 0
+    assert_same_bits(packed, reference.pack_codes(codes, code_bits))
+    unpacked = torch.zeros_like(codes)
+    assert driver.run("unpack_codes", packed, rows, positions, code_bits, unpacked) == 0
+    assert_same_bits(unpacked, codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "cols", "d", "code_bits"), VQ_SHAPES)
+def test_vq_dequantize(
+    driver: Driver, rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype
+) -> None:
+    vq = vq_weight(rows, cols, d, code_bits, seed=120)
+    want = reference.vq_dequantize(*vq, dtype)
+    for begin in range(0, rows, 32):
+        end = min(rows, begin + 64)
+        out = poisoned(end - begin, cols + 2, dtype=dtype)
+        arguments = [*vq, rows, cols, d, code_bits, begin, end, out, CODES[dtype], cols + 2]
+        assert driver.run("vq_dequantize", *arguments) == 0
+        assert_same_bits(out[:, :cols].contiguous(), want[begin:end])
+        assert out[:, cols:].isnan().all()
