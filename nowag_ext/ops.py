@@ -11,13 +11,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nowag_ext import _cpu
 from nowag_ext.gemm import gemm_dtype
+
+try:
+    import nowag_ext._cpu as _cpu
+except ModuleNotFoundError:  # a module that is there but does not load says itself why
+    raise ImportError(
+        f"there are no compiled kernels in {Path(__file__).parent}: these are the sources, which "
+        "hide an installed nowag_ext from Python when it is started in their folder. Start it in "
+        "another folder, or put the kernels here with `pip install -e .`"
+    ) from None
 
 _cuda: Any
 try:

@@ -1,12 +1,19 @@
-"""Shared by the tests: poisoned allocations, thread counts, hypothesis settings."""
+"""Shared by the tests: no network, poisoned allocations, thread counts, hypothesis settings."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# No test needs a network; of a hub it would ask here for what it knows not to be there.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Here, so that where its kernels are not built this is said once and not of every file of tests.
+import nowag_ext.ops  # noqa: F401
 
 # Kernels write into torch.empty: filling it with NaN (or the largest integer) makes an element that
 # a kernel forgot show up in every comparison.
