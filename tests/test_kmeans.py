@@ -205,7 +205,8 @@ def test_merge_costs_are_the_oracle_bit_for_bit(
     w, h, codebook = problem(rows, cols, d, code_bits)
     sums, scale = zero_sums(codebook), scale_of(w, h)
     ops.kmeans_assign([w], [h], [codebook], [empty_codes(w, d)], [sums], scale, False)
-    chosen = torch.randperm(len(codebook))[: max(1, len(codebook) // 2)]
+    # More of them would show nothing else, and cost the oracle seconds.
+    chosen = torch.randperm(len(codebook))[: min(200, max(1, len(codebook) // 2))]
     got = ops.kmeans_merge_costs(sums, codebook, scale, chosen)
     assert_same_bits(got, reference.kmeans_merge_costs(sums, codebook, scale, chosen))
 
