@@ -29,10 +29,11 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nowag_ext import ops
+from nowag_ext import _cpu, ops
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.generate import tokens_per_second
 from nowag_ext.linear import VQLinear
+from nowag_ext.ops.checks import DTYPES
 
 D, BITS = 4, 2
 SHAPES: dict[str, dict[str, int]] = {
@@ -144,9 +145,9 @@ def kernel(linear: VQLinear, x: Tensor) -> Call:
     """The bare kernel: all addresses known, nothing checked, nothing allocated."""
     rows, cols = linear.out_features, linear.in_features
     y = x.new_empty(1, rows)
-    launch, addresses = ops._cpu.vq_gemv, [tensor.data_ptr() for tensor in tensors(linear)]
+    launch, addresses = _cpu.vq_gemv, [tensor.data_ptr() for tensor in tensors(linear)]
     arguments = (
-        x.data_ptr(), ops._DTYPES[x.dtype], 1, *addresses, 0, rows, cols, D, D * BITS,
+        x.data_ptr(), DTYPES[x.dtype], 1, *addresses, 0, rows, cols, D, D * BITS,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +23,6 @@ from nowag_ext import ops, prune, vq_compress
 
 ROWS, COLS = 4096, 4096
 LLAMA_2_7B = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
-
-
-def seconds(action: Callable[[], Any]) -> float:
-    """Wall time of an action with its kernels."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def points(d: int) -> tuple[Tensor, Tensor]:
@@ -57,7 +47,7 @@ def flash_seconds(w: Tensor, codebook: Tensor, iterations: int = 10) -> float | 
     d = codebook.shape[1]
     flat = torch.nn.functional.pad(w, (0, -COLS % d)).view(-1, d)
     run = gpu_peers.flash_kmeans(flat, codebook, iterations)
-    return None if run is None else seconds(run) / iterations
+    return None if run is None else gpu.seconds(run) / iterations
 
 
 def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
@@ -66,7 +56,7 @@ def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
     entries = 2**code_bits
     scale = ops.kmeans_scale(float(ROWS * h.double().sum()), float(w.abs().max()))
     ops.kmeans_seed([w], [h], entries, d, "kmeans++", 0)
-    seeding = seconds(lambda: ops.kmeans_seed([w], [h], entries, d, "kmeans++", 0))
+    seeding = gpu.seconds(lambda: ops.kmeans_seed([w], [h], entries, d, "kmeans++", 0))
     codebook = ops.kmeans_seed([w], [h], entries, d, "kmeans++", 0)
     codes = torch.zeros(ROWS, len(h) // d, dtype=torch.uint16, device="cuda")
     sums = torch.zeros(entries, 2 * d + 1, dtype=torch.int64, device="cuda")
@@ -83,9 +73,9 @@ def bench_kmeans(d: int, code_bits: int, iterations: int) -> list[gpu.Line]:
         marks[iteration + 1].record()
     torch.cuda.synchronize()
     times = [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(marks)]
-    rows = max(1, 2**30 // (len(h) // d * entries * 4 * 8))
+    rows = max(1, min(ROWS, 2**30 // (len(h) // d * entries * 4 * 8)))
     torch_assign(w, h, codebook, rows)
-    peer = seconds(lambda: torch_assign(w, h, codebook, rows)) * ROWS / rows
+    peer = gpu.seconds(lambda: torch_assign(w, h, codebook, rows)) * ROWS / rows
     mean = statistics.fmean(times)
     flash = flash_seconds(w, codebook)
     ordered = sorted(time * 1e6 for time in times)
@@ -111,11 +101,13 @@ def bench_selection(bandwidth: float) -> list[gpu.Line]:
     saliency = [h * w.square() for w in weights[:2]]
     half = ROWS * COLS // 2
     zeros = [w * (w > 0) for w in weights]
+    ties, ones = [w.round() for w in weights], torch.ones_like(h)
     bitmap = ops.prune_select(weights[0], h, half)
     timings = gpu.compare(
         {
             "50 %": [lambda w=w: ops.prune_select(w, h, half) for w in weights],
             "50 %, half zeros": [lambda w=w: ops.prune_select(w, h, half) for w in zeros],
+            "50 %, ties": [lambda w=w: ops.prune_select(w, ones, half) for w in ties],
             "objective": [lambda w=w: ops.prune_objective(w, h, bitmap) for w in weights],
             "2:4": [lambda w=w: ops.prune_select_nm(w, h, 2, 4) for w in weights],
             "normalize": [lambda w=w: ops.normalize(w) for w in weights],
@@ -130,8 +122,8 @@ def bench_selection(bandwidth: float) -> list[gpu.Line]:
         graphs=False,
         rounds=5,
     )
-    size = dict.fromkeys(timings, ROWS * COLS * 4)
-    size["normalize"] *= 3
+    once = ROWS * COLS * 4
+    size = {name: once * (3 if name == "normalize" else 1) for name in timings}
     return gpu.lines("select", f"{ROWS}x{COLS}", {**timings, **slow}, size, "read once", bandwidth)
 
 
@@ -150,7 +142,7 @@ def bench_model(quick: bool) -> list[gpu.Line]:
             w = torch.randn(rows, cols, device="cuda", dtype=torch.bfloat16)
             act_norms = torch.rand(cols, device="cuda") + 0.1
             job(w, act_norms)
-            total += count * seconds(functools.partial(job, w, act_norms))
+            total += count * gpu.seconds(functools.partial(job, w, act_norms))
         results.append(gpu.Line("Llama-2-7B", "all linears", name, total * 1e6, 0, 0))
     return results
 

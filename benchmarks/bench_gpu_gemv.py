@@ -1,4 +1,4 @@
-"""VQ and sparse GEMV on a GPU against dense cuBLAS and published kernels, under graph replay.
+"""VQ and sparse GEMV on a GPU against what torch has: cuBLAS, its int4 and its 2:4 product.
 
 python benchmarks/bench_gpu_gemv.py --json out.json
 """
@@ -64,49 +64,55 @@ def check(call: Call, dense: Tensor, cols: int, what: str) -> None:
             )
 
 
-def contenders(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
-    """Name -> (one call an operand copy, bytes of one copy)."""
-    found: dict[str, tuple[list[Call], int]] = {}
+Contenders = dict[str, tuple[list[Call], int]]  # one call an operand copy, bytes of one copy
 
-    def add(name: str, make: Callable[[], list[Tensor]], apply: Callable[..., Tensor]) -> None:
-        first = make()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in first)
-        weights = [first] + [make() for _ in range(gpu.copies(size) - 1)]
-        found[name] = ([lambda x, w=w: apply(x, *w) for w in weights], size)
 
-    def dense() -> list[Tensor]:
+def rotated(
+    make: Callable[[], list[Tensor]], apply: Callable[..., Tensor]
+) -> tuple[list[Call], int]:
+    """A contender whose operands make() makes."""
+    first = make()
+    size = sum(tensor.numel() * tensor.element_size() for tensor in first)
+    weights = [first] + [make() for _ in range(gpu.copies(size) - 1)]
+    return [lambda x, w=w: apply(x, *w) for w in weights], size
+
+
+def dense(rows: int, cols: int) -> tuple[list[Call], int]:
+    def make() -> list[Tensor]:
         return [torch.randn(rows, cols, device="cuda", dtype=DTYPE)]
 
-    add(DENSE, dense, torch.nn.functional.linear)
-    add(
-        "cuBLAS fp16",
-        lambda: [weight.half() for weight in dense()],
-        torch.nn.functional.linear,
-    )
+    return rotated(make, torch.nn.functional.linear)
+
+
+def vq(rows: int, cols: int) -> Contenders:
+    """Our VQ kernels, checked."""
+    found = {}
     for name, (d, code_bits) in VQ.items():
         weight = vq_weight(rows, cols, d, code_bits)
-        check(
-            lambda x, w=weight: ops.vq_gemv(x, *w),
-            ops.vq_dequantize(*weight, torch.float32),
-            cols,
-            name,
+        want = ops.vq_dequantize(*weight, torch.float32)
+        check(lambda x, w=weight: ops.vq_gemv(x, *w), want, cols, name)
+        found[name] = rotated(
+            lambda d=d, bits=code_bits: vq_weight(rows, cols, d, bits), ops.vq_gemv
         )
-        add(name, lambda d=d, bits=code_bits: vq_weight(rows, cols, d, bits), ops.vq_gemv)
+    return found
+
+
+def sparse(rows: int, cols: int) -> Contenders:
+    """Our kernels for pruned weights, checked."""
+    found = {}
     for pattern in ("50 %", "2:4"):
-        sparse = sparse_weight(rows, cols, pattern)
-        check(
-            lambda x, w=sparse: ops.sparse_gemv(x, *w),
-            ops.sparse_dequantize(*sparse, cols, torch.float32),
-            cols,
-            pattern,
-        )
+        weight = sparse_weight(rows, cols, pattern)
+        want = ops.sparse_dequantize(*weight, cols, torch.float32)
+        check(lambda x, w=weight: ops.sparse_gemv(x, *w), want, cols, pattern)
         # Copies of one weight: what is measured does not depend on which weights are kept.
-        add(f"sparse {pattern}", lambda w=sparse: [t.clone() for t in w], ops.sparse_gemv)
+        found[f"sparse {pattern}"] = rotated(
+            lambda w=weight: [t.clone() for t in w], ops.sparse_gemv
+        )
     return found
 
 
 def bench(
-    found: dict[str, tuple[list[Call], int]], shape: str, tokens: int, cols: int, bandwidth: float
+    found: Contenders, shape: str, tokens: int, cols: int, bandwidth: float
 ) -> list[gpu.Line]:
     x = torch.randn(tokens, cols, device="cuda", dtype=DTYPE)
     calls = {
@@ -123,23 +129,14 @@ def main() -> None:
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s")
     results: list[gpu.Line] = []
     for rows, cols in QUICK if options.quick else SHAPES:
-        own, published = contenders(rows, cols), gpu_peers.gemv(rows, cols)
+        found = {DENSE: dense(rows, cols), **vq(rows, cols), **sparse(rows, cols)}
+        found |= gpu_peers.layers(gpu_peers.TORCH, rows, cols)
         for tokens in TOKENS if (rows, cols) in QUICK else TOKENS[:1]:
-            shape = f"{rows}x{cols} tokens={tokens}"
-            lines = bench(own, shape, tokens, cols, bandwidth)
-            try:  # whatever a peer cannot do, ours is measured, on the stream that was current
-                with torch.cuda.stream(torch.cuda.current_stream()):
-                    lines += (
-                        bench({DENSE: own[DENSE], **published}, shape, tokens, cols, bandwidth)[1:]
-                        if published
-                        else []
-                    )
-            except Exception as reason:
-                print(f"peers left out: {type(reason).__name__}: {str(reason)[:100]!r}")
+            lines = bench(found, f"{rows}x{cols} tokens={tokens}", tokens, cols, bandwidth)
             gpu.print_lines(lines)
             results += lines
             gpu.write(options.json, results, copy_bandwidth=bandwidth)
-        del own, published
+        del found
         torch.cuda.empty_cache()
 
 

@@ -7,16 +7,22 @@ operands of its own, so that together they exceed the L2 cache. Contenders take 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import baseline
 import torch
 
 ROTATED_BYTES = 256 << 20  # several times any L2
@@ -75,7 +81,7 @@ def _elapsed(action: Callable[[], Any]) -> float:
     return start.elapsed_time(end) * 1e3
 
 
-def graph_calls(contenders: dict[str, Sequence[Callable[[], Any]]]) -> int:
+def graph_calls(contenders: Mapping[str, Sequence[Callable[[], Any]]]) -> int:
     """How many calls each contender's graph holds: all its copies, unless calls are long."""
     longest = 0.0
     for calls in contenders.values():
@@ -86,24 +92,77 @@ def graph_calls(contenders: dict[str, Sequence[Callable[[], Any]]]) -> int:
 
 
 def compare(
-    contenders: dict[str, Sequence[Callable[[], Any]]], *, graphs: bool = True, rounds: int = 25
+    contenders: Mapping[str, Sequence[Callable[[], Any]]], *, graphs: bool = True, rounds: int = 25
 ) -> dict[str, tuple[float, float, float]]:
-    """(median, p10, p90) microseconds a call of each contender, replayed in turn."""
+    """(median, p10, p90) microseconds a call of each contender, replayed in turn.
+
+    One that cannot run here is left out, with its reason.
+    """
+    contenders = {name: calls for name, calls in contenders.items() if runs(name, calls[0])}
     actions: dict[str, tuple[Callable[[], Any], int]] = {}
-    count = graph_calls(contenders) if graphs else 0
+    count = graph_calls(contenders) if graphs and contenders else 0
     for name, calls in contenders.items():
-        if graphs:
-            rotated = [calls[i % len(calls)] for i in range(count)]
-            actions[name] = (capture(rotated).replay, count)
-        else:
+        if not graphs:
             actions[name] = (lambda calls=calls: [call() for call in calls], len(calls))
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
+            continue
+        rotated = [calls[i % len(calls)] for i in range(count)]
+        if graph := attempt(name, lambda rotated=rotated: capture(rotated)):
+            actions[name] = (graph.replay, count)
+    samples: dict[str, list[float]] = {name: [] for name in actions}
     for round_number in range(rounds + 3):
         for name, (action, count) in actions.items():
             elapsed = _elapsed(action) / count
             if round_number >= 3:
                 samples[name].append(elapsed)
     return {name: _spread(times) for name, times in samples.items()}
+
+
+def attempt(name: str, make: Callable[[], Any]) -> Any:
+    """What make() returns; None, and why on a line, if it raises, on the stream that was current.
+
+    A peer that fails, whatever it is, ends neither a benchmark nor what is measured beside it.
+    """
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            return make()
+    except Exception as reason:
+        message = " ".join(str(reason).split())
+        print(f"{name} left out: {type(reason).__name__}: {message[:160]}", flush=True)
+        return None
+
+
+def runs(name: str, call: Callable[[], Any]) -> bool:
+    """Whether a call can be made, its kernels included."""
+
+    def once() -> bool:
+        call()
+        torch.cuda.synchronize()
+        return True
+
+    return bool(attempt(name, once))
+
+
+def seconds(action: Callable[[], Any], count: int = 1) -> float:
+    """Wall time of an action with its kernels, the mean of so many."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        action()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
+
+
+def host_seconds(call: Callable[[], Any], count: int = 300) -> float:
+    """What a call takes of the host alone: its kernels are short, or wait for the first."""
+    for _ in range(20):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / count
 
 
 def _spread(times: list[float]) -> tuple[float, float, float]:
@@ -150,17 +209,30 @@ def lines(
 
 
 def print_lines(results: Sequence[Line]) -> None:
-    """One line a contender: us, spread, GB/s as % of a copy's, ratio to the peer."""
+    """One line a contender: its time beside what is known of it, % of a copy, ratio to its peer."""
+    known = baseline.of_device(torch.cuda.get_device_name())
     for line in results:
-        ratio = f"{line.times_peer:6.2f} x {line.peer}" if line.times_peer else ""
-        ratio += "".join(f"  {name}={value:.4g}" for name, value in line.notes.items())
-        print(
-            f"{line.op:16} {line.shape:24} {line.contender:22} {line.microseconds:10.2f} us "
-            f"({line.p10:.2f}-{line.p90:.2f}) {line.percent_of_copy:5.1f} % of copy  {ratio}",
-            flush=True,
-        )
+        parts = [
+            f"{line.op:12} {line.shape:24} {line.contender:22} {known.beside(asdict(line))} us"
+        ]
+        if line.p90:
+            parts.append(f"[{line.p10:.2f}, {line.p90:.2f}]")
+        if line.bytes:
+            parts.append(f"{line.percent_of_copy:.1f} % of copy")
+        if line.times_peer:
+            parts.append(f"{line.times_peer:.2f} x {line.peer}")
+        parts += [f"{name}={value:.4g}" for name, value in line.notes.items()]
+        print("  ".join(parts), flush=True)
 
 
+def kernel_name(name: str) -> str:
+    """vq_gemv_lut<2 1> of `void nowag::cuda::vq_gemv_lut<(nowag::DType)2, 1>(VqWeight, ...)`."""
+    name = re.sub(r"^void |\(anonymous namespace\)::|nowag::(?:cuda::)?", "", name)
+    name = re.sub(r"\((?:\w+::)*\w+\)(?=\d)", "", name)  # casts of template arguments
+    return name.partition("(")[0].replace(",", "").strip()[:80]
+
+
+@functools.cache
 def machine() -> dict[str, Any]:
     """Device, driver, clocks as found, versions, commit."""
     query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
@@ -182,7 +254,8 @@ def _output(*command: str) -> str:
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """--json FILE and --quick, which every GPU benchmark has."""
+    """--json FILE and --quick, which every GPU benchmark has; gradients are off from here on."""
+    torch.set_grad_enabled(False)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--quick", action="store_true", help="few shapes and repeats")
@@ -193,5 +266,19 @@ def write(path: Path | None, results: Sequence[Line], **more: Any) -> None:
     """Writes the figures with what they were measured on."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figures = {"machine": machine(), **more, "lines": [asdict(line) for line in results]}
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+        figures = {
+            "command": command(), "machine": machine(), **more,
+            "lines": [asdict(line) for line in results],
+        }  # fmt: skip
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(figures, indent=1) + "\n")
+        partial.replace(path)  # run_gpu.py reads it while the benchmark goes on
+
+
+def command() -> str:
+    """How this program was called, without where its figures go."""
+    script, *rest = sys.argv
+    if "--json" in rest:
+        at = rest.index("--json")
+        del rest[at : at + 2]
+    return shlex.join(["python", f"benchmarks/{Path(script).name}", *rest])

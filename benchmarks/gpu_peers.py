@@ -6,6 +6,8 @@ Python, torch and CUDA.
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ Call = Callable[[Tensor], Tensor]
 DTYPE = torch.bfloat16
 
 
-def _torch_2_4(rows: int, cols: int) -> tuple[Call, int]:
+def torch_2_4(rows: int, cols: int) -> tuple[Call, int]:
     """torch's semi-structured sparse product: 2 of 4 values and 2 bits each for where they are."""
     from torch.sparse import to_sparse_semi_structured
 
@@ -26,18 +28,36 @@ def _torch_2_4(rows: int, cols: int) -> tuple[Call, int]:
     return lambda x: torch.nn.functional.linear(x, weight), rows * cols * 9 // 8
 
 
-def _aqlm(rows: int, cols: int) -> tuple[Call, int]:
-    """AQLM's 2 bits a weight: one codebook of 65536 entries of 8."""
+def torch_int4(rows: int, cols: int) -> tuple[Call, int]:
+    """torch's int4 product (tinygemm): 4 bits a weight, a scale and a zero for 128 of them."""
+    group = 128
+    weight = torch.randint(0, 256, (rows, cols // 2), dtype=torch.uint8, device="cuda")
+    packed = torch.ops.aten._convert_weight_to_int4pack(weight, 8)
+    scales = torch.randn(cols // group, rows, 2, device="cuda", dtype=DTYPE) / 100
+    size = weight.numel() + scales.numel() * scales.element_size()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, group, scales), size
+
+
+def aqlm_layer(rows: int, cols: int, codebooks: int, bits: int) -> tuple[Call, int]:
+    """AQLM's 2 bits a weight: codebooks of entries of 8 that are added up."""
+    # It compiles its kernels when it is first used.
+    major, minor = torch.cuda.get_device_capability()
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
     from aqlm import QuantizedLinear
 
     layer = QuantizedLinear(
-        cols, rows, in_group_size=8, out_group_size=1, num_codebooks=1, nbits_per_codebook=16,
-        bias=False, device="cuda", dtype=torch.float16,
+        cols, rows, in_group_size=8, out_group_size=1, num_codebooks=codebooks,
+        nbits_per_codebook=bits, bias=False, device="cuda", dtype=torch.float16,
     )  # fmt: skip
-    return layer, rows * cols // 4
+    info = torch.iinfo(layer.codes.dtype)
+    codes = torch.randint(info.min, info.max + 1, layer.codes.shape, device="cuda")
+    layer.codes.copy_(codes.to(layer.codes.dtype))
+    layer.codebooks.normal_()
+    layer.scales.fill_(0.01)
+    return layer, rows * cols * codebooks * bits // 64
 
 
-def _vptq(rows: int, cols: int) -> tuple[Call, int]:
+def vptq_layer(rows: int, cols: int) -> tuple[Call, int]:
     """VPTQ's 2 bits a weight: one codebook of 65536 entries of 8, no residual, no outliers."""
     from vptq.layers.vqlinear import VQuantLinear
     from vptq.ops import quant_gemm
@@ -50,14 +70,21 @@ def _vptq(rows: int, cols: int) -> tuple[Call, int]:
         group_num=1, group_size=cols, outlier_size=0, indices_as_float=False,
         is_indice_packed=True, device="cuda", dtype=DTYPE, enable_proxy_error=False,
     )  # fmt: skip
-    with torch.no_grad():
-        layer.indices.copy_(torch.randint_like(layer.indices, 0, 2**31 - 1))
-        layer.centroids.weight.normal_()
+    layer.indices.copy_(torch.randint_like(layer.indices, 0, 2**31 - 1))
+    layer.centroids.weight.normal_()
     return lambda x: layer(x[:, None])[:, 0], rows * cols // 4
 
 
-GEMV = {"torch 2:4": _torch_2_4, "aqlm 1x16": _aqlm, "vptq 8x16": _vptq}
-IN_HALF = {"cuBLAS fp16", "aqlm 1x16"}  # contenders that take float16 inputs
+Make = Callable[[int, int], tuple[Call, int]]
+TORCH: dict[str, Make] = {"torch int4": torch_int4, "torch 2:4": torch_2_4}
+PUBLISHED: dict[str, Make] = {
+    "aqlm 2x8": functools.partial(aqlm_layer, codebooks=2, bits=8),
+    "aqlm 1x16": functools.partial(aqlm_layer, codebooks=1, bits=16),
+    "vptq 8x16": vptq_layer,
+}
+IN_HALF = {"aqlm 2x8", "aqlm 1x16"}  # contenders that take float16 inputs
+MOST_COPIES = 24  # their layers are slow to make; so many exceed a cache of 50 MB
+_missing: set[str] = set()  # what failed once is not tried at every shape
 
 
 def inputs(name: str, x: Tensor) -> Tensor:
@@ -65,24 +92,30 @@ def inputs(name: str, x: Tensor) -> Tensor:
     return x.half() if name in IN_HALF else x
 
 
-def gemv(rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
+def layers(makers: dict[str, Make], rows: int, cols: int) -> dict[str, tuple[list[Call], int]]:
     """Name -> (calls of a linear layer of this size, bytes of its weight)."""
     found: dict[str, tuple[list[Call], int]] = {}
-    for name, make in GEMV.items():
-        try:
-            first = make(rows, cols)
-            first[0](inputs(name, torch.randn(1, cols, device="cuda", dtype=DTYPE)))
-            made = [first] + [make(rows, cols) for _ in range(gpu.copies(first[1]) - 1)]
-        except Exception as reason:  # whatever it is: see the module's text
-            print(f"{name} left out: {type(reason).__name__}: {str(reason)[:100]!r}")
-        else:
-            found[name] = ([call for call, _ in made], first[1])
+    for name, make in makers.items():
+        x = inputs(name, torch.randn(1, cols, device="cuda", dtype=DTYPE))
+
+        def copies(make: Make = make, x: Tensor = x) -> tuple[list[Call], int]:
+            first, size = make(rows, cols)
+            first(x)
+            count = min(MOST_COPIES, gpu.copies(size))
+            return [first] + [make(rows, cols)[0] for _ in range(count - 1)], size
+
+        if name not in _missing:
+            if made := gpu.attempt(name, copies):
+                found[name] = made
+            else:
+                _missing.add(name)
     return found
 
 
 def flash_kmeans(points: Tensor, codebook: Tensor, iterations: int) -> Callable[[], Any] | None:
     """Unweighted k-means iterations on points [n, d], update included; None where it cannot run."""
-    try:
+
+    def made() -> Callable[[], Any]:
         from flash_kmeans import batch_kmeans_Euclid
 
         def run(count: int = iterations) -> Any:
@@ -91,7 +124,6 @@ def flash_kmeans(points: Tensor, codebook: Tensor, iterations: int) -> Callable[
             )
 
         run(1)
-    except Exception as reason:  # whatever it is: see the module's text
-        print(f"flash-kmeans left out: {type(reason).__name__}: {str(reason)[:100]!r}")
-        return None
-    return run
+        return run
+
+    return gpu.attempt("flash-kmeans", made)

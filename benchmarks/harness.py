@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nowag_ext import ops
+from nowag_ext import _cpu
 
 ROTATED_BYTES = int(os.environ.get("NOWAG_BENCH_ROTATE_MIB", "1536")) * 2**20
 
@@ -121,7 +121,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
-        "simd": ops._cpu.simd_level(),
+        "simd": _cpu.simd_level(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -1,12 +1,12 @@
 """Writes the measured sections of a README, and their plots, from the JSON of benchmarks.
 
-    python benchmarks/render.py                # benchmarks/results/cpu -> benchmarks/README.md
-    python benchmarks/render.py --check        # exit status 1 if the README says anything else
+    python benchmarks/render.py                # benchmarks/results -> README.md, both of them
+    python benchmarks/render.py --check        # exit status 1 if a README says anything else
 
 A section is what stands between `<!-- measured: NAME -->` and `<!-- end -->`. It is made from
-NAME.json and, for its column at AVX2, avx2/NAME.json; the section `gpu` from the result.json of
-every device, in folders beside that of the results. Without figures a section stays as it is. Plots
-go to plots/ beside the README, and need matplotlib: `pip install '.[bench]'`.
+NAME.json and, for its column at AVX2, avx2/NAME.json; sections gpu_NAME from the documents of every
+GPU, in folders beside that of the results. Without figures a section stays as it is. Plots go to
+plots/ beside the README, and need matplotlib: `pip install '.[bench]'`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import json
 import re
 from pathlib import Path
 
-from tables import TABLES, Document, gpu, source
+import gpu_tables
+from tables import TABLES, Document, source
 
 HERE = Path(__file__).resolve().parent
 SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -29,8 +30,8 @@ def load(path: Path) -> Document | None:
 
 def section(name: str, results: Path) -> str | None:
     """The text of one section; None where the benchmark has not been run."""
-    if name == "gpu":
-        return gpu_section(results)
+    if name in gpu_tables.SECTIONS:
+        return gpu_tables.section(name, results.parent, load)
     document = load(results / f"{name}.json")
     if document is None:
         return None
@@ -40,21 +41,14 @@ def section(name: str, results: Path) -> str | None:
     return "\n\n".join(parts)
 
 
-def gpu_section(results: Path) -> str | None:
-    """What was measured on GPUs, a device a heading; None where nothing was."""
-    parts = []
-    for path in sorted(results.parent.glob("*/result.json")):
-        parts += [f"### {path.parent.name}", gpu(json.loads(path.read_text()))]
-    return "\n\n".join(parts) or None
-
-
 def render(text: str, results: Path) -> str:
     """The README with every section made anew."""
 
     def replaced(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
-        if name not in (*TABLES, "gpu"):
-            raise SystemExit(f"there is no benchmark {name!r}: one of {', '.join(TABLES)}, gpu.")
+        known = (*TABLES, *gpu_tables.SECTIONS)
+        if name not in known:
+            raise SystemExit(f"there is no benchmark {name!r}: one of {', '.join(known)}.")
         found = section(name, results)
         return match.group() if found is None else f"{begin}\n{found}\n\n{end}"
 
@@ -78,18 +72,22 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="?", type=Path, default=HERE / "results" / "cpu")
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    parser.add_argument(
+        "--readme", type=Path, nargs="+", default=[HERE / "README.md", HERE.parent / "README.md"]
+    )
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     options = parser.parse_args()
-    before = options.readme.read_text()
-    after = render(before, options.results)
-    if options.check:
-        if after != before:
-            print(f"{options.readme} differs from {options.results}: run benchmarks/render.py.")
-        return int(after != before)
-    options.readme.write_text(after)
-    write_plots(after, options.results, options.readme.parent / "plots")
-    return 0
+    differ = False
+    for readme in options.readme:
+        before = readme.read_text()
+        after = render(before, options.results)
+        if not options.check:
+            readme.write_text(after)
+            write_plots(after, options.results, readme.parent / "plots")
+        elif after != before:
+            differ = True
+            print(f"{readme} differs from {options.results}: run benchmarks/render.py.")
+    return int(differ)
 
 
 if __name__ == "__main__":

@@ -275,27 +275,6 @@ def decode(document: Document, _: Document | None) -> str:
     return f"{table(header, lines)}\n\n{text}\n\n{linears}"
 
 
-def gpu(document: Document) -> str:
-    """Everything that run_gpu.sh measured on one device, as gpu.Line has it."""
-    machine = document["machine"]
-    about = ", ".join(
-        [machine["nvidia_smi"], f"torch {machine['torch']}", f"CUDA {machine['cuda']}",
-         f"commit {machine['commit'][:12]}"]
-    )  # fmt: skip
-    lines = []
-    for line in document["lines"]:
-        half = 50 * (line["p90"] - line["p10"]) / line["microseconds"]
-        lines.append(
-            [line["op"], line["shape"], line["contender"], number(line["microseconds"]),
-             f"±{half:.0f} %" if line["p90"] else "",
-             f"{line['percent_of_copy']:.0f} %" if line["bytes"] else "",
-             f"{number(line['times_peer'])}x {line['peer']}" if line["times_peer"] else "",
-             ", ".join(f"{name} {number(value)}" for name, value in line["notes"].items())]
-        )  # fmt: skip
-    header = ["", "shape", "contender", "µs", "spread", "of copy bandwidth", "x peer", "notes"]
-    return f"{about}; `bash benchmarks/run_gpu.sh OUTDIR`.\n\n{table(header, lines)}"
-
-
 TABLES: dict[str, Render] = {
     "kmeans": kmeans,
     "kmeans_seed": kmeans_seed,

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nowag_ext.files import atomic_directory, check_vacant, require_space
 from nowag_ext.integrations.transformers import QUANT_METHOD, replace_by_dense
-from nowag_ext.report import ModelReport
+from nowag_ext.methods import METHODS
+from nowag_ext.report import ModelReport, settings_text
 
 REPORT_FILE = "report.json"
 LAYERS_FILE = "layers.csv"
@@ -246,10 +247,16 @@ model = nowag_ext.load("this directory, or its hub id")
 
 def _compressed_card(model: Any) -> str:
     config = model.config.quantization_config
-    settings = ", ".join(f"{name}={value}" for name, value in config.settings.items())
+    ways: dict[str, int] = {}
+    for group in config.groups:
+        way = f"{METHODS[group['method']].label} ({settings_text(group.get('settings', {}))})"
+        ways[way] = ways.get(way, 0) + len(group["modules"])
+    listed = "; ".join(
+        way if len(ways) == 1 else f"{number} by {way}" for way, number in ways.items()
+    )
     about = (
         f"The linear layers of this {type(model).__name__}'s decoder were compressed in one "
-        f"shot by NoWag: {_METHOD_NAMES[config.method]} ({settings}).\n"
+        f"shot by NoWag: {listed}.\n"
     )
     return _CARD.format(head=_COMPRESSED_HEAD, about=about, figures=_figures(model))
 
@@ -260,9 +267,6 @@ def _dense_card(model: Any) -> str:
         "back: for evaluation and tools that know dense models only.\n"
     )
     return _CARD.format(head="", about=about, figures=_figures(model))
-
-
-_METHOD_NAMES = {"vq": "vector quantisation", "prune": "pruning"}
 
 
 def _figures(model: Any) -> str:

@@ -27,9 +27,9 @@ from nowag_ext.files import check_vacant
 from nowag_ext.gemm import gemm_dtype
 from nowag_ext.generate import encode_prompt
 from nowag_ext.generate import generate as generate_text
-from nowag_ext.model import compress_model
+from nowag_ext.methods import Settings, make_settings
+from nowag_ext.model import compress_model, settings_by_layer
 from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table
-from nowag_ext.settings import Settings, make_settings
 from nowag_ext.source import calibration_batches, open_dense_model, open_model, read_text
 from nowag_ext.version import __version__
 
@@ -155,6 +155,7 @@ def compress(
     sparsity: options.Sparsity = None,
     pattern: options.Pattern = None,
     ignore: options.Ignore = None,
+    override: options.Override = None,
     min_coverage: options.MinCoverage = 0.8,
     checkpoint_format: options.Format = "nowag",
     dtype: options.Dtype = "auto",
@@ -170,16 +171,18 @@ def compress(
         method, d=d, bits=bits, iters=iters, n_init=n_init, init=init, seed=seed,
         sparsity=sparsity, pattern=pattern,
     )  # fmt: skip
+    overrides = options.parse_overrides(override or ())
     check_vacant(output, overwrite=overwrite)
     read_norms = _norms_reader(act_norms, text, samples, length, sample_seed)
     loaded, tokenizer = open_dense_model(model, dtype)
     left_dense = ("lm_head", *(ignore or ()))
-    _check_layers(loaded, make_settings(method, settings), left_dense)
+    check_patterns(loaded, left_dense, "ignore")
+    _check_layers(loaded, settings_by_layer(loaded, (method, settings), overrides), left_dense)
     norms = read_norms(loaded, tokenizer)
     partial = output.with_name(f"{output.name}.partial") if resume else None
     with progress_bar(_err) as progress:
         compress_model(
-            loaded, norms, method, left_dense, min_coverage=min_coverage,
+            loaded, norms, method, left_dense, overrides=overrides, min_coverage=min_coverage,
             work_dir=partial, progress=progress, **settings,
         )  # fmt: skip
     save(loaded, tokenizer, output, overwrite=overwrite)
@@ -205,13 +208,12 @@ def _settings(method: str, **given: Any) -> dict[str, Any]:
     return settings
 
 
-def _check_layers(model: Any, settings: Settings, ignore: Sequence[str]) -> None:
-    """Raises for a layer that the settings do not fit, before calibration takes its time."""
-    check_patterns(model, ignore)
+def _check_layers(model: Any, settings: Callable[[str], Settings], ignore: Sequence[str]) -> None:
+    """Raises for a layer that its settings do not fit, before calibration takes its time."""
     for name, linear in decoder_linears(model).items():
         if not matches(name, ignore):
             try:
-                settings.check_layer(linear.out_features, linear.in_features)
+                settings(name).check_layer(linear.out_features, linear.in_features)
             except ValueError as error:
                 raise ValueError(f"{name} {error}.") from None
 

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+_NUMBERS: dict[str, Callable[[str], int | float]] = {
+    "d": int, "iters": int, "n_init": int, "seed": int, "sparsity": float,
+    "bits": lambda text: int(text) if text.isdecimal() else float(text),
+}  # fmt: skip
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """'PATTERN NAME=VALUE ...' -> the overrides of ``compress_model``; raises ValueError."""
+    overrides = {}
+    for text in texts:
+        pattern, *assignments = text.split() or [""]
+        values: dict[str, Any] = {}
+        for assignment in assignments:
+            name, equals, value = assignment.partition("=")
+            try:
+                values[name] = _NUMBERS.get(name, str)(value)
+            except ValueError:
+                equals = ""
+            if not equals:
+                raise ValueError(
+                    f"--override {text!r} must be a pattern and NAME=VALUE after it, "
+                    f"but {assignment!r} is none."
+                )
+        if not values:
+            raise ValueError(f"--override {text!r} names no setting: 'down_proj bits=3' does.")
+        overrides[pattern] = values
+    return overrides
+
 
 MODEL_HELP = "A directory, a hub id or a .gguf file."
 
@@ -63,6 +93,14 @@ Pattern = Annotated[
 Ignore = Annotated[
     list[str] | None,
     typer.Option(help="Layer to leave dense: name, last part of it, or re:PATTERN; repeatable."),
+]
+Override = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="'PATTERN NAME=VALUE ...'",
+        help="Other settings for the layers that PATTERN names, as in --ignore: 'down_proj "
+        "bits=3', 'o_proj method=prune pattern=2:4'; repeatable, the last that names one counts.",
+    ),
 ]
 MinCoverage = Annotated[
     float, typer.Option(help="Refuse if less of the decoder's weights can be compressed.")

@@ -70,15 +70,18 @@ def _matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith(f".{pattern}")
 
 
-def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Raises ValueError for a pattern that is no regular expression or names no linear layer."""
+def check_patterns(model: nn.Module, patterns: Sequence[str], what: str) -> None:
+    """Raises ValueError for a pattern that is no regular expression or names no linear layer.
+
+    ``what`` the patterns are for begins the sentence.
+    """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for pattern in patterns:
         try:
             used = any(_matches(name, pattern) for name in linears)
         except re.error as error:
             raise ValueError(
-                f"ignore pattern {pattern!r} is not a regular expression: {error}."
+                f"{what} pattern {pattern!r} is not a regular expression: {error}."
             ) from None
         if not used and pattern != "lm_head":
-            raise ValueError(f"ignore pattern {pattern!r} names no linear layer of the model.")
+            raise ValueError(f"{what} pattern {pattern!r} names no linear layer of the model.")

@@ -25,7 +25,8 @@ from nowag_ext.files import atomic_directory
 from nowag_ext.gemm import gemm_dtype
 from nowag_ext.generate import encode_prompt, generate, tokens_per_second
 from nowag_ext.model import compress_model
-from nowag_ext.render import dtype_name, megabytes, progress_bar, settings_text, table
+from nowag_ext.render import dtype_name, megabytes, progress_bar, table
+from nowag_ext.report import settings_text
 from nowag_ext.source import calibration_batches, open_dense_model
 
 RESULT_FILE = "demo.json"

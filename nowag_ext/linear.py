@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nowag_ext import ops
 from nowag_ext.prune import SparseWeight, kept_weights
-from nowag_ext.vq import VQWeight
+from nowag_ext.vq import VQWeight, check_code
+
+PackedWeight = VQWeight | SparseWeight
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class _PackedLinear(nn.Module):
-    """A linear layer whose weight is a set of buffers in the canonical form of csrc's format.h.
+class PackedLinear(nn.Module, ABC):
+    """A linear layer whose weight is a set of tensors in the canonical form of csrc's format.h.
 
-    The buffers' dtypes are part of that form: ``.to(torch.bfloat16)``, ``.half()`` and the like
-    convert the bias and leave them alone. Moves between devices work as usual.
+    They are parameters without gradient, as in transformers' own quantised layers: what moves,
+    offloads or shards a model looks at its parameters. Their dtypes are part of the form:
+    ``.to(torch.bfloat16)``, ``.half()`` and the like convert the bias and leave them alone.
     """
 
+    method: ClassVar[str]
     in_features: int
     out_features: int
     bias: nn.Parameter | None
@@ -49,7 +54,9 @@ class _PackedLinear(nn.Module):
 
     def _set_packed(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
+            if not isinstance(tensor, nn.Parameter):  # one that is may be other layers' as well
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            self.register_parameter(name, tensor)
 
     def _set_bias(self, bias: Tensor | None) -> None:
         """Takes ``bias`` as this layer's parameter: itself if it is one, else one on its data."""
@@ -66,28 +73,49 @@ class _PackedLinear(nn.Module):
         self.bias = bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            after = self._buffers[name]
-            if buffer is not None and after is not None and after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
+        packed = [self._parameters.get(name) for name in self._expected()]
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            if result.dtype != tensor.dtype and any(tensor is parameter for parameter in packed):
+                return tensor.to(result.device)
+            return result
+
+        super()._apply(keep_dtype, recurse)
         return self
 
-    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every buffer."""
-        raise NotImplementedError
+    @classmethod
+    @abstractmethod
+    def from_weight(cls, weight: Any, bias: Tensor | None = None) -> Self:
+        """The layer of a compressed weight, sharing its tensors. ``bias`` is [out_features]."""
 
-    def _check_buffers(self) -> None:
-        """Raises ValueError unless every buffer has its shape and dtype and holds data."""
+    @abstractmethod
+    def weight_form(self) -> PackedWeight:
+        """The weight in its packed form, sharing this layer's tensors."""
+
+    @abstractmethod
+    def validate(self) -> None:
+        """Raises ValueError on content that is not of the form and that kernels must not trust."""
+
+    @abstractmethod
+    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of every packed tensor by its name."""
+
+    def packed_parameters(self) -> dict[str, nn.Parameter]:
+        """The packed tensors that are this layer's own, by name."""
+        own = {name: self._parameters.get(name) for name in self._expected()}
+        return {name: parameter for name, parameter in own.items() if parameter is not None}
+
+    def _check_packed(self) -> None:
+        """Raises ValueError unless every packed tensor has its shape and dtype and holds data."""
         for name, (shape, dtype) in self._expected().items():
-            buffer = getattr(self, name)
-            if tuple(buffer.shape) != shape or buffer.dtype != dtype:
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ValueError(
-                    f"{name} must be {dtype} of shape {shape}, not {buffer.dtype} of shape "
-                    f"{tuple(buffer.shape)}."
+                    f"{name} must be {dtype} of shape {shape}, not {tensor.dtype} of shape "
+                    f"{tuple(tensor.shape)}."
                 )
-            if buffer.is_meta:
+            if tensor.is_meta:
                 raise ValueError(f"{name} is on the meta device: it holds no data yet.")
 
     def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
@@ -107,7 +135,7 @@ class _PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
 
 
-class VQLinear(_PackedLinear):
+class VQLinear(PackedLinear):
     """y = x W^T + bias with W vector quantised (NoWag-VQ), in place of a trained nn.Linear.
 
     Few tokens go through a kernel that reads the packed codes, many through dense tiles and a GEMM.
@@ -118,17 +146,20 @@ class VQLinear(_PackedLinear):
         d: sub-vector length, 1 to 8.
         bits: bits per weight; d * bits, the bits of one code, is an integer from 1 to 16.
         bias: whether there is a bias.
-        dtype: of the bias; the buffers' dtypes are fixed by the format.
+        dtype: of the bias; the packed tensors' dtypes are fixed by the format.
         device: of everything, "meta" too.
+        codebook_name: the name of the ``Codebook`` it is to share, None for its own.
 
-    Buffers: codes uint8 [ceil(out_features / 32), ceil(in_features / d), 4 * d * bits], codebook
-    fp16 [2^(d * bits), d], row_norms fp16 [out_features], col_norms fp16 [in_features].
+    Packed tensors: codes uint8 [ceil(out_features / 32), ceil(in_features / d), 4 * d * bits],
+    codebook fp16 [2^(d * bits), d], row_norms fp16 [out_features], col_norms fp16 [in_features].
     """
 
-    codes: Tensor
-    codebook: Tensor
-    row_norms: Tensor
-    col_norms: Tensor
+    method = "vq"
+
+    codes: nn.Parameter
+    codebook: nn.Parameter
+    row_norms: nn.Parameter
+    col_norms: nn.Parameter
 
     def __init__(
         self,
@@ -140,15 +171,14 @@ class VQLinear(_PackedLinear):
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        codebook_name: str | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, dtype, device)
+        self.code_bits = check_code(d, bits)
         self.d = d
         self.bits = bits
-        self.code_bits = round(d * bits)
-        if not 1 <= d <= ops.MAX_SUBVECTOR:
-            raise ValueError(f"d must be from 1 to {ops.MAX_SUBVECTOR}, not {d}.")
-        if self.code_bits != d * bits or not 1 <= self.code_bits <= ops.MAX_CODE_BITS:
-            raise ValueError(f"d * bits must be an integer from 1 to 16, not {d} * {bits}.")
+        self.codebook_name = codebook_name
+        self._copy: tuple[Any, Tensor] | None = None
         self._set_packed(
             {
                 name: torch.zeros(shape, dtype=dtype, device=device)
@@ -156,26 +186,36 @@ class VQLinear(_PackedLinear):
             }
         )
 
+    def _set_packed(self, tensors: dict[str, Tensor]) -> None:
+        if self.codebook_name is None:
+            super()._set_packed(tensors)
+        else:
+            super()._set_packed({n: tensor for n, tensor in tensors.items() if n != "codebook"})
+            self.refer_to_codebook(tensors["codebook"])
+
+    def refer_to_codebook(self, entries: Tensor) -> None:
+        """Uses a codebook that another module owns, which moves and stores it."""
+        self._parameters.pop("codebook", None)
+        self.__dict__["codebook"] = entries
+
     @classmethod
     def from_weight(cls, weight: VQWeight, bias: Tensor | None = None) -> Self:
-        """The layer of a compressed weight, sharing its tensors. ``bias`` is [out_features]."""
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, d=weight.d, bits=weight.bits, device="meta")
+        layer.codebook_name = weight.codebook_name
         layer._set_packed(weight.tensors())
-        layer._check_buffers()
+        layer._check_packed()
         layer._set_bias(bias)
         return layer
 
     def weight_form(self) -> VQWeight:
-        """The weight as a VQWeight that shares this layer's tensors."""
         return VQWeight(
-            codes=self.codes,
-            codebook=self.codebook,
-            row_norms=self.row_norms,
-            col_norms=self.col_norms,
+            codes=self.codes.detach(),
+            codebook=self.codebook.detach(),
+            row_norms=self.row_norms.detach(),
+            col_norms=self.col_norms.detach(),
             shape=(self.out_features, self.in_features),
-            d=self.d,
-            bits=self.bits,
+            codebook_name=self.codebook_name,
         )
 
     def validate(self) -> None:
@@ -183,7 +223,7 @@ class VQLinear(_PackedLinear):
 
         Every bit pattern is a legal code (format.h), so codes need no further check.
         """
-        self._check_buffers()
+        self._check_packed()
         for name in ("codebook", "row_norms", "col_norms"):
             bad = int((~torch.isfinite(getattr(self, name))).sum())
             if bad:
@@ -191,15 +231,28 @@ class VQLinear(_PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
-        packed = self._buffers  # nn.Module's attribute access would look here last
+        packed: Any = self._parameters  # nn.Module's attribute access takes a detour
+        codes = packed["codes"]
+        codebook = packed["codebook"] if self.codebook_name is None else self._shared(codes.device)
         op = ops.vq_gemv if self._is_plain_call(x) else ops.vq_linear
         return op(
-            x, packed["codes"], packed["codebook"], packed["row_norms"], packed["col_norms"],
-            self._bias_as(x.dtype),
-        )  # fmt: skip
+            x, codes, codebook, packed["row_norms"], packed["col_norms"], self._bias_as(x.dtype)
+        )
+
+    def _shared(self, device: torch.device) -> Tensor:
+        """The shared codebook; where its owner is on another device, a copy that is made once."""
+        source = self.codebook
+        if source.device == device:
+            return source
+        version = 0 if source.is_inference() else source._version
+        key = (device, source.data_ptr(), version)
+        if self._copy is None or self._copy[0] != key:
+            self._copy = key, source.detach().to(device)
+        return self._copy[1]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, d={self.d}, bits={self.bits}"
+        shared = "" if self.codebook_name is None else f", codebook={self.codebook_name!r}"
+        return f"{super().extra_repr()}, d={self.d}, bits={self.bits}{shared}"
 
     def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         rows, cols = self.out_features, self.in_features
@@ -211,7 +264,7 @@ class VQLinear(_PackedLinear):
         }
 
 
-class SparseLinear(_PackedLinear):
+class SparseLinear(PackedLinear):
     """y = x W^T + bias with W pruned (NoWag-P), unstructured or N:M, in place of nn.Linear.
 
     Few tokens go through a kernel that reads the sparse form, many through dense tiles and a GEMM.
@@ -225,13 +278,15 @@ class SparseLinear(_PackedLinear):
         dtype: of values and bias; the values keep it through ``.to(dtype)``.
         device: of everything, "meta" too.
 
-    Buffers: bitmap uint8 [out_features, 8 * ceil(in_features / 64)], values [nnz], row_offsets
-    int32 [out_features + 1].
+    Packed tensors: bitmap uint8 [out_features, 8 * ceil(in_features / 64)], values [nnz],
+    row_offsets int32 [out_features + 1].
     """
 
-    bitmap: Tensor
-    values: Tensor
-    row_offsets: Tensor
+    method = "prune"
+
+    bitmap: nn.Parameter
+    values: nn.Parameter
+    row_offsets: nn.Parameter
 
     def __init__(
         self,
@@ -258,21 +313,19 @@ class SparseLinear(_PackedLinear):
 
     @classmethod
     def from_weight(cls, weight: SparseWeight, bias: Tensor | None = None) -> Self:
-        """The layer of a pruned weight, sharing its tensors. ``bias`` is [out_features]."""
         out_features, in_features = weight.shape
         layer = cls(in_features, out_features, sparsity=0.0, device="meta")
         layer.pattern = weight.pattern
         layer._set_packed(weight.tensors())
-        layer._check_buffers()
+        layer._check_packed()
         layer._set_bias(bias)
         return layer
 
     def weight_form(self) -> SparseWeight:
-        """The weight as a SparseWeight that shares this layer's tensors."""
         return SparseWeight(
-            bitmap=self.bitmap,
-            values=self.values,
-            row_offsets=self.row_offsets,
+            bitmap=self.bitmap.detach(),
+            values=self.values.detach(),
+            row_offsets=self.row_offsets.detach(),
             shape=(self.out_features, self.in_features),
             pattern=self.pattern,
         )
@@ -283,7 +336,7 @@ class SparseLinear(_PackedLinear):
         That is wrong shapes and dtypes, values that are not finite, a bit set past in_features, or
         row_offsets that are not the bitmap's running popcount.
         """
-        self._check_buffers()
+        self._check_packed()
         whole_bytes, bits = divmod(self.in_features, 8)
         tail = self.bitmap[:, whole_bytes:]
         if (tail[:, :1] >> bits).any() or tail[:, 1:].any():
@@ -302,7 +355,7 @@ class SparseLinear(_PackedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
-        packed = self._buffers
+        packed: Any = self._parameters
         op = ops.sparse_gemv if self._is_plain_call(x) else ops.sparse_linear
         return op(
             x, packed["bitmap"], packed["values"], packed["row_offsets"], self._bias_as(x.dtype)

@@ -5,32 +5,42 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from nowag_ext.codebook import adopt_codebooks
 from nowag_ext.decoder import check_patterns, decoder_linears, decoder_weights, matches
 from nowag_ext.integrations.transformers import NowagConfig, attach, format_group
+from nowag_ext.linear import PackedWeight
+from nowag_ext.methods import Settings, make_settings, packed_linear
 from nowag_ext.normalize import as_importance, as_weight
 from nowag_ext.report import LayerReport, ModelReport, Progress
 from nowag_ext.resume import LayerStore, layer_key
-from nowag_ext.settings import PackedWeight, Settings, make_settings, packed_linear
 from nowag_ext.version import __version__
 
 _SHOWN = 3  # names in a sentence about many
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What is to be compressed, once everything has been checked."""
+class _Unit:
+    """One linear to compress, checked."""
 
+    linear: nn.Linear
+    act_norms: Tensor
     settings: Settings
-    linears: dict[str, nn.Linear]
-    act_norms: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be compressed, and how, once everything has been checked."""
+
+    settings: Settings  # of what no override names
+    units: dict[str, _Unit]
     ignored: tuple[str, ...]
     not_reached: tuple[str, ...]
     decoder_weights: int
@@ -42,6 +52,7 @@ def compress_model(
     method: str = "vq",
     ignore: Sequence[str] = ("lm_head",),
     *,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
     min_coverage: float = 0.8,
     work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
@@ -59,6 +70,9 @@ def compress_model(
             (settings sparsity or pattern: ``prune``).
         ignore: linears to leave dense: full names, last parts of names, or "re:" and a regular
             expression. What is outside the decoder layers, the lm_head say, stays dense anyway.
+        overrides: other settings for some linears, by such a pattern: {"down_proj": {"bits": 3}}
+            changes those, {"o_proj": {"method": "prune", "pattern": "2:4"}} the method. Of several
+            patterns that name a linear the last counts.
         min_coverage: refuse if less than this share of the decoder layers' weights is an
             ``nn.Linear``'s (3-D expert parameters and the like are not reached).
         work_dir: a directory for finished layers. A run that was interrupted goes on from there;
@@ -73,7 +87,7 @@ def compress_model(
         TypeError: a setting that the method does not have, or weights of another dtype.
     """
     start = time.perf_counter()
-    plan = _plan(model, act_norms, make_settings(method, settings), ignore, min_coverage)
+    plan = _plan(model, act_norms, (method, settings), ignore, overrides or {}, min_coverage)
     store = None if work_dir is None else LayerStore(work_dir)
     weights, layers = _compress(plan, store, progress)
     report = ModelReport(
@@ -90,8 +104,12 @@ def compress_model(
             "transformers": transformers.__version__,
         },
     )
-    config = _config(plan)
+    config = _config(plan, weights)
     _replace(model, plan, weights)
+    codebooks = adopt_codebooks(model)
+    if codebooks is not None:
+        shared = sum(parameter.nbytes for parameter in codebooks.parameters())
+        report = replace(report, codebook_bytes=shared)
     attach(model, config)
     model.nowag_report = report
     return model
@@ -100,25 +118,62 @@ def compress_model(
 def _plan(
     model: Any,
     act_norms: Mapping[str, Tensor],
-    settings: Settings,
+    method: tuple[str, Mapping[str, Any]],
     ignore: Sequence[str],
+    overrides: Mapping[str, Mapping[str, Any]],
     min_coverage: float,
 ) -> _Plan:
+    settings = make_settings(*method)
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError("the model is already quantised: compress the dense model it came from.")
     if isinstance(ignore, str):
         raise TypeError(f'ignore must be a list of patterns, not the string "{ignore}".')
-    check_patterns(model, ignore)
+    check_patterns(model, ignore, "ignore")
+    choose = settings_by_layer(model, method, overrides)
     every = decoder_linears(model)
     ignored = tuple(name for name in every if matches(name, ignore))
     linears = {name: linear for name, linear in every.items() if name not in ignored}
     not_reached = _check_coverage(model, every, linears, min_coverage)
     _check_shared(model, linears)
-    checked = {
-        name: _check_layer(name, linear, act_norms, settings) for name, linear in linears.items()
+    units = {
+        name: _check_layer(name, linear, act_norms, choose(name))
+        for name, linear in linears.items()
     }
     total = sum(weight.numel() for _, weight in decoder_weights(model))
-    return _Plan(settings, linears, checked, ignored, not_reached, total)
+    return _Plan(settings, units, ignored, not_reached, total)
+
+
+def settings_by_layer(
+    model: nn.Module,
+    method: tuple[str, Mapping[str, Any]],
+    overrides: Mapping[str, Mapping[str, Any]],
+) -> Callable[[str], Settings]:
+    """The checked settings of each linear by its name: those of the last pattern that names it.
+
+    Args:
+        method: name and settings for what no pattern names.
+        overrides: by pattern, what differs (``compress_model``).
+
+    Raises:
+        ValueError, TypeError: a pattern that names no linear, or unfit settings.
+    """
+    check_patterns(model, list(overrides), "overrides")
+    default = make_settings(*method)
+    others = []
+    for pattern, changes in overrides.items():
+        name = changes.get("method", default.method)
+        given = {key: value for key, value in changes.items() if key != "method"}
+        values = default.values_with(given) if name == default.method else given
+        try:
+            others.append((pattern, make_settings(name, values)))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"override {pattern!r}: {error}") from None
+
+    def choose(name: str) -> Settings:
+        found = [settings for pattern, settings in others if matches(name, [pattern])]
+        return found[-1] if found else default
+
+    return choose
 
 
 def _check_coverage(
@@ -167,8 +222,8 @@ def _check_shared(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 
 def _check_layer(
     name: str, linear: nn.Linear, act_norms: Mapping[str, Tensor], settings: Settings
-) -> Tensor:
-    """The layer's act_norms on its weight's device; raises if either is unfit."""
+) -> _Unit:
+    """The layer with its act_norms on its weight's device; raises if anything is unfit."""
     weight = linear.weight
     if weight.is_meta:
         raise ValueError(f"{name} is offloaded: its weight must be in memory to be compressed.")
@@ -189,7 +244,7 @@ def _check_layer(
         settings.check_layer(linear.out_features, linear.in_features)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from None
-    return norms
+    return _Unit(linear, norms, settings)
 
 
 def _compress(
@@ -197,17 +252,17 @@ def _compress(
 ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
     weights: dict[str, PackedWeight] = {}
     reports: list[LayerReport] = []
-    total = float(sum(linear.weight.numel() for linear in plan.linears.values()))
+    total = float(sum(unit.linear.weight.numel() for unit in plan.units.values()))
     done = 0.0
-    for name, linear in plan.linears.items():
-        size = linear.weight.numel()
+    for name, unit in plan.units.items():
+        size = unit.linear.weight.numel()
 
         def tell(share: float, name: str = name, size: int = size, done: float = done) -> None:
             if progress is not None:
                 progress(name, done + share * size, total)
 
         tell(0.0)
-        weight, report = _compress_layer(name, linear.weight.detach(), plan, store, tell)
+        weight, report = _compress_unit(name, unit, store, tell)
         weights[name] = weight
         reports.append(report)
         tell(1.0)
@@ -215,18 +270,18 @@ def _compress(
     return weights, reports
 
 
-def _compress_layer(
-    name: str, dense: Tensor, plan: _Plan, store: LayerStore | None, tell: Any
+def _compress_unit(
+    name: str, unit: _Unit, store: LayerStore | None, tell: Callable[[float], None]
 ) -> tuple[PackedWeight, LayerReport]:
     start = time.perf_counter()
-    act_norms = plan.act_norms[name]
-    key = "" if store is None else layer_key(plan.settings, dense, act_norms)
-    stored = None if store is None else store.get(name, key, plan.settings, dense)
+    dense = unit.linear.weight.detach()
+    key = "" if store is None else layer_key(unit.settings, dense, unit.act_norms)
+    stored = None if store is None else store.get(name, key, unit.settings, dense)
     if stored is not None:
         weight, seconds = stored
     else:
         try:
-            weight = plan.settings.compress(dense, act_norms, tell)
+            weight = unit.settings.compress(dense, unit.act_norms, tell)
         except Exception as error:
             raise RuntimeError(
                 f"{name} could not be compressed, and the model is unchanged: {error}"
@@ -236,36 +291,39 @@ def _compress_layer(
             store.put(name, key, weight, seconds)
     return weight, LayerReport(
         name=name,
+        method=unit.settings.method,
+        settings=asdict(unit.settings),
         out_features=dense.shape[0],
         in_features=dense.shape[1],
         relative_objective=float(weight.relative_objective or 0.0),
         bits_per_weight=weight.bits_per_weight,
-        bytes=sum(tensor.nbytes for tensor in weight.tensors().values()),
+        bytes=weight.nbytes,
         seconds=seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         resumed=stored is not None,
     )
 
 
-def _config(plan: _Plan) -> NowagConfig:
-    """One group for each dtype of weight: readers build modules from what a group says."""
-    names: dict[torch.dtype, list[str]] = {}
-    for name, linear in plan.linears.items():
-        names.setdefault(linear.weight.dtype, []).append(name)
-    return NowagConfig(
-        method=plan.settings.method,
-        groups=[
-            format_group(plan.settings.format_fields(), dtype, modules)
-            for dtype, modules in names.items()
-        ],
-        settings=asdict(plan.settings),
-    )
+def _config(plan: _Plan, weights: Mapping[str, PackedWeight]) -> NowagConfig:
+    """A group for each way of compressing and dtype of weight: readers build modules from it."""
+    groups: list[dict[str, Any]] = []
+    for name, unit in plan.units.items():
+        form = {**unit.settings.form(), **weights[name].shared}
+        group = format_group(
+            unit.settings.method, form, unit.linear.weight.dtype, asdict(unit.settings), []
+        )
+        same = [known for known in groups if {**known, "modules": []} == group]
+        if not same:
+            groups.append(group)
+        (same[0] if same else group)["modules"].append(name)
+    return NowagConfig(groups=groups)
 
 
 def _replace(model: nn.Module, plan: _Plan, weights: Mapping[str, PackedWeight]) -> None:
     """Builds every module, then puts them in place: nothing that can fail comes in between."""
     modules = {}
-    for name, linear in plan.linears.items():
-        modules[name] = packed_linear(weights[name], linear.bias).train(linear.training)
+    for name, unit in plan.units.items():
+        module = packed_linear(unit.settings.method, weights[name], unit.linear.bias)
+        modules[name] = module.train(unit.linear.training)
     for name, module in modules.items():
         model.set_submodule(name, module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,10 +11,8 @@ from torch import Tensor
 from nowag_ext import ops
 from nowag_ext.normalize import normalize_weight
 
-_LARGEST_GROUP = 32
 
-
-@dataclass
+@dataclass(frozen=True, eq=False, repr=False)
 class SparseWeight:
     """A pruned weight in the form of csrc/include/nowag/format.h, unstructured and N:M alike.
 
@@ -38,14 +36,29 @@ class SparseWeight:
         """The stored tensors by name."""
         return {"bitmap": self.bitmap, "values": self.values, "row_offsets": self.row_offsets}
 
+    def facts(self) -> dict[str, Any]:
+        """What there is to store beside the tensors and the shape, for ``SparseWeight(...)``."""
+        return {"relative_objective": self.relative_objective, "pattern": self.pattern}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
     @property
     def bits_per_weight(self) -> float:
         """Bits of all stored tensors over the number of weights of the dense matrix."""
-        return (
-            8
-            * sum(tensor.nbytes for tensor in self.tensors().values())
-            / (self.shape[0] * self.shape[1])
-        )
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the weights that is pruned."""
+        return 1 - self.values.numel() / (self.shape[0] * self.shape[1])
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """No tensor of a pruned weight is shared (``VQWeight.shared``)."""
+        return {}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [out_features, in_features], zeros where pruned."""
@@ -55,12 +68,14 @@ class SparseWeight:
 
     def to(self, device: torch.device | str) -> SparseWeight:
         """This weight with its tensors on ``device``."""
-        return SparseWeight(
-            **{name: tensor.to(device) for name, tensor in self.tensors().items()},
-            shape=self.shape,
-            pattern=self.pattern,
-            relative_objective=self.relative_objective,
-        )
+        moved: Any = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
+
+    def __repr__(self) -> str:
+        kept = f"{self.sparsity:.4g} sparse" if self.pattern is None else f"{self.pattern!r}"
+        known = self.relative_objective is not None
+        error = f", relative objective {self.relative_objective:.4g}" if known else ""
+        return f"SparseWeight({self.shape[0]} x {self.shape[1]}, {kept}{error})"
 
 
 def parse_pattern(pattern: str, in_features: int) -> tuple[int, int]:
@@ -73,8 +88,8 @@ def parse_pattern(pattern: str, in_features: int) -> tuple[int, int]:
     if not (kept.isdecimal() and group.isdecimal() and 1 <= int(kept) <= int(group)):
         raise ValueError(f'pattern must be "N:M" with 1 <= N <= M, not {pattern!r}.')
     n, m = int(kept), int(group)
-    if m > _LARGEST_GROUP:
-        raise ValueError(f"M of pattern {pattern!r} must be at most {_LARGEST_GROUP}.")
+    if m > ops.MAX_GROUP:
+        raise ValueError(f"M of pattern {pattern!r} must be at most {ops.MAX_GROUP}.")
     if in_features % m:
         raise ValueError(f"M = {m} of pattern {pattern!r} must divide in_features {in_features}.")
     return n, m

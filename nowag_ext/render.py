@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 
 from nowag_ext.environment import Environment
-from nowag_ext.report import LayerReport, ModelReport, Progress
+from nowag_ext.report import LayerReport, ModelReport, Progress, settings_text
 
 
 @contextmanager
@@ -61,20 +60,23 @@ def table(
 
 
 def report_table(report: ModelReport) -> Table:
-    """One line for each kind of linear layer, and one for all of them."""
+    """One line for each kind of linear layer compressed in one way, and one for all of them."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in report.layers:
-        kinds.setdefault(layer.name.rpartition(".")[2], []).append(layer)
+        kind = layer.name.rpartition(".")[2] + _otherwise(layer, report)
+        kinds.setdefault(kind, []).append(layer)
     rows = [_kind_row(kind, layers) for kind, layers in kinds.items()]
     rows.append(_kind_row("all", report.layers))
     columns = ("linears", "number", "relative objective", "bits/weight", "MB", "seconds")
     return table(f"{report.method}: {settings_text(report.settings)}", columns, rows)
 
 
-def settings_text(settings: Mapping[str, Any]) -> str:
-    """The settings that have a value, in one line."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    return ", ".join(f"{name} {value}" for name, value in given.items())
+def _otherwise(layer: LayerReport, report: ModelReport) -> str:
+    """What of a layer's method and settings is not the model's, or ""."""
+    if layer.method != report.method:
+        return f" ({layer.method}: {settings_text(layer.settings)})"
+    other = {k: v for k, v in layer.settings.items() if report.settings.get(k) != v}
+    return f" ({settings_text(other)})" if other else ""
 
 
 def _kind_row(kind: str, layers: Sequence[LayerReport]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -14,19 +14,27 @@ from typing import Any
 Progress = Callable[[str, float, float], None]
 
 
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """The settings that have a value, in one line."""
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One compressed linear layer.
 
     Attributes:
+        method, settings: how it was compressed, defaults included.
         relative_objective: sum h (Wn - Q)^2 / sum h Wn^2 with what is stored (rounded to fp16).
-        bits_per_weight: everything stored for the layer but its bias.
+        bits_per_weight: everything stored for the layer but its bias and a shared codebook.
         seconds: what compressing it took; if ``resumed``, in the run that did.
         peak_memory: the process's largest resident size so far, in bytes.
         resumed: taken from the work directory of an earlier, interrupted run.
     """
 
     name: str
+    method: str
+    settings: dict[str, Any]
     out_features: int
     in_features: int
     relative_objective: float
@@ -46,13 +54,14 @@ class ModelReport:
     """A whole model's compression.
 
     Attributes:
-        settings: every setting of the method, defaults included.
+        method, settings: of every layer that no override names, defaults included.
         layers: the compressed layers in the model's order.
         decoder_weights: weights of two or more dimensions in the decoder layers.
         ignored: linears left out because a pattern of ``ignore`` names them.
         not_reached: parameters of the decoder layers that are no ``nn.Linear``'s weight.
         seconds: wall time of this run.
         versions: of nowag_ext, torch and transformers.
+        codebook_bytes: of the codebooks that layers share.
     """
 
     method: str
@@ -63,6 +72,7 @@ class ModelReport:
     not_reached: tuple[str, ...]
     seconds: float
     versions: dict[str, str]
+    codebook_bytes: int = 0
 
     @property
     def compressed_weights(self) -> int:
@@ -76,7 +86,7 @@ class ModelReport:
     @property
     def bytes(self) -> int:
         """Bytes of all tensors that stand for compressed weights."""
-        return sum(layer.bytes for layer in self.layers)
+        return sum(layer.bytes for layer in self.layers) + self.codebook_bytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -105,10 +115,11 @@ class ModelReport:
 
     @classmethod
     def from_json(cls, text: str) -> ModelReport:
-        """The inverse of ``to_json``."""
+        """The inverse of ``to_json``, for reports of earlier releases too."""
         stored = json.loads(text)
-        known = {field.name: stored[field.name] for field in fields(cls)}
-        known["layers"] = tuple(LayerReport(**layer) for layer in known["layers"])
+        known = {field.name: stored[field.name] for field in fields(cls) if field.name in stored}
+        everywhere = {"method": stored["method"], "settings": stored["settings"]}
+        known["layers"] = tuple(LayerReport(**{**everywhere, **one}) for one in known["layers"])
         known["ignored"] = tuple(known["ignored"])
         known["not_reached"] = tuple(known["not_reached"])
         return cls(**known)
@@ -120,5 +131,7 @@ class ModelReport:
             text, [field.name for field in fields(LayerReport)], lineterminator="\n"
         )
         writer.writeheader()
-        writer.writerows(asdict(layer) for layer in self.layers)
+        writer.writerows(
+            {**asdict(layer), "settings": settings_text(layer.settings)} for layer in self.layers
+        )
         return text.getvalue()

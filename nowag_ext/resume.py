@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +15,9 @@ from torch import Tensor
 
 from nowag_ext import ops
 from nowag_ext.files import atomic_file
-from nowag_ext.prune import SparseWeight
-from nowag_ext.settings import PackedWeight, Settings, VQSettings
+from nowag_ext.linear import PackedWeight
+from nowag_ext.methods import METHODS, Settings
 from nowag_ext.version import __version__
-from nowag_ext.vq import VQWeight
 
 
 def layer_key(settings: Settings, weight: Tensor, act_norms: Tensor) -> str:
@@ -54,7 +51,7 @@ class LayerStore:
         return self.directory / f"{name}.safetensors"
 
     def put(self, name: str, key: str, weight: PackedWeight, seconds: float) -> None:
-        facts = {"relative_objective": weight.relative_objective, "seconds": seconds}
+        facts = {"weight": weight.facts(), "seconds": seconds}
         metadata = {"key": key, "facts": json.dumps(facts)}
         tensors = {part: tensor.cpu() for part, tensor in weight.tensors().items()}
         with atomic_file(self._path(name)) as temporary:
@@ -76,15 +73,7 @@ class LayerStore:
         except (FileNotFoundError, SafetensorError):
             return None
         facts = json.loads(metadata["facts"])
-        weight = _restore(settings, tensors, like, facts["relative_objective"])
+        weight = METHODS[settings.method].weight(
+            **tensors, **facts["weight"], shape=(like.shape[0], like.shape[1])
+        )
         return weight.to(like.device), facts["seconds"]
-
-
-def _restore(
-    settings: Settings, tensors: Mapping[str, Tensor], like: Tensor, objective: float
-) -> PackedWeight:
-    shape = (like.shape[0], like.shape[1])
-    known: dict[str, Any] = {**tensors, "shape": shape, "relative_objective": objective}
-    if isinstance(settings, VQSettings):
-        return VQWeight(**known, d=settings.d, bits=settings.bits)
-    return SparseWeight(**known, pattern=settings.pattern)

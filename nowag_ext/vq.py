@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nowag_ext import ops
+from nowag_ext.codebook import Codebook
 from nowag_ext.kmeans import Clustering, Points
 from nowag_ext.normalize import NormalizedWeight, normalize_weight
 
@@ -21,7 +22,7 @@ Progress = Callable[[int, int, float], None]
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class VQWeight:
     """A weight [out_features, in_features] as codes into a codebook, with its norms.
 
@@ -33,11 +34,10 @@ class VQWeight:
         row_norms: fp16 [out_features].
         col_norms: fp16 [in_features].
         shape: (out_features, in_features).
-        d: length of a sub-vector.
-        bits: bits a weight in the codes alone; d * bits is an integer.
         relative_objective: sum h (Wn - Q)^2 / sum h Wn^2 of these codes and this codebook, None
             where it is not known.
         history: the same before rounding to fp16, after each iteration.
+        codebook_name: the name of the ``Codebook`` that it shares with others, None for its own.
     """
 
     codes: Tensor
@@ -45,21 +45,42 @@ class VQWeight:
     row_norms: Tensor
     col_norms: Tensor
     shape: tuple[int, int]
-    d: int
-    bits: float
     relative_objective: float | None = None
     history: list[float] = field(default_factory=list)
+    codebook_name: str | None = None
+
+    @property
+    def d(self) -> int:
+        """Length of a sub-vector."""
+        return self.codebook.shape[1]
 
     @property
     def code_bits(self) -> int:
         """Bits of one code; the codebook has 2^code_bits entries."""
-        return round(self.d * self.bits)
+        return self.codes.shape[2] // 4
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight in the codes alone, an int where it is one."""
+        return bits_of(self.d, self.code_bits)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes stored for this weight alone: all its tensors but a shared codebook."""
+        return sum(t.nbytes for name, t in self.tensors().items() if name not in self.shared)
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits a weight with everything counted: codes and their padding, codebook, norms."""
-        stored = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
-        return 8 * stored / (self.shape[0] * self.shape[1])
+        """Bits a weight of ``nbytes``: codes and their padding, both norms, its own codebook.
+
+        A shared codebook counts once, for the model that owns it (``ModelReport``).
+        """
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Which of the tensors is not its own, and the name of what it belongs to."""
+        return {} if self.codebook_name is None else {"codebook": self.codebook_name}
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors under their canonical names."""
@@ -70,18 +91,29 @@ class VQWeight:
             "col_norms": self.col_norms,
         }
 
+    def facts(self) -> dict[str, Any]:
+        """What there is to store beside the tensors and the shape, for ``VQWeight(...)``."""
+        return {
+            "relative_objective": self.relative_objective,
+            "codebook_name": self.codebook_name,
+        }
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [out_features, in_features] in fp32, fp16 or bf16."""
         return ops.vq_dequantize(self.codes, self.codebook, self.row_norms, self.col_norms, dtype)
 
     def to(self, device: torch.device | str) -> VQWeight:
         """The same weight on another device."""
-        return replace(
-            self,
-            codes=self.codes.to(device),
-            codebook=self.codebook.to(device),
-            row_norms=self.row_norms.to(device),
-            col_norms=self.col_norms.to(device),
+        moved: Any = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
+
+    def __repr__(self) -> str:
+        shared = "".join(f", {tensor} {name!r}" for tensor, name in self.shared.items())
+        known = self.relative_objective is not None
+        error = f", relative objective {self.relative_objective:.4g}" if known else ""
+        return (
+            f"VQWeight({self.shape[0]} x {self.shape[1]}, d={self.d}, bits={self.bits}{shared}"
+            f"{error})"
         )
 
 
@@ -114,8 +146,10 @@ def vq_compress(
         n_init: runs from different seeds, of which the one of the lowest objective is kept.
         init: "kmeans++" or "random" (points drawn one from each of K equal strata).
         seed: of the random numbers, 0 to 2^63 - 1.
-        codebook: torch or NumPy [2^(d * bits), d]: use this codebook, rounded to fp16, and only
-            assign; iters, n_init, init and seed then do nothing.
+        codebook: use this codebook and only assign; iters, n_init, init and seed then do nothing.
+            A ``Codebook`` of 2^(d * bits) entries of d is shared: the weight keeps its very tensor,
+            and its name. Torch or NumPy [2^(d * bits), d], in units of Wn, is rounded to fp16 and
+            the weight's own.
         progress: called after every iteration with the number of iterations done in all runs, the
             most there can be, and the relative objective.
 
@@ -124,12 +158,15 @@ def vq_compress(
         ValueError: a wrong shape, device or setting; NaN or infinities; all-zero or negative
             act_norms; fewer sub-vectors than codebook entries; norms beyond fp16.
     """
-    entries = _entries(d, bits)
-    _check_settings(iters, n_init, init, seed)
+    code_bits = check_code(d, bits)
+    check_iterations(iters, n_init, init, seed)
     normalized = normalize_weight(W, act_norms)
-    norms = _half_norms(normalized)
+    if isinstance(codebook, Codebook):
+        return _assign_to_shared(normalized, codebook, d, code_bits)
+    norms = _half_norms(normalized.row_norms, normalized.col_norms)
     rows, cols = normalized.weight.shape
     points = Points([normalized.normalized], [normalized.importance], d)
+    entries = 1 << code_bits
     if codebook is not None:
         best = points.finish(_given_codebook(codebook, entries, d, points.device), [])
     else:
@@ -141,21 +178,50 @@ def vq_compress(
             )
         best = _best_of(points, entries, iters, n_init, init, seed, progress)
     return VQWeight(
-        ops.pack_codes(best.codes[0], round(d * bits)),
+        ops.pack_codes(best.codes[0], code_bits),
         best.codebook,
         *norms,
         shape=(rows, cols),
-        d=d,
-        bits=bits,
         relative_objective=best.relative_objective,
         history=best.history,
     )
 
 
-def _entries(d: int, bits: float) -> int:
-    """Size of the codebook; raises unless d and bits are within the format."""
-    if not isinstance(d, int) or not 1 <= d <= ops.MAX_SUBVECTOR:
+def _assign_to_shared(
+    normalized: NormalizedWeight, codebook: Codebook, d: int, code_bits: int
+) -> VQWeight:
+    """The nearest entries of a shared codebook, whose units are sqrt(in_features) * Wn."""
+    if (codebook.d, codebook.code_bits) != (d, code_bits):
+        raise ValueError(
+            f"{codebook!r} does not fit d={d} and codes of {code_bits} bits: "
+            f"those need {1 << code_bits} entries of {d}."
+        )
+    if codebook.entries.device != normalized.weight.device:
+        raise ValueError(
+            f"codebook must be on W's device {normalized.weight.device}, "
+            f"not on {codebook.entries.device}."
+        )
+    rows, cols = normalized.weight.shape
+    factor = math.sqrt(cols)
+    norms = _half_norms(normalized.row_norms / factor, normalized.col_norms)
+    points = Points([normalized.normalized * factor], [normalized.importance], d)
+    found = points.finish(codebook.entries.float(), [])
+    return VQWeight(
+        ops.pack_codes(found.codes[0], code_bits),
+        codebook.entries,
+        *norms,
+        shape=(rows, cols),
+        relative_objective=found.relative_objective,
+        codebook_name=codebook.name,
+    )
+
+
+def check_code(d: Any, bits: Any) -> int:
+    """Bits of one code, d * bits; raises ValueError unless both are within the format."""
+    if type(d) is not int or not 1 <= d <= ops.MAX_SUBVECTOR:
         raise ValueError(f"d must be an integer from 1 to {ops.MAX_SUBVECTOR}, not {d!r}.")
+    if not isinstance(bits, int | float) or isinstance(bits, bool):
+        raise ValueError(f"bits must be a number, not {bits!r}.")
     code_bits = d * bits
     if not math.isfinite(code_bits) or not math.isclose(code_bits, round(code_bits)):
         raise ValueError(f"d * bits must be an integer, not {d} * {bits} = {code_bits}.")
@@ -163,10 +229,16 @@ def _entries(d: int, bits: float) -> int:
         raise ValueError(
             f"d * bits must be from 1 to {ops.MAX_CODE_BITS}, not {d} * {bits} = {code_bits}."
         )
-    return 1 << round(code_bits)
+    return round(code_bits)
 
 
-def _check_settings(iters: int, n_init: int, init: str, seed: int) -> None:
+def bits_of(d: int, code_bits: int) -> float:
+    """Bits a weight in codes of ``code_bits`` for d weights, an int where it is one."""
+    return code_bits // d if code_bits % d == 0 else code_bits / d
+
+
+def check_iterations(iters: int, n_init: int, init: str, seed: int) -> None:
+    """Raises ValueError for settings of the search that are out of range."""
     for name, value in (("iters", iters), ("n_init", n_init)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}.")
@@ -176,9 +248,9 @@ def _check_settings(iters: int, n_init: int, init: str, seed: int) -> None:
         raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, not {seed!r}.")
 
 
-def _half_norms(normalized: NormalizedWeight) -> tuple[Tensor, Tensor]:
+def _half_norms(row_norms: Tensor, col_norms: Tensor) -> tuple[Tensor, Tensor]:
     """Row and column norms in the format's fp16."""
-    norms = (normalized.row_norms.half(), normalized.col_norms.half())
+    norms = (row_norms.half(), col_norms.half())
     for name, norm in zip(("row", "column"), norms, strict=True):
         if not torch.isfinite(norm).all():
             raise ValueError(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Before torch is imported. No test needs a network, and threads that wait shall not spin: where the
+# cores have other work, that makes minutes of seconds.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-
-# No test needs a network; of a hub it would ask here for what it knows not to be there.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Here, so that where its kernels are not built this is said once and not of every file of tests.
 import nowag_ext.ops  # noqa: F401

@@ -1,8 +1,8 @@
 """Runs the CUDA kernels of csrc/cuda on the host SIMT executor (tests/simt), under ASan and UBSan.
 
 ``build()`` compiles the launchers, the executor and its driver once for the sources at hand, and
-``Driver.run`` calls a launcher by name with the arguments of ``csrc/cuda/base/launchers.h``: numbers,
-tensors (written in place), None for a null pointer, lists for arrays of problems.
+``Driver.run`` calls a launcher by name with the arguments of ``csrc/cuda/base/launchers.h``:
+numbers, tensors (written in place), None for a null pointer, lists for arrays of problems.
 """
 
 from __future__ import annotations

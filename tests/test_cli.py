@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import nowag_ext
-from nowag_ext import gemm
+from nowag_ext import _cpu, gemm
 from nowag_ext.cli import app
 from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.source import calibration_batches
@@ -267,7 +267,7 @@ def test_env_says_that_a_level_was_forced() -> None:
     result = subprocess.run(
         **fresh_python("-c", code, "env", NOWAG_SIMD="scalar"), capture_output=True, check=True
     )
-    if nowag_ext.ops._cpu.simd_best() != "scalar":
+    if _cpu.simd_best() != "scalar":
         assert "because NOWAG_SIMD=scalar" in result.stdout
 
 

@@ -207,24 +207,58 @@ def test_numbers_are_short(value: float, text: str) -> None:
     assert number(value) == text
 
 
+def gpu_document(device: str, *lines: dict[str, Any], **more: Any) -> dict[str, Any]:
+    machine = {"device": device, "nvidia_smi": f"{device}, 1.2", "torch": "2.11", "commit": "0123"}
+    blank = {"p10": 0.0, "p90": 0.0, "bytes": 0, "percent_of_copy": 0.0, "times_peer": 0.0,
+             "peer": "", "notes": {}}  # fmt: skip
+    found = [{**blank, **line} for line in lines]
+    return {
+        "command": "python benchmarks/bench_gpu_x.py",
+        "machine": machine,
+        "lines": found,
+        **more,
+    }
+
+
+def gpu_line(op: str, shape: str, contender: str, us: float, **more: Any) -> dict[str, Any]:
+    return {"op": op, "shape": shape, "contender": contender, "microseconds": us, **more}
+
+
 def test_gpu_results_of_every_device(tmp_path: Path) -> None:
-    line = {
-        "op": "gemv", "shape": "64x96 tokens=1", "contender": "vq d=6", "microseconds": 5.0,
-        "p10": 4.5, "p90": 5.5, "bytes": 4096, "percent_of_copy": 40.0, "times_peer": 2.5,
-        "peer": "cuBLAS bf16", "notes": {"assignments": 3.0},
-    }  # fmt: skip
-    machine = {
-        "device": "a GPU", "nvidia_smi": "a GPU, 1.2", "torch": "2.11", "cuda": "13.0",
-        "commit": "0123456789abcdef",
-    }  # fmt: skip
+    dense = gpu_line("gemv", "64x96 tokens=1", "cuBLAS bf16", 12.5)
+    ours = gpu_line("gemv", "64x96 tokens=1", "vq d=6", 5.0, times_peer=2.5, peer="cuBLAS bf16")
     for device in ("h100", "h200"):
-        (tmp_path / device).mkdir()
-        (tmp_path / device / "result.json").write_text(
-            json.dumps({"machine": machine, "lines": [line]})
-        )
-    text = render.render("<!-- measured: gpu -->\n<!-- end -->", tmp_path / "cpu")
-    assert "### h100" in text
-    assert "### h200" in text
-    assert "| gemv | 64x96 tokens=1 | vq d=6 | 5.00 | ±10 % | 40 % | 2.50x cuBLAS bf16 |" in text
+        put(tmp_path / device, "gemv", gpu_document(f"an {device}", dense, ours))
+    put(tmp_path / "cpu", "gemv", gemv("d=4 bf16"))  # of another kind
+    text = render.render("<!-- measured: gpu_gemv -->\n<!-- end -->", tmp_path / "cpu")
+    assert "an h100, torch 2.11, commit 0123; `python benchmarks/bench_gpu_x.py`." in text
+    assert "an h200, torch" in text
+    assert "| 64x96 tokens=1 | 12.5 | 5.00, 2.50x |" in text
     assert render.render(text, tmp_path / "cpu") == text
-    assert render.gpu_section(tmp_path / "none" / "cpu") is None
+
+
+def test_gpu_sections_of_their_own_documents(tmp_path: Path) -> None:
+    wait = {"grid": 132, "waits barrier": 1.0, "waits drain": 3.0, "waits membar": 2.0}
+    put(
+        tmp_path / "h100",
+        "counters",
+        gpu_document("a GPU", gpu_line("ncu", "a call", "a kernel", 7.5, notes=wait)),
+    )
+    call = gpu_line("timeline", "a call", "span", 9.0, notes={"kernels": 2, "sum": 10.0})
+    put(
+        tmp_path / "h100",
+        "timeline",
+        gpu_document("a GPU", call, kernels={"a call": [[0.0, 4.0, "one"], [3.0, 6.0, "two"]]}),
+    )
+    (tmp_path / "cpu").mkdir()
+    names = ("gpu_counters", "gpu_timeline", "gpu_model")
+    text = render.render(readme(*names), tmp_path / "cpu")
+    assert "| a call | a kernel | 7.50 | 132 |" in text
+    assert "drain 3.00, membar 2.00, barrier 1.00 |" in text
+    assert "| a call | 9.00 | 2 | 10.0 | two, 6.00 |" in text
+    assert "old gpu_model" in text  # nothing was measured
+
+
+def test_the_readmes_say_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["render.py", "--check"])
+    assert render.main() == 0

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nowag_ext import ops, reference
+from nowag_ext.ops import linear
 
 kernel = pytest.mark.kernel
 
@@ -157,7 +158,7 @@ def test_any_leading_shape(shape: tuple[int, ...]) -> None:
 def test_many_tokens_go_through_tiles(
     count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_TILE_BYTES", 1)  # tiles of 32 rows: three, the last one of 6
+    monkeypatch.setattr(linear, "_TILE_BYTES", 1)  # tiles of 32 rows: three, the last one of 6
     sparse = sparse_weight(70, 96, dtype)
     bias = tokens(1, 70, dtype, seed=2)[0]
     x = tokens(count, 96, dtype)

@@ -103,10 +103,14 @@ def test_packed_tensors_keep_their_dtypes(
     model.save_pretrained(tmp_path)
     loaded = nowag_ext.load(tmp_path, dtype=asked, device_map="cpu")
     rest = torch.bfloat16 if asked == "auto" else asked
-    assert {parameter.dtype for parameter in loaded.parameters()} == {rest}
+    packed = set()
     for name, module in packed_modules(model).items():
-        for part, tensor in module.named_buffers():
-            assert torch.equal(tensor, loaded.get_submodule(name).get_buffer(part))
+        for part, tensor in module.packed_parameters().items():
+            found = loaded.get_parameter(f"{name}.{part}")
+            assert torch.equal(tensor, found)
+            assert not found.requires_grad
+            packed.add(f"{name}.{part}")
+    assert {p.dtype for name, p in loaded.named_parameters() if name not in packed} == {rest}
     assert logits(loaded).dtype == rest
     torch.testing.assert_close(logits(loaded).float(), logits(model).float(), rtol=0.1, atol=0.2)
 
@@ -282,23 +286,28 @@ def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
-    "future": ({"format_version": 2, "nowag_ext": "7.0"}, r"format_version 2, written by .* 7\.0"),
-    "method": ({"method": "magic"}, "must be vq or prune, not 'magic'"),
-    "fields": ({"groups": [{"modules": [], "d": 4}]}, r"groups of config\.json is malformed"),
+    "future": ({"format_version": 3, "nowag_ext": "7.0"}, r"format_version 3, written by .* 7\.0"),
+    "method": ({"groups": [{"method": "magic"}]}, "must be vq or prune, not 'magic'"),
+    "no group": ({"groups": ["all"]}, "a group of quantization_config must be an object"),
+    "fields": (
+        {"groups": [{"method": "vq", "modules": [], "d": 4}]},
+        r"groups of config\.json is malformed",
+    ),
     "no list": ({"groups": 3}, r"groups of config\.json must be a list"),
     "unknown module": (
-        {"groups": [{"modules": ["model.nowhere"], "d": 4, "code_bits": 6,
+        {"groups": [{"method": "vq", "modules": ["model.nowhere"], "d": 4, "code_bits": 6,
                      "weight_dtype": "float32"}]},
         r"model\.nowhere of quantization_config is no module of this LlamaForCausalLM",
     ),
     "no linear": (
-        {"groups": [{"modules": ["model.norm"], "d": 4, "code_bits": 6,
+        {"groups": [{"method": "vq", "modules": ["model.norm"], "d": 4, "code_bits": 6,
                      "weight_dtype": "float32"}]},
         r"model\.norm of quantization_config is a LlamaRMSNorm",
     ),
     "d": (
-        {"groups": [{"modules": [UP], "d": 9, "code_bits": 9, "weight_dtype": "float32"}]},
-        rf"{UP} of quantization_config: d must be from 1 to 8, not 9",
+        {"groups": [{"method": "vq", "modules": [UP], "d": 9, "code_bits": 9,
+                     "weight_dtype": "float32"}]},
+        rf"{UP} of quantization_config: d must be an integer from 1 to 8, not 9",
     ),
 }  # fmt: skip
 

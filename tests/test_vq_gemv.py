@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vq_cases import activations, random_vq
 
-from nowag_ext import gemm, ops, reference
+from nowag_ext import _cpu, gemm, ops, reference
+from nowag_ext.ops import linear
+from nowag_ext.ops.linear import tiled_linear
+from nowag_ext.ops.vq_gemv import vq_gemv_tokens
+from nowag_ext.ops.vq_pack import dequantize_vq_rows, vq_sizes
 
 pytestmark = pytest.mark.kernel
 
@@ -45,7 +49,7 @@ def lookup_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
     """
     _, codebook, row_norms, col_norms = vq
     d = codebook.shape[1]
-    if codebook.shape[0] != 256 or ops._cpu.simd_level() != "avx512vbmi":
+    if codebook.shape[0] != 256 or _cpu.simd_level() != "avx512vbmi":
         return torch.zeros(())
     scaled = (x.double() * col_norms.double()).abs()
     scaled = torch.nn.functional.pad(scaled, (0, -x.shape[1] % d)).unflatten(1, (-1, d))
@@ -167,16 +171,16 @@ def test_many_tokens_go_by_tiles(
     """Tiles of the dtype of x where the CPU is fast in it, else of float32, rounded once."""
     monkeypatch.setattr(gemm, "cpu_has_gemm", lambda dtype: fast)
     tiles_in = dtype if fast else torch.float32
-    monkeypatch.setattr(ops, "_TILE_BYTES", 64 * 90 * tiles_in.itemsize)
+    monkeypatch.setattr(linear, "_TILE_BYTES", 64 * 90 * tiles_in.itemsize)
     vq = random_vq(200, 90, 6, 12)
     x, bias = activations(65, 90, dtype).view(5, 13, 90), torch.randn(200).to(dtype)
     tiles = []
 
     def dequantize(begin: int, end: int, tile: Tensor) -> None:
         tiles.append((begin, end, tile.dtype))
-        ops._dequantize_vq_rows(vq, ops._vq_sizes(*vq), begin, end, tile)
+        dequantize_vq_rows(vq, vq_sizes(*vq), begin, end, tile)
 
-    y = ops._tiled_linear(x, bias, 200, dequantize)
+    y = tiled_linear(x, bias, 200, dequantize)
     assert tiles == [(begin, min(begin + 64, 200), tiles_in) for begin in range(0, 200, 64)]
     assert_same_bits(y, ops.vq_linear(x, *vq, bias))
     assert y.shape == (5, 13, 200)
@@ -192,7 +196,7 @@ def test_linear_is_right_on_both_sides_of_the_switch_to_tiles(
     d: int, code_bits: int, dtype: torch.dtype
 ) -> None:
     vq = random_vq(70, 50, d, code_bits)
-    limit = ops._vq_gemv_tokens(d, code_bits, torch.empty(1, dtype=dtype))
+    limit = vq_gemv_tokens(d, code_bits, torch.empty(1, dtype=dtype))
     assert limit >= ops.GEMV_MAX_TOKENS
     for tokens in (limit, limit + 1) if limit < 1000 else (500,):
         x = activations(tokens, 50, dtype)
@@ -204,7 +208,7 @@ def test_linear_is_right_on_both_sides_of_the_switch_to_tiles(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [2, 40])
 def test_gradients(tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_TILE_BYTES", 32 * 50 * dtype.itemsize)
+    monkeypatch.setattr(linear, "_TILE_BYTES", 32 * 50 * dtype.itemsize)
     vq = random_vq(70, 50, 4, 8)
     x = activations(tokens, 50, dtype).view(2, tokens // 2, 50).requires_grad_()
     bias = torch.randn(70).to(dtype).requires_grad_()

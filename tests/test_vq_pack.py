@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from vq_cases import random_codes, random_vq
 
 from nowag_ext import ops, reference
+from nowag_ext.ops.checks import check_words
+from nowag_ext.ops.vq_pack import dequantize_vq_rows
 
 pytestmark = pytest.mark.kernel
 
@@ -81,7 +83,7 @@ def test_rows_of_a_tile_go_where_they_are_told() -> None:
     dense = reference.vq_dequantize(*vq, torch.float32)
     for begin, end in [(0, 200), (32, 64), (64, 101), (160, 200), (192, 193)]:
         out = torch.full((end - begin + 2, 70), torch.nan)
-        ops._dequantize_vq_rows(vq, (200, 70, 6, 12), begin, end, out)
+        dequantize_vq_rows(vq, (200, 70, 6, 12), begin, end, out)
         assert_same_bits(out[: end - begin], dense[begin:end])
         assert out[end - begin :].isnan().all()
 
@@ -89,7 +91,7 @@ def test_rows_of_a_tile_go_where_they_are_told() -> None:
 def test_rows_can_be_spaced_apart() -> None:
     vq = random_vq(40, 22, 4, 8)
     wide = torch.full((40, 31), torch.nan)
-    ops._dequantize_vq_rows(vq, (40, 22, 4, 8), 0, 40, wide[:, :22])
+    dequantize_vq_rows(vq, (40, 22, 4, 8), 0, 40, wide[:, :22])
     assert_same_bits(wide[:, :22], reference.vq_dequantize(*vq, torch.float32))
     assert wide[:, 22:].isnan().all()
 
@@ -124,10 +126,10 @@ def test_refuses_wrong_shapes_and_dtypes() -> None:
 def test_refuses_addresses_that_a_device_cannot_read(code_bits: int, multiple: int) -> None:
     row_bytes = 4 * code_bits
     for tile in range(5):  # slices of whole tiles are fine
-        ops._check_words("codes", 0x7F00_0000_0200 + tile * row_bytes, row_bytes)
+        check_words("codes", 0x7F00_0000_0200 + tile * row_bytes, row_bytes)
     for offset in (1, 2, multiple // 2, multiple + 1):
         with pytest.raises(ValueError, match=f"codes must start at a multiple of {multiple} bytes"):
-            ops._check_words("codes", 0x7F00_0000_0200 + offset, row_bytes)
+            check_words("codes", 0x7F00_0000_0200 + offset, row_bytes)
 
 
 def test_opcheck() -> None:

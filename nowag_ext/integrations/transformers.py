@@ -3,11 +3,21 @@
 Importing this module registers it. ``config.json`` then holds a ``quantization_config``:
 
     quant_method    "nowag"
-    format_version  of the packed forms (csrc/include/nowag/format.h)
-    method          "vq" or "prune"
-    groups          [{modules, weight_dtype, and d and code_bits | sparsity | pattern}]
-    settings        what the model was compressed with, for the reader's information
+    format_version  of all this and of the packed forms (csrc/include/nowag/format.h): 2
+    groups          linears of one form, each {
+        method          "vq" or "prune"
+        modules         their names
+        weight_dtype    of the dense weights they stand for
+        d, code_bits | sparsity | pattern
+        codebook        vq: the name of the codebook they share; without it each has its own
+        settings        what they were compressed with, for the reader's information
+    }
     nowag_ext       the release that wrote it
+
+Version 1 had one method and one set of settings beside the groups, and no shared codebooks. It is
+read, and written back as version 2.
+
+A shared codebook is stored once, as ``nowag_codebooks.<name>`` of the base model.
 """
 
 from __future__ import annotations
@@ -24,11 +34,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nowag_ext import ops
-from nowag_ext.linear import SparseLinear, VQLinear
+from nowag_ext.codebook import OWNER, adopt_codebooks, disown_codebooks, tie_codebooks
+from nowag_ext.linear import PackedLinear
+from nowag_ext.methods import METHODS
 from nowag_ext.version import __version__
 
 QUANT_METHOD = "nowag"
-_PACKED = (VQLinear, SparseLinear)
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What safetensors calls the dtypes of the packed forms.
 _STORED_DTYPES = {
@@ -38,14 +49,25 @@ _STORED_DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_GROUP_FIELDS = {"vq": [{"d", "code_bits"}], "prune": [{"sparsity"}, {"pattern"}]}
+_READS = (1, 2)  # format versions
 
 
 def format_group(
-    fields: Mapping[str, Any], dtype: torch.dtype, modules: Sequence[str]
+    method: str,
+    form: Mapping[str, Any],
+    dtype: torch.dtype,
+    settings: Mapping[str, Any],
+    modules: Sequence[str],
 ) -> dict[str, Any]:
-    """One entry of a config's ``groups``: modules of one form, and the dtype their weights had."""
-    return {**fields, "weight_dtype": str(dtype).removeprefix("torch."), "modules": list(modules)}
+    """One entry of a config's ``groups`` (see the module's text)."""
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "method": method,
+        **form,
+        "weight_dtype": name,
+        "settings": dict(settings),
+        "modules": list(modules),
+    }
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -58,73 +80,78 @@ class NowagConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        method: str = "",
         groups: Sequence[dict[str, Any]] = (),
-        settings: Mapping[str, Any] | None = None,
         format_version: int = ops.FORMAT_VERSION,
         nowag_ext: str = __version__,
+        method: str | None = None,
+        settings: Mapping[str, Any] | None = None,
         **_unknown: Any,
     ) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.format_version = format_version
-        self.method = method
-        self.groups = groups
-        self.settings = dict(settings or {})
-        self.nowag_ext = nowag_ext
-        if format_version != ops.FORMAT_VERSION:
+        if format_version not in _READS:
             raise ValueError(
                 f"the checkpoint has format_version {format_version}, written by nowag_ext "
-                f"{nowag_ext}, but this nowag_ext {__version__} reads version "
-                f"{ops.FORMAT_VERSION}: install the release that wrote it."
+                f"{nowag_ext}, but this nowag_ext {__version__} reads versions "
+                f"{' and '.join(map(str, _READS))}: install the release that wrote it."
             )
-        self._check_groups()
-
-    def _check_groups(self) -> None:
-        if self.method not in _GROUP_FIELDS:
-            raise ValueError(
-                f"quantization_config.method must be vq or prune, not {self.method!r}."
-            )
-        if not isinstance(self.groups, list | tuple):
+        if not isinstance(groups, list | tuple):
             raise ValueError("quantization_config.groups of config.json must be a list.")
-        for group in self.groups:
-            if not self._is_group(group):
-                raise ValueError(
-                    "quantization_config.groups of config.json is malformed: a group of method "
-                    f"{self.method!r} cannot be {group!r:.200}."
-                )
+        if format_version == 1:
+            groups = [_from_version_1(group, method, settings) for group in groups]
+        for group in groups:
+            _check_group(group)
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.format_version = ops.FORMAT_VERSION
+        self.groups = list(groups)
+        self.nowag_ext = nowag_ext
 
-    def _is_group(self, group: Any) -> bool:
-        return (
-            isinstance(group, dict)
-            and set(group) - {"modules", "weight_dtype"} in _GROUP_FIELDS[self.method]
-            and group.get("weight_dtype") in _DTYPES
-            and isinstance(group.get("modules"), list)
-            and all(isinstance(name, str) for name in group["modules"])
-        )
-
-    def build(self, group: Mapping[str, Any], linear: nn.Linear) -> VQLinear | SparseLinear:
+    def build(self, group: Mapping[str, Any], linear: nn.Linear) -> PackedLinear:
         """An empty module for ``linear``'s place, on its device, with its bias."""
-        size = (linear.in_features, linear.out_features)
-        device = linear.weight.device
-        module: VQLinear | SparseLinear
-        if self.method == "vq":
-            d, code_bits = group["d"], group["code_bits"]
-            module = VQLinear(*size, d=d, bits=_bits(d, code_bits), device=device)
-        else:
-            module = SparseLinear(
-                *size,
-                sparsity=group.get("sparsity"),
-                pattern=group.get("pattern"),
-                dtype=_DTYPES[group["weight_dtype"]],
-                device=device,
-            )
+        module = METHODS[group["method"]].empty(
+            group,
+            linear.in_features,
+            linear.out_features,
+            _DTYPES[group["weight_dtype"]],
+            linear.weight.device,
+        )
         module.bias = linear.bias
         return module
 
 
-def _bits(d: int, code_bits: int) -> float:
-    """Bits per weight, an int where it is one."""
-    return code_bits // d if code_bits % d == 0 else code_bits / d
+def _from_version_1(
+    group: Any, method: str | None, settings: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    if not isinstance(group, dict):
+        raise ValueError(f"a group of quantization_config must be an object, not {group!r:.200}.")
+    return {**group, "method": method, "settings": dict(settings or {})}
+
+
+_EVERY_GROUP = {"method", "weight_dtype", "modules", "settings"}
+
+
+def _check_group(group: Any) -> None:
+    """Raises ValueError for a group that no release writes."""
+    if not isinstance(group, dict):
+        raise ValueError(f"a group of quantization_config must be an object, not {group!r:.200}.")
+    method = group.get("method")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(
+            f"the method of a group of quantization_config must be {' or '.join(METHODS)}, "
+            f"not {method!r:.200}."
+        )
+    if not _is_group(group):
+        raise ValueError(
+            f"quantization_config.groups of config.json is malformed: it holds {group!r:.200}."
+        )
+
+
+def _is_group(group: Mapping[str, Any]) -> bool:
+    return (
+        set(group) - _EVERY_GROUP in METHODS[group["method"]].forms
+        and str(group.get("weight_dtype")) in _DTYPES
+        and isinstance(group.get("settings", {}), dict)
+        and isinstance(group.get("modules"), list)
+        and all(isinstance(name, str) for name in group["modules"])
+    )
 
 
 @register_quantizer(QUANT_METHOD)
@@ -158,25 +185,37 @@ class NowagHfQuantizer(HfQuantizer):
                 except ValueError as error:
                     raise ValueError(f"{stored_name} of quantization_config: {error}") from None
                 model.set_submodule(name, module)
+        adopt_codebooks(model)
         _check_headers(model, checkpoint_files or ())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         _check_all_loaded(model)
+        tie_codebooks(model)
         for name, module in model.named_modules():
-            if isinstance(module, _PACKED):
+            if isinstance(module, PackedLinear):
+                for parameter in module.packed_parameters().values():
+                    parameter.requires_grad_(False)  # transformers wants one of all that is float
                 try:
                     module.validate()
                 except ValueError as error:
                     raise ValueError(f"{name} in the checkpoint is damaged: {error}") from None
         return model
 
+    def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
+        """A map of the dense model's modules says nothing of the codebooks: they go anywhere."""
+        if isinstance(device_map, dict) and device_map and "" not in device_map:
+            shared = any("codebook" in group for group in self.quantization_config.groups)
+            if shared and not any(OWNER in name for name in device_map):
+                return {**device_map, OWNER: next(iter(device_map.values()))}
+        return device_map
+
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
         """Tensors of packed modules keep their dtype, whatever dtype the model is loaded in."""
         for target in getattr(converter, "target_patterns", ()):
-            if target.rpartition(".")[2] in _FORMAT_TENSORS:
+            if target.rpartition(".")[2] in _FORMAT_TENSORS or OWNER in target.split("."):
                 return None
         return super().get_new_dtype(converter, param, dtype)
 
@@ -210,12 +249,13 @@ def attach(model: Any, config: NowagConfig) -> None:
 
 def replace_by_dense(model: Any, dtype: torch.dtype) -> Any:
     """Replaces every packed module by an ``nn.Linear`` of ``dtype`` with the same weight."""
-    packed = {n: module for n, module in model.named_modules() if isinstance(module, _PACKED)}
+    packed = {n: module for n, module in model.named_modules() if isinstance(module, PackedLinear)}
     for name, module in packed.items():
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(module.weight_form().dequantize(dtype))
         linear.register_parameter("bias", module.bias)
         model.set_submodule(name, linear.train(module.training))
+    disown_codebooks(model)
     return model
 
 
@@ -238,13 +278,15 @@ def _check_headers(model: Any, files: Iterable[str]) -> None:
     convert it in silence. Tensors that transformers renames while loading are left to its checks.
     """
     expected = dict(model.state_dict())
-    packed = {name for name, module in model.named_modules() if isinstance(module, _PACKED)}
+    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     if name in expected:
-                        fixed = name.rpartition(".")[0] in packed and not name.endswith(".bias")
+                        fixed = OWNER in name.split(".") or (
+                            name.rpartition(".")[0] in packed and not name.endswith(".bias")
+                        )
                         _check_header(opened.get_slice(name), expected[name], fixed, name, file)
         except SafetensorError as error:
             raise ValueError(f"{file} is truncated or damaged: {error}.") from None

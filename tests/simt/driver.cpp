@@ -3,8 +3,7 @@
 //   request   seed u64, name, number of arguments u32, arguments
 //   argument  'i' int64 | 'd' double | 'n' (null) | 'b' size u64, bytes | 'l' count u32, arguments
 //   answer    status i32, then the bytes of every 'b' in the order of the request
-// Every buffer is a heap block of exactly its size, so that AddressSanitizer sees an access
-// outside.
+// Every buffer is a heap block of exactly its size: AddressSanitizer sees an access outside.
 #include <cstdio>
 #include <functional>
 #include <map>

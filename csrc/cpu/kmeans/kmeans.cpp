@@ -7,7 +7,7 @@
 
 #include <omp.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <numeric>

@@ -2,8 +2,8 @@
 // kmeans_kernel.h: over Lanes, in an anonymous namespace.
 //
 //   u = 2^-24, X = sum h x^2, D2 = the exact squared distance of a point from an entry.
-//   The pinned score plus X is off from D2 by at most (2 d + 6) u (2 X + 2 sum h c^2), and sum h
-//   c^2 is at most 2 X + 2 D2: by less than noise(D2) = kappa (X + D2), kappa = 6 (2 d + 6) u.
+// The pinned score plus X is off from D2 by at most (2 d + 6) u (2 X + 2 sum h c^2), and
+// sum h c^2 is at most 2 X + 2 D2: by less than noise(D2) = kappa (X + D2), kappa = 6 (2 d + 6) u.
 // The squared distance from a box, in coordinates scaled by sqrt(h), is off by far less than that.
 // An entry can thus only win, or tie, if its D2 <= best + X + 3 noise.
 //

@@ -46,7 +46,6 @@ struct Lanes {
         low = _mm_min_ps(low, _mm_movehl_ps(low, low));
         return _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
     }
-    static float highest(Float a) { return -lowest(_mm256_xor_ps(a, all(-0.0f))); }
 
     static Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
     static Mask equal(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
@@ -74,7 +73,6 @@ struct Lanes {
     }
     static Int nearest_int(Float a) { return _mm256_cvtps_epi32(a); }
     static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
-    static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
     static Float gather(const float* from, Int index) {
         return _mm256_i32gather_ps(from, index, sizeof(float));
     }

@@ -26,7 +26,6 @@ struct Lanes {
     static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
     static Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
     static float lowest(Float a) { return _mm512_reduce_min_ps(a); }
-    static float highest(Float a) { return _mm512_reduce_max_ps(a); }
 
     static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
     static Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
@@ -51,7 +50,6 @@ struct Lanes {
     static void store_int(int32_t* to, Int a) { _mm512_storeu_si512(to, a); }
     static Int nearest_int(Float a) { return _mm512_cvtps_epi32(a); }
     static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
-    static Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
     static Float gather(const float* from, Int index) {
         return _mm512_i32gather_ps(index, from, sizeof(float));
     }

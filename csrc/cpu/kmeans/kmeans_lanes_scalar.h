@@ -25,7 +25,6 @@ struct Lanes {
     static Float max(Float a, Float b) { return a > b ? a : b; }
     static Float sqrt(Float a) { return std::sqrt(a); }
     static float lowest(Float a) { return a; }
-    static float highest(Float a) { return a; }
 
     static Mask less(Float a, Float b) { return a < b; }
     static Mask equal(Float a, Float b) { return a == b; }
@@ -41,7 +40,6 @@ struct Lanes {
     static void store_int(int32_t* to, Int a) { *to = a; }
     static Int nearest_int(Float a) { return static_cast<Int>(std::lrint(a)); }
     static Int add(Int a, Int b) { return a + b; }
-    static Int multiply(Int a, Int b) { return a * b; }
     static Float gather(const float* from, Int index) { return from[index]; }
 
     static Mask at_most(Int a, Int b) { return a <= b; }

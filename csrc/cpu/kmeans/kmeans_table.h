@@ -58,9 +58,9 @@ struct KmeansFrame {
     float* bias;   // [slots], of kmeans.h; infinity for slots that hold no entry
     float* lower;  // [d, stride]: the leaves' boxes in the position's metric
     float* upper;
-    // For many leaves only. On the grid of kmeans_grid.h, coordinates in pairs: entries [count,
-    // pairs, kLeafEntries] and, for every kBranchLeaves boxes, [lower and upper, pairs,
-    // kBranchLeaves].
+    // For many leaves only. On the grid of kmeans_grid.h, coordinates in pairs: entries
+    // [count, pairs, kLeafEntries] and, for every kBranchLeaves boxes,
+    // [lower and upper, pairs, kBranchLeaves].
     int32_t* grid_entries;
     int32_t* grid_boxes;
     // Lists of all branches or leaves for each of kMaxLanes points, and a vector more.

@@ -1,6 +1,6 @@
 // Everything of kmeans.h that is cheap beside an assignment: update, errors, spread, merge costs,
 // energy.
-#include <cmath>
+#include <algorithm>
 #include <new>
 #include <vector>
 

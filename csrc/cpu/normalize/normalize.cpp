@@ -1,5 +1,6 @@
 #include "nowag/normalize.h"
 
+#include <algorithm>
 #include <cmath>
 #include <new>
 #include <vector>

@@ -3,8 +3,6 @@
 // no instruction set's copy is ever linked in place of another's.
 #pragma once
 
-#include <cmath>
-
 #include "cpu/base/convert_row.h"
 #include "cpu/normalize/normalize_table.h"
 #include "nowag/normalize.h"

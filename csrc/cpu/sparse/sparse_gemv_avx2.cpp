@@ -8,8 +8,7 @@
 namespace nowag::cpu {
 namespace {
 
-constexpr int64_t kBytePair = 16;  // columns
-constexpr int64_t kChunk = 1024;
+constexpr int64_t kBytePair = 16;        // columns
 constexpr int64_t kPrefetchBytes = 512;  // as sparse_gemv_avx512.h
 
 struct ExpandFloat32 {
@@ -63,8 +62,9 @@ void dot_tile(const Tile<Rows, Tokens>& tile, float (&sums)[Rows][Tokens]) {
         values[r] = static_cast<const uint8_t*>(tile.values[r]);
         for (int t = 0; t < Tokens; ++t) totals[r][t] = _mm256_setzero_ps();
     }
-    for (int64_t chunk = 0; chunk < tile.cols; chunk += kChunk) {
-        const int64_t end = chunk + kChunk < tile.cols ? chunk + kChunk : tile.cols;
+    for (int64_t chunk = 0; chunk < tile.cols; chunk += kSparseGemvChunk) {
+        const int64_t end =
+            chunk + kSparseGemvChunk < tile.cols ? chunk + kSparseGemvChunk : tile.cols;
         __m256 even[Rows][Tokens], odd[Rows][Tokens];
         for (int r = 0; r < Rows; ++r) {
             for (int t = 0; t < Tokens; ++t) even[r][t] = odd[r][t] = _mm256_setzero_ps();

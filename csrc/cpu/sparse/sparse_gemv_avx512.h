@@ -7,9 +7,9 @@
 //       static constexpr int kValueBytes;
 //   };
 //
-// Lane l of a tile's accumulators adds up every 16th column by fused multiply-add, kChunkWords
-// words of the bitmap at a time (a chain of 64), then chunks, then lanes pairwise: that gives the
-// error bound of sparse_gemv.h. At one token it is bound by reading values and bitmap, or close to
+// Lane l of a tile's accumulators adds up every 16th column by fused multiply-add, kSparseGemvChunk
+// columns at a time (a chain of 64), then chunks, then lanes pairwise: that gives the error bound of
+// sparse_gemv.h. At one token it is bound by reading values and bitmap, or close to
 // it by the one port that expands.
 #pragma once
 
@@ -21,7 +21,6 @@ namespace nowag::cpu {
 namespace {
 
 constexpr int64_t kWord = 64;
-constexpr int64_t kChunk = 1024;
 constexpr int64_t kPrefetchBytes = 512;  // of a row's values; the hardware's prefetch is behind
 
 uint64_t word_at(const uint8_t* bits, int64_t j) {
@@ -67,8 +66,9 @@ void dot_tile(const Tile<Rows, Tokens>& tile, float (&sums)[Rows][Tokens]) {
         values[r] = static_cast<const uint8_t*>(tile.values[r]);
         for (int t = 0; t < Tokens; ++t) totals[r][t] = _mm512_setzero_ps();
     }
-    for (int64_t chunk = 0; chunk < tile.cols; chunk += kChunk) {
-        const int64_t end = chunk + kChunk < tile.cols ? chunk + kChunk : tile.cols;
+    for (int64_t chunk = 0; chunk < tile.cols; chunk += kSparseGemvChunk) {
+        const int64_t end =
+            chunk + kSparseGemvChunk < tile.cols ? chunk + kSparseGemvChunk : tile.cols;
         __m512 chunk_sums[Rows][Tokens];
         for (int r = 0; r < Rows; ++r) {
             for (int t = 0; t < Tokens; ++t) chunk_sums[r][t] = _mm512_setzero_ps();

@@ -4,7 +4,6 @@ namespace nowag::cpu {
 namespace {
 
 constexpr int64_t kWord = 64;
-constexpr int64_t kChunk = 1024;  // columns: sums of sums keep chains of rounding errors short
 
 uint64_t word_at(const uint8_t* bits, int64_t j) {
     uint64_t word;
@@ -16,9 +15,9 @@ template <DType Values>
 float dot_row(const float* x, int64_t cols, const uint8_t* bits, const void* values) {
     int64_t next = 0;
     float sum = 0.0f;
-    for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
+    for (int64_t chunk = 0; chunk < cols; chunk += kSparseGemvChunk) {
         float chunk_sum = 0.0f;
-        for (int64_t j = chunk; j < chunk + kChunk && j < cols; j += kWord) {
+        for (int64_t j = chunk; j < chunk + kSparseGemvChunk && j < cols; j += kWord) {
             float word_sum = 0.0f;
             for (uint64_t left = word_at(bits, j); left != 0; left &= left - 1) {
                 word_sum += x[j + __builtin_ctzll(left)] * load_float(values, next++, Values);

@@ -9,6 +9,10 @@ namespace nowag::cpu {
 
 constexpr int64_t kSparseGemvBlockRows = 32;
 
+// Columns that are summed on their own: sums of sums keep chains of rounding errors short, as the
+// error bound of sparse_gemv.h asks.
+constexpr int64_t kSparseGemvChunk = 1024;
+
 // At most kSparseGemvBlockRows adjacent rows of a layer, and what they are multiplied by.
 struct SparseGemvBlock {
     const float* x;  // [tokens, x_stride], arranged, zeros from cols on

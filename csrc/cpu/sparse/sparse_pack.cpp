@@ -1,6 +1,6 @@
 #include "nowag/sparse_pack.h"
 
-#include <algorithm>
+#include <cstring>
 #include <limits>
 #include <new>
 #include <vector>

@@ -34,6 +34,7 @@ const VqLookupTable* lookup_table() {
 constexpr int64_t kCodesForThreads = 32768;
 // Rows that make a table worth building: building one costs as much as looking this many up.
 constexpr int64_t kLookupRows = 512;
+
 struct Problem {
     const void* x;
     DType dtype;
@@ -133,8 +134,8 @@ int64_t group_count(int64_t positions) {
     return positions < kVqLookupGroup / 4 ? 1 : 2 * ceil_div(positions, 2 * kVqLookupGroup);
 }
 
-// Sums of positions [begin, end) for tiles [tile, tile_end), to rows of `sums`, [tokens,
-// row_stride].
+// Sums of positions [begin, end) for tiles [tile, tile_end), to rows of `sums`,
+// [tokens, row_stride].
 void look_up_group(const Problem& problem, const float* arranged, const float* largest,
                    const float* inputs, int64_t begin, int64_t end, int64_t tile, int64_t tile_end,
                    float* sums, int64_t row_stride) {

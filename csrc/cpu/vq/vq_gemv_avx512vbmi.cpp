@@ -1,9 +1,10 @@
 // The lookup kernel of vq_gemv.h: codes of 8 bits, tables of 256 16-bit products kept as 256 low
 // and 256 high bytes, so that a byte permute looks 64 codes up at once.
 //
-//   table in registers   low  [t0 | t1 | t2 | t3]   high [t4 | t5 | t6 | t7]     64 bytes each
-//   64 codes             two permutes a half choose by the code's low 7 bits, a blend by its top
-//   bit accumulators         16-bit sums of whole words and of their upper bytes, modulo 2^16:
+//   table in registers   low [t0 | t1 | t2 | t3]   high [t4 | t5 | t6 | t7]   64 bytes each
+//   64 codes             four permutes a half, one a register, choose by the codes' low 6 bits;
+//                        masks of the top two say in which lanes
+//   accumulators         16-bit sums of whole words and of their upper bytes, modulo 2^16:
 //                        upper = sum(odd bytes), words - 256 * upper = sum(even bytes)
 //
 // Eight permutes for 64 codes bound it (port 5 on Intel), then the codes' memory traffic.

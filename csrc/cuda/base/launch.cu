@@ -17,7 +17,7 @@ namespace {
 
 thread_local const char* error_of_this_thread = "";
 
-// Its attributes tell what all kernels were compiled for.
+// Never launched: its attributes tell what all kernels were compiled for.
 __global__ void probe() {}
 
 Status ask_device(int device, DeviceLimits* limits) {

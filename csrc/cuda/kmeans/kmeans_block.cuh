@@ -1,45 +1,19 @@
-// What the seeding kernels share: sums and scans over the threads of a block, in integers, so that
-// any order gives the same bits, and how floats become those integers.
+// What the seeding kernels share: sums over a warp, and how floats become the integers that are
+// summed and scanned (base/block.cuh), so that any order gives the same bits.
 #pragma once
 
-#include "cuda/base/device.cuh"
+#include "cuda/base/block.cuh"
 
 namespace nowag::cuda {
 
 constexpr int kSeedThreads = 512;
 constexpr int kSeedWarps = kSeedThreads / kWarpSize;
 
-__device__ __forceinline__ int lane_of_thread() { return threadIdx.x % kWarpSize; }
-__device__ __forceinline__ int warp_of_thread() { return threadIdx.x / kWarpSize; }
-
 __device__ __forceinline__ unsigned long long warp_sum(unsigned long long value) {
     for (int flip = kWarpSize / 2; flip > 0; flip /= 2) {
         value += __shfl_xor_sync(kFullWarp, value, flip);
     }
     return value;
-}
-
-struct BlockScan {
-    unsigned long long upto;   // the sum over the threads up to and with this one
-    unsigned long long total;  // over all threads
-};
-
-// Every thread calls it. warp_sums: kSeedWarps numbers in shared memory.
-__device__ __forceinline__ BlockScan block_scan(unsigned long long value,
-                                                unsigned long long* warp_sums) {
-    for (int step = 1; step < kWarpSize; step *= 2) {
-        const unsigned long long before = __shfl_up_sync(kFullWarp, value, step);
-        if (lane_of_thread() >= step) value += before;
-    }
-    __syncthreads();
-    if (lane_of_thread() == kWarpSize - 1) warp_sums[warp_of_thread()] = value;
-    __syncthreads();
-    BlockScan scan{value, 0};
-    for (int warp = 0; warp < kSeedWarps; ++warp) {
-        if (warp < warp_of_thread()) scan.upto += warp_sums[warp];
-        scan.total += warp_sums[warp];
-    }
-    return scan;
 }
 
 // Raises *largest, the bits of a float that is not negative, to the largest value of the warp.

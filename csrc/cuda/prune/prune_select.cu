@@ -55,6 +55,119 @@ __device__ __forceinline__ void list_candidate(PruneCandidate candidate, unsigne
     if (place < candidates.capacity) candidates.list[place] = candidate;
 }
 
+// What a lane takes of a unit of prune_split: 4 columns of the unit's rows.
+struct SplitPart {
+    int64_t first;        // row of the layer
+    int64_t strip;        // of kSplitColumns columns
+    int64_t j;            // the lane's first column
+    int rows;             // that the layer has here
+    int columns;          // of the lane's 4, not positive past the row's end
+    const float* corner;  // weight (first, j)
+
+    // across: units side by side in a row of the layer.
+    __device__ __forceinline__ SplitPart(const PruneLayer& layer, unsigned unit, unsigned across)
+        : first(static_cast<int64_t>(unit / across) * kSplitRows),
+          strip(unit % across),
+          j(strip * kSplitColumns + 4 * lane_of_thread()),
+          rows(at_most(layer.rows - first, kSplitRows)),
+          columns(at_most(layer.cols - j, 4)),
+          corner(layer.w + (first * layer.cols + j)) {}
+};
+
+// Of a lane's weights those beyond the bracket and those inside. Bit 4 r + c stands for row r and
+// column c.
+struct SplitBits {
+    unsigned above;
+    unsigned undecided;
+};
+
+// Reads a lane's weights, all rows before the first is looked at, and compares their keys. A
+// comparison is the sign of a difference, shifted in from the right, the last weight first.
+template <bool kVector>
+__device__ __forceinline__ SplitBits compare_part(const PruneLayer& layer, const SplitPart& part,
+                                                  const PruneBracket& bracket) {
+    float4 w[kSplitRows];
+    const float* row = part.corner;
+#pragma unroll
+    for (int r = 0; r < kSplitRows; ++r, row += layer.cols) {
+        w[r] = load_four<kVector>(row, r < part.rows ? part.columns : 0);
+    }
+    const float4 h = load_four<kVector>(layer.h + part.j, part.columns);
+    unsigned above = 0, reached = 0;
+#pragma unroll
+    for (int r = kSplitRows - 1; r >= 0; --r) {
+        const unsigned keys[] = {saliency_bits(w[r].x, h.x), saliency_bits(w[r].y, h.y),
+                                 saliency_bits(w[r].z, h.z), saliency_bits(w[r].w, h.w)};
+#pragma unroll
+        for (int c = 3; c >= 0; --c) {
+            above = __funnelshift_l(bracket.last - keys[c], above, 1);
+            reached = __funnelshift_l(bracket.before - keys[c], reached, 1);
+        }
+    }
+    unsigned present = 0;
+    if (part.columns > 0) {
+        present = 0x11111111u * (0xfu >> (4 - part.columns)) & ~0u >> 4 * (kSplitRows - part.rows);
+    }
+    above &= present;
+    return {above, reached & present & ~above};
+}
+
+// Writes the unit's bits of the bitmap, whose rows have `words` words; those of the undecided are
+// 0. Returns how many a lane has set.
+__device__ __forceinline__ unsigned write_part(const SplitPart& part, unsigned above, int64_t words,
+                                               unsigned* bitmap) {
+    const int lane = lane_of_thread();
+    const unsigned word = transpose_nibbles(above);
+    const int64_t place = part.strip * (kSplitColumns / 32) + lane / kSplitRows;
+    if (lane % kSplitRows < part.rows && place < words) {
+        bitmap[(part.first + lane % kSplitRows) * words + place] = word;
+    }
+    return static_cast<unsigned>(__popc(word));
+}
+
+// Gathers a lane's undecided weights in shared memory, those beyond its room in the list.
+__device__ __forceinline__ void stage_part(const PruneLayer& layer, const SplitPart& part,
+                                           unsigned undecided, const PruneBracket& bracket,
+                                           const PruneCandidates& candidates, PruneScratch* scratch,
+                                           SplitShared& shared) {
+    const unsigned index = static_cast<unsigned>(part.first * layer.cols + part.j);
+    unsigned slot = 0;
+    if (undecided != 0) {
+        slot = atomicAdd(&shared.count, static_cast<unsigned>(__popc(undecided)));
+    }
+    for (; undecided != 0; undecided &= undecided - 1, ++slot) {
+        const unsigned bit = static_cast<unsigned>(__ffs(static_cast<int>(undecided))) - 1;
+        const unsigned offset = bit / 4 * static_cast<unsigned>(layer.cols) + bit % 4;
+        const unsigned key = saliency_bits(part.corner[offset], layer.h[part.j + bit % 4]);
+        const PruneCandidate candidate = make_candidate(key, index + offset);
+        if (slot < kStaged) {
+            shared.staged[slot] = candidate;
+        } else {
+            list_candidate(candidate, atomicAdd(&scratch->counts.candidates, 1u), bracket,
+                           candidates, scratch);
+        }
+    }
+}
+
+// Appends what the block has staged to the list, and adds what it has kept to the grid's count.
+// kept: of this thread.
+__device__ __forceinline__ void append_staged(unsigned kept, const PruneBracket& bracket,
+                                              const PruneCandidates& candidates,
+                                              PruneScratch* scratch, SplitShared& shared) {
+    kept = __reduce_add_sync(kFullWarp, kept);
+    if (lane_of_thread() == 0) atomicAdd(&shared.kept, kept);
+    __syncthreads();
+    const unsigned staged = shared.count < kStaged ? shared.count : kStaged;
+    if (threadIdx.x == 0) {
+        shared.first = atomicAdd(&scratch->counts.candidates, staged);
+        atomicAdd(&scratch->counts.kept, shared.kept);
+    }
+    __syncthreads();
+    for (unsigned c = threadIdx.x; c < staged; c += kPruneThreads) {
+        list_candidate(shared.staged[c], shared.first + c, bracket, candidates, scratch);
+    }
+}
+
 // Looks for the threshold among the candidates, if it is one of them and they are all listed.
 __device__ void find_among_candidates(const PruneLayer& layer, unsigned n_prune,
                                       const PruneCandidates& candidates, PruneScratch* scratch,
@@ -79,83 +192,20 @@ __global__ void __launch_bounds__(kPruneThreads, 4)
     SplitShared& shared = *reinterpret_cast<SplitShared*>(shared_memory());
     if (threadIdx.x == 0) shared.count = shared.kept = 0;
     __syncthreads();
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const PruneBracket bracket = scratch->bracket;
     const int64_t words = padded_columns(layer.cols) / 32;
     const unsigned across = static_cast<unsigned>((layer.cols + kSplitColumns - 1) / kSplitColumns);
     const unsigned down = static_cast<unsigned>((layer.rows + kSplitRows - 1) / kSplitRows);
     unsigned kept = 0;
     for (int u = 0; u < kUnitsPerWarp; ++u) {
-        const unsigned unit = (blockIdx.x * kUnitsPerWarp + u) * kPruneWarps + warp;
+        const unsigned unit = (blockIdx.x * kUnitsPerWarp + u) * kPruneWarps + warp_of_thread();
         if (unit >= across * down) break;
-        const int64_t first = static_cast<int64_t>(unit / across) * kSplitRows;
-        const int64_t strip = unit % across, j = strip * kSplitColumns + 4 * lane;
-        const int rows = at_most(layer.rows - first, kSplitRows);
-        const int columns = at_most(layer.cols - j, 4);
-        const float* corner = layer.w + (first * layer.cols + j);
-        float4 w[kSplitRows];
-        const float* row = corner;
-#pragma unroll
-        for (int r = 0; r < kSplitRows; ++r, row += layer.cols) {
-            w[r] = load_four<kVector>(row, r < rows ? columns : 0);
-        }
-        const float4 h = load_four<kVector>(layer.h + j, columns);
-        // Bit 4 r + c stands for row r and column c: the sign of a difference, shifted in from the
-        // right, the last first.
-        unsigned above = 0, reached = 0;
-#pragma unroll
-        for (int r = kSplitRows - 1; r >= 0; --r) {
-            const unsigned keys[] = {saliency_bits(w[r].x, h.x), saliency_bits(w[r].y, h.y),
-                                     saliency_bits(w[r].z, h.z), saliency_bits(w[r].w, h.w)};
-#pragma unroll
-            for (int c = 3; c >= 0; --c) {
-                above = __funnelshift_l(bracket.last - keys[c], above, 1);
-                reached = __funnelshift_l(bracket.before - keys[c], reached, 1);
-            }
-        }
-        const unsigned present =
-            columns <= 0 ? 0u
-                         : 0x11111111u * (0xfu >> (4 - columns)) & ~0u >> 4 * (kSplitRows - rows);
-        above &= present;
-        unsigned undecided = reached & present & ~above;
-
-        const unsigned word = transpose_nibbles(above);
-        const int64_t place = strip * (kSplitColumns / 32) + lane / kSplitRows;
-        kept += static_cast<unsigned>(__popc(word));
-        if (lane % kSplitRows < rows && place < words) {
-            bitmap[(first + lane % kSplitRows) * words + place] = word;
-        }
-
-        const unsigned index = static_cast<unsigned>(first * layer.cols + j);
-        unsigned slot = 0;
-        if (undecided != 0) {
-            slot = atomicAdd(&shared.count, static_cast<unsigned>(__popc(undecided)));
-        }
-        for (; undecided != 0; undecided &= undecided - 1, ++slot) {
-            const unsigned bit = static_cast<unsigned>(__ffs(static_cast<int>(undecided))) - 1;
-            const unsigned offset = bit / 4 * static_cast<unsigned>(layer.cols) + bit % 4;
-            const unsigned key = saliency_bits(corner[offset], layer.h[j + bit % 4]);
-            const PruneCandidate candidate = make_candidate(key, index + offset);
-            if (slot < kStaged) {
-                shared.staged[slot] = candidate;
-            } else {
-                list_candidate(candidate, atomicAdd(&scratch->counts.candidates, 1u), bracket,
-                               candidates, scratch);
-            }
-        }
+        const SplitPart part(layer, unit, across);
+        const SplitBits bits = compare_part<kVector>(layer, part, bracket);
+        kept += write_part(part, bits.above, words, bitmap);
+        stage_part(layer, part, bits.undecided, bracket, candidates, scratch, shared);
     }
-    kept = __reduce_add_sync(kFullWarp, kept);
-    if (lane == 0) atomicAdd(&shared.kept, kept);
-    __syncthreads();
-    const unsigned staged = shared.count < kStaged ? shared.count : kStaged;
-    if (threadIdx.x == 0) {
-        shared.first = atomicAdd(&scratch->counts.candidates, staged);
-        atomicAdd(&scratch->counts.kept, shared.kept);
-    }
-    __syncthreads();
-    for (unsigned c = threadIdx.x; c < staged; c += kPruneThreads) {
-        list_candidate(shared.staged[c], shared.first + c, bracket, candidates, scratch);
-    }
+    append_staged(kept, bracket, candidates, scratch, shared);
     if (last_block(&scratch->counts.split_blocks, shared.find_bin)) {
         find_among_candidates(layer, n_prune, candidates, scratch, shared.find_bin);
     }
@@ -274,8 +324,10 @@ struct Finish {
             const bool tie = inside && key == threshold;
             unsigned rank = 1;
             if (kRanked) {
-                rank = seen + block_scan(tie, shared.find_bin);
-                seen += static_cast<unsigned>(__syncthreads_count(tie));
+                const auto scan =
+                    block_scan<kPruneThreads>(static_cast<unsigned>(tie), shared.find_bin);
+                rank = seen + scan.upto;
+                seen += scan.total;
             }
             const bool kept = inside && (key > threshold || (tie && rank > pruned));
             const unsigned word = __ballot_sync(kFullWarp, kept);
@@ -300,19 +352,20 @@ struct Finish {
         if (found.rank < found.count) {
             unsigned mine = 0;
             for_rows([&](int64_t i) { mine += ties_in_row(i, threshold); });
-            own = block_sum(mine, shared.find_bin);
+            own = block_sum<kPruneThreads>(mine, shared.find_bin);
             if (threadIdx.x == 0) ties[blockIdx.x] = own;
             barrier();
             mine = 0;
             for (unsigned block = threadIdx.x; block < blockIdx.x; block += kPruneThreads) {
                 mine += ties[block];
             }
-            const unsigned before = block_sum(mine, shared.find_bin);
+            const unsigned before = block_sum<kPruneThreads>(mine, shared.find_bin);
             pruned = found.rank > before ? found.rank - before : 0u;
         }
         for_rows([&](int64_t i) {
             if (pruned == 0 || pruned >= own) return write_row<false>(i, threshold, pruned);
-            const unsigned row = block_sum(ties_in_row(i, threshold), shared.find_bin);
+            const unsigned row =
+                block_sum<kPruneThreads>(ties_in_row(i, threshold), shared.find_bin);
             if (pruned >= row) {
                 write_row<false>(i, threshold, row);
             } else {

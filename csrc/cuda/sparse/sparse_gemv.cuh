@@ -9,14 +9,18 @@
 
 namespace nowag::cuda {
 
+// All of the kernel's kType.
 struct SparseActivations {
-    const void* x;
-    const void* bias;
-    void* y;
+    const void* x;     // [tokens, cols]
+    const void* bias;  // [rows], or null
+    void* y;           // out, [tokens, rows]
     int tokens;
 };
 
-// kTokens: how many accumulators a thread holds; io.tokens of them count.
+//   kTokens  how many accumulators a thread holds; io.tokens of them count
+//   kType    of x, bias and y
+//   kValues  of weight.values
+// A block: kSparseWarps rows; a warp: one row, all tokens; a lane: one column of each word.
 template <int kTokens, DType kType, DType kValues>
 __global__ void __launch_bounds__(kSparseThreads, 2)
     sparse_gemv_rows(SparseWeight weight, SparseActivations io) {

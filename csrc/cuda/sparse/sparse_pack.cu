@@ -1,3 +1,4 @@
+#include "cuda/base/block.cuh"
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
 #include "cuda/base/launchers.h"
@@ -19,26 +20,14 @@ __global__ void sparse_count_rows(SparseWeight weight, int32_t* __restrict__ cou
 
 __global__ void sparse_scan_rows(int64_t rows, int32_t* __restrict__ counts) {
     int32_t* warp_sums = reinterpret_cast<int32_t*>(shared_memory());
-    const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     if (threadIdx.x == 0) counts[0] = 0;
     int32_t before = 0;
     for (int64_t first = 0; first < rows; first += kOffsetThreads) {
         const int64_t row = first + threadIdx.x;
-        int32_t sum = row < rows ? counts[row + 1] : 0;
-        for (int step = 1; step < kWarpSize; step *= 2) {
-            const int32_t lower = __shfl_up_sync(kFullWarp, sum, step);
-            if (lane >= step) sum += lower;
-        }
-        if (lane == kWarpSize - 1) warp_sums[warp] = sum;
-        __syncthreads();
-        int32_t total = 0;
-        for (int other = 0; other < kOffsetThreads / kWarpSize; ++other) {
-            if (other == warp) sum += total;
-            total += warp_sums[other];
-        }
-        if (row < rows) counts[row + 1] = before + sum;
-        before += total;
-        __syncthreads();
+        const int32_t count = row < rows ? counts[row + 1] : 0;
+        const auto scan = block_scan<kOffsetThreads>(count, warp_sums);
+        if (row < rows) counts[row + 1] = before + scan.upto;
+        before += scan.total;
     }
 }
 

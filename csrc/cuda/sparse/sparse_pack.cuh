@@ -1,5 +1,5 @@
 // sparse_pack.h on a GPU: a warp a row; the running popcount of the bitmap's words says where a
-// lane's value lies. Bound by memory.
+// lane's value lies. Each byte is read or written once.
 #pragma once
 
 #include "cuda/base/device.cuh"
@@ -12,10 +12,11 @@ constexpr int kSparseThreads = 256;
 constexpr int kSparseWarps = kSparseThreads / kWarpSize;
 constexpr int kOffsetThreads = 1024;
 
+// The sparse form (format.h); what an operation does not read is null.
 struct SparseWeight {
-    const uint32_t* bitmap;
-    const void* values;
-    const int32_t* row_offsets;
+    const uint32_t* bitmap;      // [rows, words()]
+    const void* values;          // [row_offsets[rows]], of a type that the kernel knows
+    const int32_t* row_offsets;  // [rows + 1]
     int64_t rows;
     int64_t cols;
 
@@ -51,12 +52,18 @@ __device__ __forceinline__ void walk_row(const SparseWeight& weight, int64_t row
     }
 }
 
+// counts[row + 1] = how many weights the row keeps; counts [rows + 1]. A warp: one row.
 __global__ void sparse_count_rows(SparseWeight weight, int32_t* __restrict__ counts);
 
-// In place: counts[0] = 0, then the inclusive prefix sums of counts[1..rows]. One block.
+// In place: counts[0] = 0, then the inclusive prefix sums of counts[1..rows]. One block of
+// kOffsetThreads, a thread a row at a time.
 __global__ void sparse_scan_rows(int64_t rows, int32_t* __restrict__ counts);
 
-// kStored: the unsigned integer of the values' size, so that values keep their bits.
+// Gathers the kept weights of rows.
+//   Stored  the unsigned integer of the values' size, so that values keep their bits
+//   dense   [rows, cols], rows row_stride elements apart
+//   values  out, [row_offsets[rows]]
+// A warp: one row; a lane: one column of each word.
 template <typename Stored>
 __global__ void sparse_gather_rows(SparseWeight weight, const Stored* __restrict__ dense,
                                    int64_t row_stride, Stored* __restrict__ values) {
@@ -71,6 +78,11 @@ __global__ void sparse_gather_rows(SparseWeight weight, const Stored* __restrict
         [] {});
 }
 
+// Rows [row_begin, row_end) as dense values.
+//   kValues  of weight.values
+//   kOut     of out
+//   out      [row_end - row_begin, cols], rows out_stride elements apart
+// A warp: one row; a lane: one column of each word.
 template <DType kValues, DType kOut>
 __global__ void sparse_dequantize_rows(SparseWeight weight, int64_t row_begin, int64_t row_end,
                                        void* __restrict__ out, int64_t out_stride) {

@@ -25,7 +25,7 @@ struct LaneCodes {
 
     // 2^kScale times code r of the lane's 8: the place of its entry in a table whose entries are
     // that large. r is known to the compiler, and so is the word: a shift and a mask.
-    template <int kScale = 0>
+    template <int kScale>
     __device__ __forceinline__ unsigned code(int r) const {
         constexpr uint32_t kMask = ((1u << kBits) - 1u) << kScale;
         const int bit = r * kBits - kScale;
@@ -57,8 +57,13 @@ __device__ __forceinline__ LaneCodes<kBits> load_codes(const uint32_t* words) {
     return codes;
 }
 
-// Finishes the outputs of one token from partial [segment, token, padded_rows]: a warp adds up the
-// segments s = r mod kResidues of 32 rows, ascending, and one of them the residues r, ascending.
+// Adds the segments up and finishes the outputs.
+//   kType      of bias and y
+//   kResidues  warps that share 32 rows: warp r of them adds up segments r mod kResidues,
+//              ascending, and one of them the residues r, ascending
+//   partial    [segment, token, padded_rows], of vq_gemv_lut or vq_gemv_mma
+// Block (x, y): kFinishWarps / kResidues tiles of token y. Bound by latency: a chain of loads, a
+// barrier, one store. Measured on an H100 at 11008 x 4096: 7 us on its own for 1 token.
 template <DType kType, int kResidues>
 __global__ void __launch_bounds__(kFinishThreads)
     vq_gemv_finish(VqWeight weight, VqActivations io, int segments, int64_t padded_rows,

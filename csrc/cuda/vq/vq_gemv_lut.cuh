@@ -2,9 +2,13 @@
 // computed.
 //
 // For a position p the table T_p[k] = x_p . c_k is built once and then serves every row: one 4-byte
-// gather from shared memory a code, where decoding needs a 12-byte one. Bound by shared memory: 32
-// codes hit 32 banks at random, in about 3.5 cycles, and take 0.8 more to be staged and read: 45
-// weights a cycle and multiprocessor, where vq_gemv_mma.cuh takes 16.
+// gather from shared memory a code, where decoding needs a 12-byte one: 32 codes hit 32 banks at
+// random, in about 3.5 cycles, and take 0.8 more to be staged and read: shared memory has time for
+// 45 weights a cycle and multiprocessor, where vq_gemv_mma.cuh takes 16.
+//
+// Measured on an H100 at 11008 x 4096, one token: 19 us, 21.5 with vq_gemv_finish; a read of the
+// codes takes 6. Latency bounds it, not shared memory (30 % of its rate): a multiprocessor has one
+// block of 16 warps, and each position waits for a copy that was started one position ago.
 //
 //           positions of one segment (blockIdx.x)
 //          +-----------+-----------+---
@@ -165,7 +169,13 @@ __device__ __forceinline__ void add_entry(const unsigned char* entry, float (&ac
     }
 }
 
-// partial [segment, kTokens, padded_rows]
+//   kType    of x
+//   kTokens  1 or 2, equal to io.tokens: floats of a table's entry
+//   kSets    sets of sums in a thread's registers, a set being kSetTiles tiles of the block's
+//   partial  out, [segment, kTokens, padded_rows]: sums of each segment, padded rows included
+// Block (x, y): segment x, chunk y of kSets * kSetTiles tiles; a warp: kWarpTiles tiles of each
+// set; a lane: kLaneRows rows of one tile of each set, and kTable / kLutThreads entries of each
+// table.
 template <DType kType, int kTokens, int kSets>
 __global__ void __launch_bounds__(kLutThreads, 1)
     vq_gemv_lut(VqWeight weight, VqActivations io, Segments segments, int64_t padded_rows,

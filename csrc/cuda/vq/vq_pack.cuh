@@ -1,6 +1,6 @@
 // vq_pack.h on a GPU. A block takes one tile of 32 rows at kPackPositions positions, and passes the
 // codes through shared memory so that both sides, rows of codes and bit streams of positions, are
-// read and written in whole lines. Bound by memory.
+// read and written in whole lines.
 #pragma once
 
 #include "cuda/base/device.cuh"
@@ -29,16 +29,21 @@ __device__ __forceinline__ int positions_of_block(int64_t positions) {
     return static_cast<int>(left < kPackPositions ? left : kPackPositions);
 }
 
+// codes [rows, positions] <-> packed [tile, position, code_bits] words, the bit streams of
+// format.h; rows past the last get code 0.
+// Block (x, y): kPackPositions positions of tile y. A thread packs one word after another, and
+// unpacks one code after another.
 __global__ void pack_code_tiles(const uint16_t* __restrict__ codes, int64_t rows, int64_t positions,
                                 int code_bits, uint32_t* __restrict__ packed);
 __global__ void unpack_code_tiles(const uint32_t* __restrict__ packed, int64_t rows,
                                   int64_t positions, int code_bits, uint16_t* __restrict__ codes);
 
+// The packed form (format.h); codebook and norms as the bits of float16.
 struct VqWeight {
-    const uint32_t* packed;
-    const uint16_t* codebook;
-    const uint16_t* row_norms;
-    const uint16_t* col_norms;
+    const uint32_t* packed;     // [tile, positions, code_bits] words
+    const uint16_t* codebook;   // [2^code_bits, d], aligned to 4 bytes
+    const uint16_t* row_norms;  // [rows]
+    const uint16_t* col_norms;  // [cols]
     int64_t rows;
     int64_t cols;
     int64_t positions;
@@ -55,6 +60,14 @@ __device__ __forceinline__ void load_streams(const uint32_t* packed, int64_t til
     __syncthreads();
 }
 
+// Rows [row_begin, row_end) as dense values.
+//   kD     d
+//   kType  of out
+//   out    [row_end - row_begin, cols], rows out_stride elements apart
+// Block (x, y): kPackPositions positions of tile y, counted from row_begin; a thread: one value
+// after another, neighbours in a row.
+// Bound by instructions: measured on an H100, 11008 x 4096 at d = 6 to bfloat16: 125 us, issuing in
+// 76 % of all cycles, where the bytes take 30.
 template <int kD, DType kType>
 __global__ void vq_dequantize_tiles(VqWeight weight, int64_t row_begin, int64_t row_end,
                                     void* __restrict__ out, int64_t out_stride) {

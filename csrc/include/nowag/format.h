@@ -38,7 +38,7 @@
 
 namespace nowag {
 
-constexpr int kFormatVersion = 1;
+constexpr int kFormatVersion = 2;
 constexpr int kTileRows = 32;
 constexpr int kMaxSubvector = 8;
 constexpr int kMaxCodeBits = 16;

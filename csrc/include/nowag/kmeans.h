@@ -1,9 +1,9 @@
 // Weighted k-means over the sub-vectors of normalised weight matrices (NoWag-VQ).
 //
-// A problem is one matrix w, float32 [rows, cols] contiguous, cut along its rows into P = ceil(cols
-// / d) sub-vectors of d (the last one padded with zeros), with importances h, float32 [P * d] (0 in
-// the padding; h = act_norms^2 / mean(act_norms^2)) and a codebook, float32 [K, d]. The point of
-// row i at position p is x_j = w[i, p*d + j]; its metric is h_pj = h[p*d + j].
+// A problem is one matrix w, float32 [rows, cols] contiguous, cut along its rows into
+// P = ceil(cols / d) sub-vectors of d (the last one padded with zeros), with importances h, float32
+// [P * d] (0 in the padding; h = act_norms^2 / mean(act_norms^2)) and a codebook, float32 [K, d].
+// The point of row i at position p is x_j = w[i, p*d + j]; its metric is h_pj = h[p*d + j].
 //
 // Assignment returns, for every point, the k of the smallest score, the lowest k among equals:
 //   bias_pk     = fma over j ascending from 0 of  (h_pj * c_kj) * c_kj
@@ -24,7 +24,7 @@
 // Update: c_kj = float(sums[k][j] / sums[k][d + j]) (float64 division of the two converted
 // integers), the old value where sums[k][d + j] <= 0.
 //
-// codes are uint16 [rows, P], row-major: the working form; pack.h makes the packed one.
+// codes are uint16 [rows, P], row-major: the working form; vq_pack.h makes the packed one.
 #pragma once
 
 #include <cstdint>

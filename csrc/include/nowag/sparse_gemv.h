@@ -7,10 +7,11 @@
 // Accumulation is float32 (on a GPU's tensor cores, where x and the values have the same 16-bit
 // type and x, its rows and the values begin at multiples of 16 bytes); rounded to `dtype` once,
 // after the bias. A token's outputs do not depend on the other tokens or on the number of threads;
-// they may differ between instruction sets in the last bits. Error bound, up to 50000 cols: |y -
-// y64| <= 8e-6 * sum over j of |x_j W_ij| + rounding to `dtype`. It holds because no product goes
-// through more than 134 roundings of 2^-24: sums of at most 64 products, summed up over 1024
-// columns, those over the row; or, by tensor cores, as csrc/cuda/sparse/sparse_gemv_mma.cuh says.
+// they may differ between instruction sets in the last bits. Error bound, up to 50000 cols:
+//   |y - y64| <= 8e-6 * sum over j of |x_j W_ij| + rounding to `dtype`.
+// It holds because no product goes through more than 134 roundings of 2^-24: sums of at most 64
+// products, summed up over 1024 columns, those over the row; or, by tensor cores, as
+// csrc/cuda/sparse/sparse_gemv_mma.cuh says.
 // An input that is not finite makes the outputs of its token inf or NaN in the rows that keep its
 // column; by tensor cores in all rows. The caller has checked that row_offsets is the running
 // popcount of bitmap.

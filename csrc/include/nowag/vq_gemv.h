@@ -2,8 +2,8 @@
 //
 //   x     [tokens, cols] of `dtype`, contiguous;  y [tokens, rows] of `dtype`, contiguous
 //   bias  [rows] of `dtype`, or null
-//   y[t, i] = row_norms[i] * sum_p T_p[code(i, p)] + bias[i],   T_p[k] = sum_j (x_j col_norms_j)
-//   c_kj
+//   y[t, i] = row_norms[i] * sum_p T_p[code(i, p)] + bias[i]
+//   T_p[k]  = sum_j (x_j col_norms_j) c_kj
 //
 // Which algorithm runs depends on the instruction set and the layer's shape, on a GPU on the number
 // of tokens too.
@@ -19,7 +19,7 @@
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
 // depend on the other tokens, nor on their number but for d = 6 on a GPU (1 and 2 tokens have the
 // same bits, and 3 to 16), nor on the number of threads. They differ between instruction sets,
-// within
+// within the error bound.
 //
 // Error bound, y64 being the same product in float64:
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`      and, for lookup of 8-bit codes,

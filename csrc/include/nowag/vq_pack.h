@@ -8,16 +8,16 @@
 
 namespace nowag::cpu {
 
-// codes uint16 [rows, positions], row-major <-> packed uint8 [ceil(rows / 32), positions, 4 *
-// code_bits]. pack refuses (invalid_argument) a code >= 2^code_bits and then leaves `packed`
-// unspecified.
+// codes uint16 [rows, positions], row-major <-> packed uint8
+// [ceil(rows / 32), positions, 4 * code_bits]. pack refuses (invalid_argument) a code >=
+// 2^code_bits and then leaves `packed` unspecified.
 Status pack_codes(const uint16_t* codes, int64_t rows, int64_t positions, int code_bits,
                   uint8_t* packed, int threads);
 Status unpack_codes(const uint8_t* packed, int64_t rows, int64_t positions, int code_bits,
                     uint16_t* codes, int threads);
 
-// Rows [row_begin, row_end) of a VQ weight as dense values of `dtype`, out [row_end - row_begin,
-// cols] with out_stride elements between rows. row_begin is a multiple of 32.
+// Rows [row_begin, row_end) of a VQ weight as dense values of `dtype`, out
+// [row_end - row_begin, cols] with out_stride elements between rows. row_begin is a multiple of 32.
 //   out[i, j] = (row_norms[i] * codebook[code][j % d]) * col_norms[j]   in float32, then rounded.
 Status vq_dequantize(const uint8_t* packed, const uint16_t* codebook, const uint16_t* row_norms,
                      const uint16_t* col_norms, int64_t rows, int64_t cols, int d, int code_bits,

@@ -1,0 +1,240 @@
+"""One record a method: what it is called, its settings, its weight, its module, its form on disk.
+
+Whatever depends on the method, from the command line to the checkpoint, asks the record.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nowag_ext import ops
+from nowag_ext.linear import PackedLinear, PackedWeight, SparseLinear, VQLinear
+from nowag_ext.prune import SparseWeight, kept_weights, prune
+from nowag_ext.vq import VQWeight, bits_of, check_code, check_iterations, vq_compress
+
+# Called with the share of one layer that is done, from 0 to 1.
+LayerProgress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Settings(ABC):
+    """The settings of a method, under the names of its function's keywords."""
+
+    method: ClassVar[str]
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raises ValueError for settings that no layer can have."""
+
+    @abstractmethod
+    def check_layer(self, out_features: int, in_features: int) -> None:
+        """Raises ValueError for a layer that these settings do not fit: "is too small: ..."."""
+
+    @abstractmethod
+    def compress(self, weight: Tensor, act_norms: Tensor, progress: LayerProgress) -> PackedWeight:
+        """The packed form of one layer's weight."""
+
+    def values_with(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting by name, with these changes."""
+        return {**asdict(self), **changes}
+
+    @abstractmethod
+    def form(self) -> dict[str, Any]:
+        """What a reader of the checkpoint must know: fields of its group."""
+
+
+@dataclass(frozen=True)
+class VQSettings(Settings):
+    """Settings of ``vq_compress``, under its names."""
+
+    method: ClassVar[str] = "vq"
+
+    d: int = 6
+    bits: float = 2
+    iters: int = 100
+    n_init: int = 1
+    init: str = "kmeans++"
+    seed: int = 0
+
+    def check(self) -> None:
+        check_code(self.d, self.bits)
+        check_iterations(self.iters, self.n_init, self.init, self.seed)
+
+    def check_layer(self, out_features: int, in_features: int) -> None:
+        """Raises ValueError for a layer with fewer sub-vectors than codebook entries."""
+        code_bits = check_code(self.d, self.bits)
+        vectors = out_features * ops.code_positions(in_features, self.d)
+        if vectors < 2**code_bits:
+            raise ValueError(
+                f"is too small: its {out_features} x {in_features} weights are {vectors} "
+                f"sub-vectors of {self.d}, fewer than the {2**code_bits} codebook entries of "
+                f"{code_bits}-bit codes. Use a smaller d * bits, or ignore the layer"
+            )
+
+    def compress(self, weight: Tensor, act_norms: Tensor, progress: LayerProgress) -> VQWeight:
+        def on_iteration(iteration: int, iters: int, _objective: float) -> None:
+            progress(min(1.0, iteration / iters))
+
+        return vq_compress(weight, act_norms, **asdict(self), progress=on_iteration)
+
+    def form(self) -> dict[str, Any]:
+        return {"d": self.d, "code_bits": check_code(self.d, self.bits)}
+
+
+@dataclass(frozen=True)
+class PruneSettings(Settings):
+    """Settings of ``prune``, under its names; neither given means half of the weights."""
+
+    method: ClassVar[str] = "prune"
+
+    sparsity: float | None = None
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity is None and self.pattern is None:
+            object.__setattr__(self, "sparsity", 0.5)
+
+    def values_with(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """The changes alone, if any: sparsity and pattern exclude each other."""
+        return dict(changes) or asdict(self)
+
+    def check(self) -> None:
+        multiple = str(self.pattern).partition(":")[2]
+        in_features = int(multiple) if multiple.isdecimal() and int(multiple) > 0 else 1
+        kept_weights(in_features, 1, self.sparsity, self.pattern)
+
+    def check_layer(self, out_features: int, in_features: int) -> None:
+        """Raises ValueError for a layer whose inputs are no multiple of M."""
+        try:
+            kept_weights(in_features, out_features, self.sparsity, self.pattern)
+        except ValueError as error:
+            raise ValueError(f"cannot be pruned: {str(error).rstrip('.')}") from None
+
+    def compress(self, weight: Tensor, act_norms: Tensor, progress: LayerProgress) -> SparseWeight:
+        return prune(weight, act_norms, **asdict(self))
+
+    def form(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What there is to know about one way of compressing.
+
+    Attributes:
+        name: on the command line, in configurations and reports.
+        label: in words.
+        settings: the class of its settings.
+        weight: the class of its packed weight.
+        module: the class of the linear layer of such a weight.
+        forms: the sets of fields that a checkpoint's group may have.
+        empty: (form, in_features, out_features, dtype of the dense weight, device) -> a module to
+            load such a weight into, without bias; raises ValueError for a form that cannot be.
+    """
+
+    name: str
+    label: str
+    settings: type[Settings]
+    weight: type[PackedWeight]
+    module: type[PackedLinear]
+    forms: tuple[frozenset[str], ...]
+    empty: Callable[[Mapping[str, Any], int, int, torch.dtype, torch.device], PackedLinear]
+
+
+def _empty_vq(
+    form: Mapping[str, Any],
+    in_features: int,
+    out_features: int,
+    _dtype: torch.dtype,
+    device: torch.device,
+) -> VQLinear:
+    d, code_bits = form["d"], form["code_bits"]
+    if type(d) is not int or d < 1 or type(code_bits) is not int:
+        raise ValueError(f"d and code_bits must be positive integers, not {d!r} and {code_bits!r}.")
+    return VQLinear(
+        in_features,
+        out_features,
+        d=d,
+        bits=bits_of(d, code_bits),
+        device=device,
+        codebook_name=form.get("codebook"),
+    )
+
+
+def _empty_sparse(
+    form: Mapping[str, Any],
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SparseLinear:
+    return SparseLinear(
+        in_features,
+        out_features,
+        sparsity=form.get("sparsity"),
+        pattern=form.get("pattern"),
+        dtype=dtype,
+        device=device,
+    )
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            name="vq",
+            label="vector quantisation",
+            settings=VQSettings,
+            weight=VQWeight,
+            module=VQLinear,
+            forms=(frozenset({"d", "code_bits"}), frozenset({"d", "code_bits", "codebook"})),
+            empty=_empty_vq,
+        ),
+        Method(
+            name="prune",
+            label="pruning",
+            settings=PruneSettings,
+            weight=SparseWeight,
+            module=SparseLinear,
+            forms=(frozenset({"sparsity"}), frozenset({"pattern"})),
+            empty=_empty_sparse,
+        ),
+    )
+}
+
+
+def method_named(name: Any) -> Method:
+    """The record of a method; raises ValueError if there is none of that name."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, not {name!r}.")
+    return METHODS[name]
+
+
+def make_settings(method: str, given: Mapping[str, Any]) -> Settings:
+    """The checked settings of a method, defaults filled in.
+
+    Raises:
+        ValueError: no such method, or a value out of range.
+        TypeError: a setting that the method does not have.
+    """
+    kind = method_named(method).settings
+    names = [field.name for field in fields(kind)]
+    for name in given:
+        if name not in names:
+            raise TypeError(
+                f"method {method!r} has no setting {name!r}: it has {', '.join(names)}."
+            )
+    settings = kind(**given)
+    settings.check()
+    return settings
+
+
+def packed_linear(method: str, weight: PackedWeight, bias: nn.Parameter | None) -> PackedLinear:
+    """The module of a compressed weight, sharing its tensors."""
+    return METHODS[method].module.from_weight(weight, bias)

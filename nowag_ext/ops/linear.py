@@ -1,0 +1,107 @@
+"""Linear layers in packed form: what vq_linear and sparse_linear share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nowag_ext import _cpu
+from nowag_ext.gemm import gemm_dtype
+from nowag_ext.ops.checks import check, check_features, dtype_code, same_device
+from nowag_ext.ops.format import TILE_ROWS
+from nowag_ext.ops.registry import LIBRARY
+
+GEMV_MAX_TOKENS: int = _cpu.vq_gemv_max_tokens
+
+# Dense rows made at a time when many tokens come: enough for the GEMM to run at full speed, small
+# beside a layer, so that no layer is ever whole in memory.
+_TILE_BYTES = 8 << 20
+
+DequantizeRows = Callable[[int, int, Tensor], None]
+
+
+def check_linear(
+    x: Tensor, bias: Tensor | None, rows: int, cols: int, device: torch.device
+) -> tuple[Tensor, int, Tensor | None]:
+    """(x, number of tokens, bias) of a linear layer: checked, x and bias contiguous."""
+    dtype_code(x, "x")
+    check_features(x, "x", cols)
+    if x.device != device:
+        raise ValueError(f"x must be on {device}, not on {x.device}.")
+    if bias is not None:
+        same_device(device, bias=bias)
+        bias = bias.contiguous()
+        check(bias, "bias", x.dtype, (rows,))
+    return x.contiguous(), x.numel() // cols, bias
+
+
+def _tile_rows(cols: int, dtype: torch.dtype) -> int:
+    """Rows of a dense tile: whole code tiles, about _TILE_BYTES."""
+    return max(1, _TILE_BYTES // (cols * dtype.itemsize * TILE_ROWS)) * TILE_ROWS
+
+
+def tiled_linear(x: Tensor, bias: Tensor | None, rows: int, dequantize: DequantizeRows) -> Tensor:
+    """x W^T + bias by a dense GEMM on one tile of W's rows after another."""
+    cols, dtype = x.shape[-1], gemm_dtype(x.dtype, x.device)
+    inputs = x.view(-1, cols).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    outputs = inputs.new_empty((inputs.shape[0], rows))
+    step = min(_tile_rows(cols, dtype), rows)
+    tile = inputs.new_empty((step, cols))
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        dequantize(begin, end, tile)
+        weight = tile[: end - begin].t()
+        if bias is None:
+            torch.mm(inputs, weight, out=outputs[:, begin:end])
+        else:
+            torch.addmm(bias[begin:end], inputs, weight, out=outputs[:, begin:end])
+    return outputs.to(x.dtype).view(*x.shape[:-1], rows)
+
+
+def tiled_linear_grad(grad_y: Tensor, cols: int, dequantize: DequantizeRows) -> Tensor:
+    """grad_y W, the gradient of x, tile by tile; summed over tiles in float32."""
+    rows, dtype = grad_y.shape[-1], gemm_dtype(grad_y.dtype, grad_y.device)
+    outputs = grad_y.reshape(-1, rows).to(dtype)
+    grad_x = grad_y.new_zeros((outputs.shape[0], cols), dtype=torch.float32)
+    step = min(_tile_rows(cols, dtype), rows)
+    tile = outputs.new_empty((step, cols))
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        dequantize(begin, end, tile)
+        grad_x += outputs[:, begin:end] @ tile[: end - begin]
+    return grad_x.to(grad_y.dtype).view(*grad_y.shape[:-1], cols)
+
+
+def register_linear_autograd(
+    linear: Any, linear_grad: Any, grad_settings: Callable[[Tensor], tuple[int, ...]]
+) -> None:
+    """Gradients of ``linear(x, *packed, bias)`` for x and bias, and of ``linear_grad`` for grad_y.
+
+    ``linear_grad(grad_y, *packed, *grad_settings(x))`` is grad_y W. The packed weight is constant.
+    """
+
+    def setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:-1])
+        ctx.settings = grad_settings(inputs[0])
+
+    def backward_linear(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        packed, rows = ctx.saved_tensors, grad_y.shape[-1]
+        wants = ctx.needs_input_grad
+        grad_x = linear_grad(grad_y, *packed, *ctx.settings) if wants[0] else None
+        grad_bias = grad_y.reshape(-1, rows).sum(0) if wants[-1] else None
+        return (grad_x, *[None] * len(packed), grad_bias)
+
+    def setup_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*(value for value in inputs[1:] if isinstance(value, Tensor)))
+        ctx.constants = len(inputs) - 1
+
+    def backward_grad(ctx: Any, grad_grad_x: Tensor) -> tuple[Tensor | None, ...]:
+        return (linear(grad_grad_x, *ctx.saved_tensors, None), *[None] * ctx.constants)
+
+    register = torch.library.register_autograd
+    register(linear.name(), backward_linear, setup_context=setup_linear, lib=LIBRARY)
+    register(linear_grad.name(), backward_grad, setup_context=setup_grad, lib=LIBRARY)

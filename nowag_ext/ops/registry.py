@@ -1,0 +1,73 @@
+"""Operations under ``torch.ops.nowag``, and the compiled module that runs them on a device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nowag_ext import _cpu
+
+_cuda: Any
+try:
+    from nowag_ext import _cuda  # type: ignore[no-redef]
+except ImportError:
+    _cuda = None
+
+LIBRARY = torch.library.Library("nowag", "DEF")
+
+
+def operation(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Defines ``nowag::<schema>`` with one implementation for both backends, and its fake."""
+
+    def register(implementation: Callable[..., Any]) -> Any:
+        name = schema.partition("(")[0]
+        LIBRARY.define(schema)
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(name, implementation, key)
+        torch.library.register_fake(f"nowag::{name}", fake, lib=LIBRARY)
+        return getattr(torch.ops.nowag, name).default
+
+    return register
+
+
+def backend_of(device: torch.device) -> tuple[Any, int]:
+    """The compiled module for a device, and its last argument: threads, or the stream."""
+    if device.type == "cpu":
+        return _cpu, torch.get_num_threads()
+    if _cuda is None:
+        raise RuntimeError(
+            "nowag_ext was built without CUDA, so its kernels cannot run on "
+            f"{device}: install the CUDA toolkit (nvcc) and reinstall with NOWAG_CUDA=1, or move "
+            "the tensors to the CPU."
+        )
+    return _on_device(device.index or 0), torch.cuda.current_stream(device).cuda_stream
+
+
+class _OnDevice:
+    """The compiled CUDA module on one device: calls get scratch memory, in stream order."""
+
+    def __init__(self, index: int) -> None:
+        self._device = torch.device("cuda", index)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        launch, workspace = getattr(_cuda, name), getattr(_cuda, f"{name}_workspace")
+
+        def call(*arguments: Any) -> None:
+            *operands, stream = arguments
+            with torch.cuda.device(self._device):
+                scratch_bytes = workspace(*operands)
+                # Freed on return, as any tensor whose kernels are queued: torch hands the memory
+                # out again to work that comes later in the same stream.
+                scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=self._device)
+                launch(*operands, scratch.data_ptr(), stream)
+
+        setattr(self, name, call)
+        return call
+
+
+@functools.cache
+def _on_device(index: int) -> _OnDevice:
+    return _OnDevice(index)

@@ -1,0 +1,141 @@
+"""vq_gemv.h: vq_gemv for few tokens, vq_linear for any number of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nowag_ext import _cpu
+from nowag_ext.gemm import gemm_dtype
+from nowag_ext.ops.checks import DTYPES, check_features, dtype_code, require, same_device
+from nowag_ext.ops.linear import (
+    GEMV_MAX_TOKENS,
+    check_linear,
+    register_linear_autograd,
+    tiled_linear,
+    tiled_linear_grad,
+)
+from nowag_ext.ops.registry import backend_of, operation
+from nowag_ext.ops.vq_pack import VqSizes, dequantize_vq_rows, vq_sizes
+
+_WEIGHT = "Tensor codes, Tensor codebook, Tensor row_norms, Tensor col_norms"
+
+
+def _vq_linear_fake(
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_norms: Tensor,
+    col_norms: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    check_features(x, "x", col_norms.shape[0])
+    same_device(codes.device, x=x, bias=bias)
+    return x.new_empty((*x.shape[:-1], row_norms.shape[0]))
+
+
+def _run_vq_gemv(
+    x: Tensor,
+    tokens: int,
+    vq: tuple[Tensor, Tensor, Tensor, Tensor],
+    sizes: VqSizes,
+    bias: Tensor | None,
+) -> Tensor:
+    rows, cols, d, code_bits = sizes
+    y = x.new_empty((*x.shape[:-1], rows))
+    codes, codebook, row_norms, col_norms = vq
+    backend, queue = backend_of(x.device)
+    for begin in range(0, tokens, GEMV_MAX_TOKENS):
+        offset = begin * x.element_size()
+        backend.vq_gemv(
+            x.data_ptr() + offset * cols, DTYPES[x.dtype], min(tokens - begin, GEMV_MAX_TOKENS),
+            codes.data_ptr(), codebook.data_ptr(), row_norms.data_ptr(), col_norms.data_ptr(),
+            bias.data_ptr() if bias is not None else 0, rows, cols, d, code_bits,
+            y.data_ptr() + offset * rows, queue,
+        )  # fmt: skip
+    return y
+
+
+@operation(f"vq_gemv(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _vq_linear_fake)
+def vq_gemv(
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_norms: Tensor,
+    col_norms: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias by the few-token kernel: x [..., in_features], at most 16 tokens."""
+    vq = (codes, codebook, row_norms, col_norms)
+    sizes = vq_sizes(*vq)
+    x, tokens, bias = check_linear(x, bias, sizes[0], sizes[1], codes.device)
+    require(
+        tokens <= GEMV_MAX_TOKENS, f"vq_gemv takes at most {GEMV_MAX_TOKENS} tokens, not {tokens}."
+    )
+    return _run_vq_gemv(x, tokens, vq, sizes, bias)
+
+
+def vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
+    """Up to how many tokens the kernel, run for 16 at a time, beats dense tiles.
+
+    Measured (benchmarks/bench_vq_gemv.py). The kernel's time is proportional to tokens and codes;
+    torch's GEMM is several times faster in bf16 where the CPU has instructions for that.
+    """
+    narrow = code_bits <= 8
+    if gemm_dtype(x.dtype, x.device) != torch.float32:
+        return 2 * GEMV_MAX_TOKENS if narrow else GEMV_MAX_TOKENS
+    if not x.is_cpu:
+        return 4 * GEMV_MAX_TOKENS
+    if narrow and d >= 4:
+        return 16 * GEMV_MAX_TOKENS
+    return 4 * GEMV_MAX_TOKENS if narrow or "avx512" in _cpu.simd_level() else 2 * GEMV_MAX_TOKENS
+
+
+@operation(f"vq_linear(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _vq_linear_fake)
+def vq_linear(
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_norms: Tensor,
+    col_norms: Tensor,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x W^T + bias for x [..., in_features], any number of tokens; with gradients."""
+    vq = (codes, codebook, row_norms, col_norms)
+    sizes = vq_sizes(*vq)
+    x, tokens, bias = check_linear(x, bias, sizes[0], sizes[1], codes.device)
+    if tokens <= vq_gemv_tokens(*sizes[2:], x):
+        return _run_vq_gemv(x, tokens, vq, sizes, bias)
+    return tiled_linear(
+        x,
+        bias,
+        sizes[0],
+        lambda begin, end, out: dequantize_vq_rows(vq, sizes, begin, end, out),
+    )
+
+
+def _vq_linear_grad_fake(
+    grad_y: Tensor, codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor
+) -> Tensor:
+    return grad_y.new_empty((*grad_y.shape[:-1], col_norms.shape[0]))
+
+
+@operation(f"vq_linear_grad(Tensor grad_y, {_WEIGHT}) -> Tensor", _vq_linear_grad_fake)
+def vq_linear_grad(
+    grad_y: Tensor, codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor
+) -> Tensor:
+    """grad_y W, the gradient of vq_linear's x: grad_y [..., out_features]."""
+    vq = (codes, codebook, row_norms, col_norms)
+    sizes = vq_sizes(*vq)
+    rows, cols = sizes[:2]
+    dtype_code(grad_y, "grad_y")
+    check_features(grad_y, "grad_y", rows)
+    same_device(codes.device, grad_y=grad_y)
+    return tiled_linear_grad(
+        grad_y,
+        cols,
+        lambda begin, end, out: dequantize_vq_rows(vq, sizes, begin, end, out),
+    )
+
+
+register_linear_autograd(vq_linear, vq_linear_grad, lambda x: ())

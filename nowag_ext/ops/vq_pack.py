@@ -1,0 +1,140 @@
+"""vq_pack.h: codes to and from the packed form, and to dense rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nowag_ext.ops.checks import DTYPES, check, check_words, dtype_code, require, same_device
+from nowag_ext.ops.format import MAX_CODE_BITS, MAX_SUBVECTOR, packed_shape
+from nowag_ext.ops.registry import backend_of, operation
+
+
+def _pack_codes_fake(codes: Tensor, code_bits: int) -> Tensor:
+    return codes.new_empty(
+        packed_shape(codes.shape[0], codes.shape[1], 1, code_bits), dtype=torch.uint8
+    )
+
+
+@operation("pack_codes(Tensor codes, int code_bits) -> Tensor", _pack_codes_fake)
+def pack_codes(codes: Tensor, code_bits: int) -> Tensor:
+    """uint16 codes [rows, P] to packed uint8; raises on a code of code_bits bits or more."""
+    require(
+        codes.dim() == 2 and codes.numel() > 0,
+        f"codes must be a non-empty matrix, not of shape {tuple(codes.shape)}.",
+    )
+    check(codes, "codes", torch.uint16, tuple(codes.shape))
+    require(1 <= code_bits <= MAX_CODE_BITS, f"code_bits must be from 1 to 16, not {code_bits}.")
+    packed = _pack_codes_fake(codes, code_bits)
+    if codes.is_cuda:  # its launcher cannot wait for an answer, so that this has to
+        largest = int(codes.to(torch.int32).max())
+        require(largest < 2**code_bits, f"code {largest} does not fit into {code_bits} bits.")
+    backend, queue = backend_of(codes.device)
+    backend.pack_codes(codes.data_ptr(), *codes.shape, code_bits, packed.data_ptr(), queue)
+    return packed
+
+
+def _unpack_codes_fake(packed: Tensor, rows: int) -> Tensor:
+    return packed.new_empty((rows, packed.shape[1]), dtype=torch.uint16)
+
+
+@operation("unpack_codes(Tensor packed, int rows) -> Tensor", _unpack_codes_fake)
+def unpack_codes(packed: Tensor, rows: int) -> Tensor:
+    """Packed uint8 codes to uint16 [rows, P]."""
+    require(packed.dim() == 3, f"packed codes have 3 dimensions, not {packed.dim()}.")
+    _, positions, tile_bytes = packed.shape
+    check(packed, "packed codes", torch.uint8, packed_shape(rows, positions, 1, tile_bytes // 4))
+    codes = _unpack_codes_fake(packed, rows)
+    backend, queue = backend_of(packed.device)
+    backend.unpack_codes(
+        packed.data_ptr(), rows, positions, tile_bytes // 4, codes.data_ptr(), queue
+    )
+    return codes
+
+
+VqSizes = tuple[int, int, int, int]
+_VQ_SIZES: dict[tuple[Any, ...], VqSizes] = {}
+
+
+def vq_sizes(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor) -> VqSizes:
+    """(rows, cols, d, code_bits) of a VQ weight whose shapes, dtypes and devices agree.
+
+    Run for every token of every layer: what depends on shapes, dtypes and devices is checked once
+    for each combination of them, and remembered.
+    """
+    vq = (codes, codebook, row_norms, col_norms)
+    key = (
+        codes.shape, codebook.shape, row_norms.shape, col_norms.shape,
+        codes.dtype, codebook.dtype, row_norms.dtype, col_norms.dtype,
+        codes.device, codebook.device, row_norms.device, col_norms.device,
+    )  # fmt: skip
+    sizes = _VQ_SIZES.get(key)
+    if sizes is None:
+        sizes = _VQ_SIZES[key] = _check_vq(*vq)
+    for tensor in vq:
+        if not tensor.is_contiguous():
+            raise ValueError("codes, codebook, row_norms and col_norms must be contiguous.")
+    if codes.is_cuda:
+        check_words("codes", codes.data_ptr(), codes.shape[2])
+        check_words("codebook", codebook.data_ptr(), 4)
+    return sizes
+
+
+def _check_vq(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor) -> VqSizes:
+    require(
+        codes.dim() == 3 and codebook.dim() == 2,
+        f"codes must have 3 dimensions and codebook 2, not {codes.dim()} and {codebook.dim()}.",
+    )
+    rows, cols = row_norms.numel(), col_norms.numel()
+    d, code_bits = codebook.shape[1], codes.shape[2] // 4
+    require(
+        1 <= d <= MAX_SUBVECTOR and 1 <= code_bits <= MAX_CODE_BITS and rows > 0 and cols > 0,
+        f"d must be from 1 to 8, code bits from 1 to 16 and the shape not empty, not {d}, "
+        f"{code_bits} and {(rows, cols)}.",
+    )
+    check(codes, "codes", torch.uint8, packed_shape(rows, cols, d, code_bits))
+    check(codebook, "codebook", torch.float16, (2**code_bits, d))
+    check(row_norms, "row_norms", torch.float16, (rows,))
+    check(col_norms, "col_norms", torch.float16, (cols,))
+    same_device(codes.device, codebook=codebook, row_norms=row_norms, col_norms=col_norms)
+    return rows, cols, d, code_bits
+
+
+def dequantize_vq_rows(
+    vq: tuple[Tensor, Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int, int],
+    begin: int,
+    end: int,
+    out: Tensor,
+) -> None:
+    """Writes rows [begin, end) as dense values into the first rows of ``out``."""
+    backend, queue = backend_of(out.device)
+    backend.vq_dequantize(
+        *(tensor.data_ptr() for tensor in vq), *sizes, begin, end, out.data_ptr(),
+        DTYPES[out.dtype], out.stride(0), queue,
+    )  # fmt: skip
+
+
+def _vq_dequantize_fake(
+    codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty((row_norms.shape[0], col_norms.shape[0]), dtype=dtype)
+
+
+@operation(
+    "vq_dequantize(Tensor codes, Tensor codebook, Tensor row_norms, Tensor col_norms, "
+    "ScalarType dtype) -> Tensor",
+    _vq_dequantize_fake,
+)
+def vq_dequantize(
+    codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The dense weight [out_features, in_features] of a VQ weight."""
+    vq = (codes, codebook, row_norms, col_norms)
+    sizes = vq_sizes(*vq)
+    out = _vq_dequantize_fake(*vq, dtype)
+    dtype_code(out, "dtype")
+    dequantize_vq_rows(vq, sizes, 0, sizes[0], out)
+    return out
