@@ -129,7 +129,7 @@ def tie_codebooks(model: nn.Module) -> None:
     """Makes every linear that shares a codebook refer to the model's own of that name."""
     sharing = _sharing(model)
     if sharing:
-        owner = getattr(_base(model), OWNER)
+        owner = getattr(_base(model), OWNER).requires_grad_(False)
         for linear in sharing.values():
             linear.refer_to_codebook(getattr(owner, linear.codebook_name))
 

@@ -133,12 +133,7 @@ def perplexity(
     total = 0.0
     for batch, logits in _logits(model, batches, "perplexity", progress):
         total += _nll_sum(logits[:-1], batch[1:])
-    mean = total / (batches.shape[0] * (window - 1))
-    if not math.isfinite(mean):
-        raise ValueError(
-            f"the model's mean negative log-likelihood is {mean}, not a finite number."
-        )
-    return Perplexity(math.exp(min(mean, 700.0)), window, batches.shape[0])
+    return _perplexity(total, batches)
 
 
 def compare_with_dense(

@@ -40,6 +40,42 @@ class Clustering:
     history: list[float]
 
 
+class _Relocations:
+    """When entries are relocated, and what was before a move that has not yet paid."""
+
+    def __init__(self, iters: int) -> None:
+        self._period = max(3, int(_RELOCATING_PART * iters / _RELOCATIONS))
+        self._end = int(_RELOCATING_PART * iters)
+        self._before: tuple[Tensor, float] | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a move waits to be judged by the next iteration's objective."""
+        return self._before is not None
+
+    def due(self, iteration: int) -> bool:
+        """Whether this is an iteration to relocate in."""
+        return iteration % self._period == self._period - 1 and iteration < self._end
+
+    def await_judgement(self, codebook: Tensor, objective: float) -> None:
+        """After a move: the codebook and the objective that it started from."""
+        self._before = codebook, objective
+
+    def failed(self, objective: float) -> bool:
+        """Whether the objective after a move is worse than the one before it."""
+        return self._before is not None and objective > self._before[1]
+
+    def accept(self) -> None:
+        """The move stays, if there was one."""
+        self._before = None
+
+    def undo(self, codebook: Tensor) -> None:
+        """Puts the codebook from before the move back."""
+        assert self._before is not None
+        codebook.copy_(self._before[0])
+        self._before = None
+
+
 class Points:
     """The sub-vectors of matrices that share a codebook, and k-means on them."""
 
@@ -76,9 +112,7 @@ class Points:
         """At most ``iters`` iterations from ``codebook`` (fp32, overwritten), then finish()."""
         sums = self._no_sums(codebook)
         history: list[float] = []
-        period = max(3, int(_RELOCATING_PART * iters / _RELOCATIONS))
-        last_relocation = int(_RELOCATING_PART * iters)
-        before: Tensor | None = None  # the codebook that a relocation left, until it has paid
+        relocations = _Relocations(iters)
         moved = True
         for iteration in range(iters):
             changed = self._assign(codebook, sums)
@@ -86,19 +120,21 @@ class Points:
                 break
             drop, empty = ops.kmeans_update(sums, self.scale, codebook)
             objective = self._relative(self.energy - float(drop))
-            if before is not None and objective > history[-1]:
-                codebook.copy_(before)
-                before, moved, objective = None, True, history[-1]
+            if relocations.failed(objective):
+                relocations.undo(codebook)
+                moved, objective = True, history[-1]
             else:
-                before, moved = None, self._reseed(codebook, empty)
-                if not moved and iteration % period == period - 1 and iteration < last_relocation:
-                    settled = codebook.clone()
+                relocations.accept()
+                moved = self._reseed(codebook, empty)
+                if not moved and relocations.due(iteration):
+                    before = codebook.clone()
                     moved = self._relocate(codebook, sums)
-                    before = settled if moved else None
+                    if moved:
+                        relocations.await_judgement(before, objective)
             history.append(objective)
             report(iteration + 1, objective)
-        if before is not None:
-            codebook.copy_(before)
+        if relocations.pending:
+            relocations.undo(codebook)
         return self.finish(codebook, history, sums)
 
     def finish(

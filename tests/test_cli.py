@@ -308,3 +308,17 @@ def test_interrupt_leaves_nothing(
     assert said in errors
     assert "Traceback" not in output + errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_compress_with_overrides(work: Path, tmp_path: Path) -> None:
+    common = ["compress", work / "model", "-o", tmp_path / "out", "--d", 4, "--bits", 1.5]
+    common += ["--iters", 2, "--act-norms", work / "stats.safetensors"]
+    result = run(*common, "--override", "down_proj method=prune", "--override", "up_proj bits=1")
+    assert result.exit_code == 0, result.output
+    assert "(prune:" in result.output
+    assert "(bits 1)" in result.output
+    with (tmp_path / "out" / "layers.csv").open() as file:
+        methods = {row["name"].rpartition(".")[2]: row["method"] for row in csv.DictReader(file)}
+    assert methods["down_proj"] == "prune"
+    assert methods["up_proj"] == "vq"
+    fails_with("override 'up_proj': d must be", *common, "--override", "up_proj d=9")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from fresh_process import fresh_python
@@ -321,3 +322,26 @@ def test_unfit_configurations_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=sentence):
         nowag_ext.load(tmp_path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_offload_to_the_cpu(method: str) -> None:
+    model = compressed(method)
+    want = logits(model)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    for module in packed_modules(model).values():
+        assert all(parameter.is_meta for parameter in module.packed_parameters().values())
+    assert torch.equal(logits(model), want)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_optimizers_and_gradients_leave_packed_tensors_alone(method: str) -> None:
+    model = compressed(method)
+    packed = {id(p) for m in packed_modules(model).values() for p in m.packed_parameters().values()}
+    before = [p.clone() for p in model.parameters() if id(p) in packed]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(tiny_tokens(), labels=tiny_tokens()).loss.backward()
+    optimizer.step()
+    after = [p for p in model.parameters() if id(p) in packed]
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    assert all(p.grad is None for p in after)
