@@ -11,8 +11,17 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
+
+
+class FreshBuildPy(build_py):
+    """Starts from nothing: what an earlier build left of removed modules would get into wheels."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib) / "nowag_ext", ignore_errors=True)
+        super().run()
 
 
 class CMakeBuild(build_ext):
@@ -73,4 +82,7 @@ class CMakeBuild(build_ext):
         return {}
 
 
-setup(ext_modules=[Extension("nowag_ext._cpu", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=[Extension("nowag_ext._cpu", sources=[])],
+    cmdclass={"build_py": FreshBuildPy, "build_ext": CMakeBuild},
+)

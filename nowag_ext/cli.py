@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import transformers
 import typer
@@ -31,6 +31,7 @@ from nowag_ext.methods import Settings, make_settings
 from nowag_ext.model import compress_model, settings_by_layer
 from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table
 from nowag_ext.source import calibration_batches, open_dense_model, open_model, read_text
+from nowag_ext.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,8 +46,22 @@ _shown = {"traceback": False}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _out.print(f"nowag-ext {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _common(traceback: options.Traceback = False) -> None:
+def _common(
+    traceback: options.Traceback = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
     _shown["traceback"] = traceback
 
 

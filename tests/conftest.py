@@ -1,13 +1,22 @@
-"""Shared by the tests: poisoned allocations, thread counts, SIMT executor, hypothesis settings."""
+"""Shared by the tests: no network, poisoned allocations, thread counts, SIMT, hypothesis."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+# Before torch is imported. No test needs a network, and threads that wait shall not spin: where the
+# cores have other work, that makes minutes of seconds.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from simt_host import Driver
+
+# Here, so that where its kernels are not built this is said once and not of every file of tests.
+import nowag_ext.ops  # noqa: F401
 
 # Kernels write into torch.empty: filling it with NaN (or the largest integer) makes an element that
 # a kernel forgot show up in every comparison.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compare import assert_same_bits, assert_within
 from torch import Tensor
 from vq_cases import activations, random_vq
 
@@ -35,15 +36,6 @@ def on_cuda(argument: object) -> object:
     if isinstance(argument, list):
         return [on_cuda(item) for item in argument]
     return argument
-
-
-def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    got = got.cpu()
-    assert got.shape == want.shape
-    assert got.dtype == want.dtype
-    assert torch.equal(
-        got.contiguous().view(-1).view(torch.uint8), want.contiguous().view(-1).view(torch.uint8)
-    )
 
 
 def assert_op_agrees(op: Callable[..., object], *arguments: object) -> None:
@@ -211,7 +203,7 @@ def assert_within_bound(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
     got, x, weight = (tensor.double().to(device) for tensor in (got, x, weight))
     want = x @ weight.T + (0 if bias is None else bias.double().to(device))
     bound = 8e-6 * (x.abs() @ weight.abs().T) + 1e-7
-    assert ((got - want).abs() <= bound + epsilon * want.abs()).all()
+    assert_within(got, want, bound + epsilon * want.abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,7 +220,7 @@ def test_vq_gemv(rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtyp
         assert_within_bound(y, x[:tokens], weight, bias)
         # d = 6: 1 and 2 tokens have the same bits, and so have 3 to 16 (vq_gemv.h).
         several = d == 6 and tokens > 2
-        assert torch.equal(y[:1], first.setdefault(several, y[:1]))
+        assert_same_bits(y[:1], first.setdefault(several, y[:1]))
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30, 0.0])
@@ -259,7 +251,7 @@ def test_vq_gemv_in_a_graph(d: int, code_bits: int, tokens: int) -> None:
     for _ in range(20):
         out.zero_()
         graph.replay()
-        assert torch.equal(out, want)
+        assert_same_bits(out, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -311,7 +303,7 @@ def test_linear_in_a_graph_and_on_another_stream(kind: str) -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        assert torch.equal(layer(x), want)
+        assert_same_bits(layer(x), want)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = layer(x)
@@ -319,7 +311,7 @@ def test_linear_in_a_graph_and_on_another_stream(kind: str) -> None:
         out.zero_()
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(out, want)
+        assert_same_bits(out, want)
 
 
 def test_repeats_give_the_same_bits() -> None:
@@ -328,4 +320,4 @@ def test_repeats_give_the_same_bits() -> None:
         x = activations(tokens, 4096, torch.bfloat16).to(CUDA)
         first = ops.vq_gemv(x, *vq)
         for _ in range(50):
-            assert torch.equal(ops.vq_gemv(x, *vq), first)
+            assert_same_bits(ops.vq_gemv(x, *vq), first)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from compare import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -101,8 +102,8 @@ def test_assign_is_the_oracle_bit_for_bit(
 ) -> None:
     w, h, codebook = problem(rows, cols, d, code_bits)
     want = as_ints(reference.kmeans_assign(w, h, codebook))
-    assert torch.equal(as_ints(assign(w, h, codebook)), want)
-    assert torch.equal(as_ints(assign_exhaustively(w, h, codebook)), want)
+    assert_same_bits(as_ints(assign(w, h, codebook)), want)
+    assert_same_bits(as_ints(assign_exhaustively(w, h, codebook)), want)
 
 
 @given(
@@ -115,7 +116,7 @@ def test_assign_is_the_oracle_bit_for_bit(
 def test_assign_property(rows: int, cols: int, d: int, code_bits: int, seed: int) -> None:
     w, h, codebook = problem(rows, cols, d, code_bits, seed)
     want = reference.kmeans_assign(w, h, codebook)
-    assert torch.equal(as_ints(assign(w, h, codebook)), as_ints(want))
+    assert_same_bits(as_ints(assign(w, h, codebook)), as_ints(want))
 
 
 # What becomes of a codebook, of the points or of the metric where there are many entries: their
@@ -145,10 +146,10 @@ def test_assign_among_many_entries(extreme: str, d: int, code_bits: int) -> None
     """From nothing, and from any previous entries, all of them the wrong ones."""
     w, h, codebook = EXTREMES[extreme](*problem(40, 25, d, code_bits))
     want = as_ints(reference.kmeans_assign(w, h, codebook))
-    assert torch.equal(as_ints(assign(w, h, codebook)), want)
+    assert_same_bits(as_ints(assign(w, h, codebook)), want)
     codes = (want * 7 + 11).remainder(len(codebook)).to(torch.uint16)
     ops.kmeans_assign([w], [h], [codebook], [codes], [], 1.0, True)
-    assert torch.equal(as_ints(codes), want)
+    assert_same_bits(as_ints(codes), want)
 
 
 @pytest.mark.parametrize("warm", [False, True])
@@ -158,13 +159,14 @@ def test_the_lowest_of_equal_entries_wins(warm: bool) -> None:
     codes = torch.full((90, 8), 63, dtype=torch.uint16)
     ops.kmeans_assign([w], [h], [codebook], [codes], [], 1.0, warm)
     assert as_ints(codes).max() < 32
-    assert torch.equal(as_ints(codes), as_ints(reference.kmeans_assign(w, h, codebook)))
+    assert_same_bits(as_ints(codes), as_ints(reference.kmeans_assign(w, h, codebook)))
 
 
 def test_all_entries_equal_and_a_metric_of_zero_choose_entry_zero() -> None:
     w, h, codebook = problem(40, 12, 3, 5)
-    assert as_ints(assign(w, h, codebook[:1].expand(32, 3).contiguous())).max() == 0
-    assert as_ints(assign(w, torch.zeros_like(h), codebook)).max() == 0
+    zeros = torch.zeros_like(empty_codes(w, 3))
+    assert_same_bits(assign(w, h, codebook[:1].expand(32, 3).contiguous()), zeros)
+    assert_same_bits(assign(w, torch.zeros_like(h), codebook), zeros)
 
 
 @pytest.mark.parametrize(("rows", "cols", "d", "code_bits"), CASES)
@@ -174,11 +176,11 @@ def test_sums_and_update(rows: int, cols: int, d: int, code_bits: int, threads: 
     codes, sums = empty_codes(w, d), zero_sums(codebook)
     changed = ops.kmeans_assign([w], [h], [codebook], [codes], [sums], scale, False)
     assert changed.tolist() == [codes.numel()]
-    assert torch.equal(sums, reference.kmeans_sums(w, h, codes, entries, d, scale))
+    assert_same_bits(sums, reference.kmeans_sums(w, h, codes, entries, d, scale))
     moved, drop, empty = reference.kmeans_update(sums, scale, codebook)
     got_drop, got_empty = ops.kmeans_update(sums, scale, codebook)
-    assert torch.equal(codebook, moved)
-    assert torch.equal(got_empty, empty)
+    assert_same_bits(codebook, moved)
+    assert_same_bits(got_empty, empty)
     assert got_drop.item() == pytest.approx(drop, rel=1e-12)
     error = reference.kmeans_errors(w, h, codebook, codes)
     assert reference.kmeans_energy(w, h) - drop == pytest.approx(error.sum().item(), rel=1e-6)
@@ -191,7 +193,7 @@ def test_spread(rows: int, cols: int, d: int, code_bits: int, threads: int) -> N
     w, h, codebook = problem(rows, cols, d, code_bits)
     codes, scale = assign(w, h, codebook), scale_of(w, h)
     got = ops.kmeans_spread(w, h, codebook, codes, scale)
-    assert torch.equal(got, reference.kmeans_spread(w, h, codebook, codes, scale))
+    assert_same_bits(got, reference.kmeans_spread(w, h, codebook, codes, scale))
     total = reference.kmeans_errors(w, h, codebook, codes).sum().item()
     assert got.sum().item() / scale == pytest.approx(total, rel=1e-6, abs=w.numel() / scale)
 
@@ -203,9 +205,10 @@ def test_merge_costs_are_the_oracle_bit_for_bit(
     w, h, codebook = problem(rows, cols, d, code_bits)
     sums, scale = zero_sums(codebook), scale_of(w, h)
     ops.kmeans_assign([w], [h], [codebook], [empty_codes(w, d)], [sums], scale, False)
-    chosen = torch.randperm(len(codebook))[: max(1, len(codebook) // 2)]
+    # More of them would show nothing else, and cost the oracle seconds.
+    chosen = torch.randperm(len(codebook))[: min(200, max(1, len(codebook) // 2))]
     got = ops.kmeans_merge_costs(sums, codebook, scale, chosen)
-    assert torch.equal(got, reference.kmeans_merge_costs(sums, codebook, scale, chosen))
+    assert_same_bits(got, reference.kmeans_merge_costs(sums, codebook, scale, chosen))
 
 
 def test_merge_cost_of_the_only_entry_is_infinite() -> None:
@@ -237,9 +240,9 @@ def test_every_warm_iteration_is_brute_force(
         )
         fresh, fresh_sums = empty_codes(w, d), zero_sums(codebook)
         ops.kmeans_assign([w], [h], [codebook], [fresh], [fresh_sums], scale, False)
-        assert torch.equal(as_ints(codes), as_ints(fresh))
-        assert torch.equal(as_ints(codes), as_ints(assign_exhaustively(w, h, codebook)))
-        assert torch.equal(sums, fresh_sums)
+        assert_same_bits(as_ints(codes), as_ints(fresh))
+        assert_same_bits(as_ints(codes), as_ints(assign_exhaustively(w, h, codebook)))
+        assert_same_bits(sums, fresh_sums)
         assert changed.item() == (as_ints(codes) != before).sum()
 
 
@@ -266,7 +269,7 @@ def test_tracking_survives_any_drift(
             moved * drift / math.sqrt(cols) * torch.randn(codebook.shape, generator=generator)
         )
         ops.kmeans_assign([w], [h], [codebook], [codes], [], 1.0, True, [previous], [gaps])
-        assert torch.equal(as_ints(codes), as_ints(assign(w, h, codebook)))
+        assert_same_bits(as_ints(codes), as_ints(assign(w, h, codebook)))
 
 
 def test_opposite_corners_of_the_grid_are_near() -> None:
@@ -275,15 +278,13 @@ def test_opposite_corners_of_the_grid_are_near() -> None:
     codebook[5] = 0
     codes = torch.full((3, 2), 7).to(torch.uint16)
     ops.kmeans_assign([torch.zeros(3, 2)], [torch.ones(2)], [codebook], [codes], [], 1.0, True)
-    assert (as_ints(codes) == 5).all()
+    assert_same_bits(as_ints(codes), torch.full((3, 2), 5, dtype=torch.int32))
 
 
 def test_more_rows_than_a_block_holds() -> None:
     """A key has 12 bits for a row, and many entries ask for many rows to a block."""
     w, h, codebook = problem(4500, 4, 4, 15)
-    assert torch.equal(
-        as_ints(assign(w, h, codebook)), as_ints(assign_exhaustively(w, h, codebook))
-    )
+    assert_same_bits(as_ints(assign(w, h, codebook)), as_ints(assign_exhaustively(w, h, codebook)))
 
 
 def test_warm_takes_any_previous_codes() -> None:
@@ -293,7 +294,7 @@ def test_warm_takes_any_previous_codes() -> None:
         generator = torch.Generator().manual_seed(seed)
         codes = torch.randint(0, 256, (200, 15), generator=generator).to(torch.uint16)
         changed = ops.kmeans_assign([w], [h], [codebook], [codes], [], 1.0, True)
-        assert torch.equal(as_ints(codes), want)
+        assert_same_bits(as_ints(codes), want)
         assert 0 < changed.item() <= codes.numel()
 
 
@@ -306,11 +307,11 @@ def test_a_batch_equals_its_problems() -> None:
     changed = ops.kmeans_assign(w, h, codebooks, codes, sums, scale, False)
     assert changed.tolist() == [c.numel() for c in codes]
     for index in range(len(shapes)):
-        assert torch.equal(
+        assert_same_bits(
             as_ints(codes[index]), as_ints(assign(w[index], h[index], codebooks[index]))
         )
         want = reference.kmeans_sums(w[index], h[index], codes[index], 64, 4, scale)
-        assert torch.equal(sums[index], want)
+        assert_same_bits(sums[index], want)
 
 
 def test_problems_that_share_a_codebook_share_sums() -> None:
@@ -324,7 +325,7 @@ def test_problems_that_share_a_codebook_share_sums() -> None:
         reference.kmeans_sums(w, h, c, 64, 4, scale)
         for (w, h, _), c in zip((one, two), codes, strict=True)
     )
-    assert torch.equal(sums, want)
+    assert_same_bits(sums, want)
 
 
 def test_energy() -> None:
@@ -339,7 +340,7 @@ def test_random_seed_is_the_oracle(d: int, entries: int, threads: int) -> None:
     h = [torch.ones(ops.code_positions(m.shape[1], d) * d) for m in w]
     for seed in (0, 1, 2**63 - 1):
         got = ops.kmeans_seed(w, h, entries, d, "random", seed)
-        assert torch.equal(got, reference.kmeans_seed(w, entries, d, seed))
+        assert_same_bits(got, reference.kmeans_seed(w, entries, d, seed))
 
 
 # All points are the sample, or it is drawn.
@@ -350,7 +351,7 @@ def test_plus_plus_is_the_oracle(rows: int, d: int, entries: int, threads: int) 
     w, h = [one[0], two[0]], [one[1], two[1]]
     for seed in (0, 2**63 - 1):
         got = ops.kmeans_seed(w, h, entries, d, "kmeans++", seed)
-        assert torch.equal(got, reference.kmeans_plus_plus(w, h, entries, d, seed))
+        assert_same_bits(got, reference.kmeans_plus_plus(w, h, entries, d, seed))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +373,7 @@ def test_plus_plus_of_extremes_is_the_oracle(kind: str) -> None:
     elif kind == "subnormal":
         w *= 1e-20
     got = ops.kmeans_seed([w], [h], 12, 4, "kmeans++", 1)
-    assert torch.equal(got, reference.kmeans_plus_plus([w], [h], 12, 4, 1))
+    assert_same_bits(got, reference.kmeans_plus_plus([w], [h], 12, 4, 1))
 
 
 @pytest.mark.parametrize(("d", "entries"), [(4, 256), (6, 64), (1, 1), (3, 390)])
@@ -394,8 +395,8 @@ def test_plus_plus_same_bits_at_any_thread_count() -> None:
         torch.set_num_threads(threads)
         results.append(ops.kmeans_seed([w], [h], 256, 4, "kmeans++", 11))
     torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
     assert not torch.equal(results[0], ops.kmeans_seed([w], [h], 256, 4, "kmeans++", 12))
 
 
@@ -412,7 +413,7 @@ def test_plus_plus_starts_lower_than_random() -> None:
 def test_plus_plus_with_fewer_distinct_points_than_entries() -> None:
     w = torch.tensor([0.25, -0.5]).repeat(40, 4)
     codebook = ops.kmeans_seed([w], [torch.ones(8)], 16, 2, "kmeans++", 0)
-    assert torch.equal(codebook, torch.tensor([0.25, -0.5]).expand(16, 2))
+    assert_same_bits(codebook, torch.tensor([0.25, -0.5]).expand(16, 2))
 
 
 def test_refusals() -> None:

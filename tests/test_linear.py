@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from compare import assert_same_bits
 from torch import Tensor, nn
 from vq_cases import activations, random_vq
 
@@ -71,10 +72,10 @@ def test_packed_tensors_keep_their_dtypes(dtype: torch.dtype) -> None:
     assert layer.bias is not None
     assert layer.bias.dtype == dtype
     for name in NAMES:
-        assert torch.equal(getattr(layer, name), before[name])
+        assert_same_bits(getattr(layer, name), before[name])
     layer.float().half().bfloat16().double()
     for name in NAMES:
-        assert torch.equal(getattr(layer, name), before[name])
+        assert_same_bits(getattr(layer, name), before[name])
 
 
 def test_state_dict_is_the_canonical_form() -> None:
@@ -85,7 +86,7 @@ def test_state_dict_is_the_canonical_form() -> None:
     other = VQLinear(50, 70, d=4, bits=2, bias=True)
     other.load_state_dict(state)
     x = torch.randn(5, 50)
-    assert torch.equal(layer(x), other(x))
+    assert_same_bits(layer(x), other(x))
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -93,7 +94,7 @@ def test_copies(clone: object) -> None:
     layer = vq_layer()
     other = clone(layer)  # type: ignore[operator]
     x = torch.randn(2, 50)
-    assert torch.equal(layer(x), other(x))
+    assert_same_bits(layer(x), other(x))
     assert other.codes.data_ptr() != layer.codes.data_ptr()
 
 
@@ -257,7 +258,7 @@ def test_sparse_state_and_form() -> None:
     other = SparseLinear(52, 70, pattern="2:4")
     other.load_state_dict(layer.state_dict())
     x = torch.randn(3, 52)
-    assert torch.equal(layer(x), other(x))
+    assert_same_bits(layer(x), other(x))
     other.bfloat16()
     assert other.values.dtype == torch.float32
     assert "pattern='2:4'" in repr(layer)
@@ -300,7 +301,7 @@ def test_gradient_makes_no_difference_to_the_result(tokens: int) -> None:
     x = activations(tokens, 50, torch.float32)
     with torch.no_grad():
         plain = layer(x)
-    assert torch.equal(layer(x.requires_grad_()), plain)
+    assert_same_bits(layer(x.requires_grad_()), plain)
 
 
 @pytest.mark.parametrize("make", [vq_layer, lambda: SparseLinear.from_weight(sparse_weight())])
@@ -326,7 +327,7 @@ def test_autocast(make: Callable[[], nn.Module], tokens: int) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = layer(x)
     assert got.dtype == torch.bfloat16
-    assert torch.equal(got, want)
+    assert_same_bits(got, want)
     got.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.float32

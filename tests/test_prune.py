@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compare import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -34,8 +35,7 @@ def operands(rows: int, cols: int, seed: int = 0, levels: int = 0) -> tuple[Tens
 
 def assert_select(w: Tensor, h: Tensor, n_prune: int) -> None:
     got, want = ops.prune_select(w, h, n_prune), reference.prune_select(w, h, n_prune)
-    wrong = reference.from_bitmap(got ^ want, w.shape[1]).nonzero()
-    assert torch.equal(got, want), f"{len(wrong)} differ, first at {wrong[:1].tolist()}"
+    assert_same_bits(got, want, f"the bitmap with {n_prune} of {w.numel()} pruned")
 
 
 @kernel
@@ -94,7 +94,7 @@ def test_select_nm_is_a_stable_sort(pattern: tuple[int, int], levels: int, threa
     n, m = pattern
     for rows, groups in ((1, 1), (3, 2), (5, 3), (9, 17), (20, 67)):
         w, h = operands(rows, groups * m, seed=groups, levels=levels)
-        assert torch.equal(ops.prune_select_nm(w, h, n, m), reference.prune_select_nm(w, h, n, m))
+        assert_same_bits(ops.prune_select_nm(w, h, n, m), reference.prune_select_nm(w, h, n, m))
 
 
 @kernel
@@ -104,7 +104,7 @@ def test_select_nm_is_a_stable_sort(pattern: tuple[int, int], levels: int, threa
 def test_select_nm_property(m: int, share: float, groups: int, seed: int) -> None:
     n = max(1, round(share * m))
     w, h = operands(3, groups * m, seed, levels=seed % 3)
-    assert torch.equal(ops.prune_select_nm(w, h, n, m), reference.prune_select_nm(w, h, n, m))
+    assert_same_bits(ops.prune_select_nm(w, h, n, m), reference.prune_select_nm(w, h, n, m))
 
 
 @kernel
@@ -175,10 +175,10 @@ def layer(dtype: torch.dtype = torch.float32, seed: int = 8) -> tuple[Tensor, Te
 def assert_pruned(weight: Tensor, sparse: SparseWeight, bitmap: Tensor) -> None:
     """Exactly the weights of the bitmap are there, with their bits."""
     keep = reference.from_bitmap(bitmap, weight.shape[1])
-    assert torch.equal(sparse.bitmap, bitmap)
+    assert_same_bits(sparse.bitmap, bitmap)
     assert sparse.values.dtype == weight.dtype
-    assert torch.equal(sparse.values, weight[keep])
-    assert torch.equal(sparse.dequantize(weight.dtype), weight.where(keep, torch.zeros(())))
+    assert_same_bits(sparse.values, weight[keep])
+    assert_same_bits(sparse.dequantize(weight.dtype), weight.where(keep, torch.zeros(())))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -236,12 +236,12 @@ def test_numpy_equals_torch() -> None:
     weight, norms = layer(torch.float16)
     one, other = prune(weight, norms), prune(weight.numpy(), norms.numpy().astype(np.float64))
     for name, tensor in one.tensors().items():
-        assert torch.equal(tensor, other.tensors()[name]), name
+        assert_same_bits(tensor, other.tensors()[name], name)
 
 
 def test_scale_of_act_norms_does_not_matter() -> None:
     weight, norms = layer()
-    assert torch.equal(prune(weight, norms).bitmap, prune(weight, norms * 16).bitmap)
+    assert_same_bits(prune(weight, norms).bitmap, prune(weight, norms * 16).bitmap)
 
 
 def test_same_bits_at_any_thread_count(threads: int) -> None:
@@ -250,7 +250,7 @@ def test_same_bits_at_any_thread_count(threads: int) -> None:
     torch.set_num_threads(1)
     alone = prune(weight, norms)
     for name, tensor in alone.tensors().items():
-        assert torch.equal(tensor, sparse.tensors()[name]), name
+        assert_same_bits(tensor, sparse.tensors()[name], name)
     assert alone.relative_objective == sparse.relative_objective
 
 
@@ -259,7 +259,7 @@ def test_strided_weights() -> None:
     wide = torch.randn(48, 100)
     wide[:, :80] = weight
     for view in (wide[:, :80], weight.T.contiguous().T):
-        assert torch.equal(prune(view, norms).values, prune(weight, norms).values)
+        assert_same_bits(prune(view, norms).values, prune(weight, norms).values)
 
 
 @pytest.mark.parametrize(

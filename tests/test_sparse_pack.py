@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,22 +26,16 @@ def layer(rows: int, cols: int, dtype: torch.dtype, share: float, seed: int = 0)
     return weight, bitmap, reference.sparse_offsets(bitmap, cols)
 
 
-def same_bits(got: Tensor, want: Tensor) -> None:
-    bits = {4: torch.int32, 2: torch.int16}[want.element_size()]
-    assert got.dtype == want.dtype
-    assert torch.equal(got.view(bits), want.view(bits))
-
-
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.98, 1.0])
 @pytest.mark.parametrize("cols", COLS)
 def test_there_and_back(cols: int, share: float) -> None:
     for dtype in DTYPES:
         weight, bitmap, offsets = layer(5, cols, dtype, share, seed=cols)
-        assert torch.equal(ops.sparse_offsets(bitmap, cols), offsets)
+        assert_same_bits(ops.sparse_offsets(bitmap, cols), offsets)
         values = ops.sparse_pack(weight, bitmap, offsets, int(offsets[-1]))
-        same_bits(values, reference.sparse_pack(weight, bitmap, offsets, int(offsets[-1])))
+        assert_same_bits(values, reference.sparse_pack(weight, bitmap, offsets, int(offsets[-1])))
         for out in DTYPES:
-            same_bits(
+            assert_same_bits(
                 ops.sparse_dequantize(bitmap, values, offsets, cols, out),
                 reference.sparse_dequantize(bitmap, values, offsets, cols, out),
             )
@@ -56,24 +51,26 @@ def test_there_and_back(cols: int, share: float) -> None:
 def test_property(rows: int, cols: int, share: float, dtype: torch.dtype, seed: int) -> None:
     weight, bitmap, offsets = layer(rows, cols, dtype, share, seed)
     values = ops.sparse_pack(weight, bitmap, offsets, int(offsets[-1]))
-    same_bits(values, weight[reference.from_bitmap(bitmap, cols)])
+    assert_same_bits(values, weight[reference.from_bitmap(bitmap, cols)])
     dense = ops.sparse_dequantize(bitmap, values, offsets, cols, dtype)
-    same_bits(dense, reference.sparse_dequantize(bitmap, values, offsets, cols, dtype))
+    assert_same_bits(dense, reference.sparse_dequantize(bitmap, values, offsets, cols, dtype))
 
 
 def test_threads_and_many_rows(threads: int) -> None:
     weight, bitmap, offsets = layer(517, 331, torch.bfloat16, 0.5)
     values = ops.sparse_pack(weight, bitmap, offsets, int(offsets[-1]))
-    same_bits(values, weight[reference.from_bitmap(bitmap, 331)])
+    assert_same_bits(values, weight[reference.from_bitmap(bitmap, 331)])
     dense = ops.sparse_dequantize(bitmap, values, offsets, 331, torch.float32)
-    same_bits(dense, reference.sparse_dequantize(bitmap, values, offsets, 331, torch.float32))
+    assert_same_bits(
+        dense, reference.sparse_dequantize(bitmap, values, offsets, 331, torch.float32)
+    )
 
 
 def test_strided_weight() -> None:
     weight, bitmap, offsets = layer(20, 90, torch.float32, 0.4)
     wide = torch.randn(20, 111)
     wide[:, 4:94] = weight
-    same_bits(
+    assert_same_bits(
         ops.sparse_pack(wide[:, 4:94], bitmap, offsets, int(offsets[-1])),
         ops.sparse_pack(weight, bitmap, offsets, int(offsets[-1])),
     )
@@ -85,9 +82,9 @@ def test_values_keep_odd_bits() -> None:
     weight = odd.to(torch.int16).repeat(9, 11).view(torch.float16)
     _, bitmap, offsets = layer(9, 88, torch.float16, 0.6)
     values = ops.sparse_pack(weight, bitmap, offsets, int(offsets[-1]))
-    same_bits(values, weight[reference.from_bitmap(bitmap, 88)])
+    assert_same_bits(values, weight[reference.from_bitmap(bitmap, 88)])
     dense = ops.sparse_dequantize(bitmap, values, offsets, 88, torch.float16)
-    same_bits(dense, weight.where(reference.from_bitmap(bitmap, 88), 0))
+    assert_same_bits(dense, weight.where(reference.from_bitmap(bitmap, 88), 0))
 
 
 def test_rounding_to_half_is_to_nearest_even() -> None:
@@ -97,7 +94,7 @@ def test_rounding_to_half_is_to_nearest_even() -> None:
     _, bitmap, offsets = layer(16, 640, torch.float32, 0.7)
     values = ops.sparse_pack(weight, bitmap, offsets, int(offsets[-1]))
     for dtype in (torch.float16, torch.bfloat16):
-        same_bits(
+        assert_same_bits(
             ops.sparse_dequantize(bitmap, values, offsets, 640, dtype),
             weight.where(reference.from_bitmap(bitmap, 640), 0).to(dtype),
         )

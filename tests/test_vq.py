@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from compare import assert_same_bits
 from torch import Tensor
 
 from nowag_ext import kmeans, ops, reference
@@ -47,7 +48,7 @@ def test_codes_are_nearest_in_the_stored_codebook() -> None:
     parts = normalize_weight(weight, act_norms)
     h = torch.nn.functional.pad(parts.importance, (0, 3))
     want = reference.kmeans_assign(parts.normalized, h, vq.codebook.float())
-    assert torch.equal(ops.unpack_codes(vq.codes, 70).to(torch.int32), want.to(torch.int32))
+    assert_same_bits(ops.unpack_codes(vq.codes, 70).to(torch.int32), want.to(torch.int32))
 
 
 def test_dequantize() -> None:
@@ -56,8 +57,8 @@ def test_dequantize() -> None:
     dense = vq.dequantize()
     entries = vq.codebook.float()[ops.unpack_codes(vq.codes, 70).to(torch.int64)]
     want = vq.row_norms.float()[:, None] * entries.reshape(70, -1)[:, :41] * vq.col_norms.float()
-    assert torch.equal(dense, want)
-    assert torch.equal(vq.dequantize(torch.bfloat16), want.bfloat16())
+    assert_same_bits(dense, want)
+    assert_same_bits(vq.dequantize(torch.bfloat16), want.bfloat16())
     error = ((dense - weight) * act_norms).norm() / (weight * act_norms).norm()
     assert error < 0.6
 
@@ -79,7 +80,7 @@ def test_same_bits_for_a_seed_at_any_thread_count() -> None:
     torch.set_num_threads(before)
     for other in results[1:]:
         for name, tensor in results[0].tensors().items():
-            assert torch.equal(tensor, other.tensors()[name])
+            assert_same_bits(tensor, other.tensors()[name])
         assert other.relative_objective == results[0].relative_objective
         assert other.history == results[0].history
 
@@ -141,7 +142,7 @@ def test_scale_of_act_norms_does_not_matter() -> None:
     one = vq_compress(weight, act_norms, d=2, bits=2, iters=3)
     two = vq_compress(weight, act_norms * 4, d=2, bits=2, iters=3)
     for name, tensor in one.tensors().items():
-        assert torch.equal(tensor, two.tensors()[name])
+        assert_same_bits(tensor, two.tensors()[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -150,14 +151,14 @@ def test_dtypes(dtype: torch.dtype) -> None:
     weight = weight.to(dtype)
     one = vq_compress(weight, act_norms, d=2, bits=2, iters=3)
     two = vq_compress(weight.float(), act_norms, d=2, bits=2, iters=3)
-    assert torch.equal(one.codes, two.codes)
+    assert_same_bits(one.codes, two.codes)
 
 
 def test_numpy() -> None:
     weight, act_norms = layer()
     one = vq_compress(weight, act_norms, d=2, bits=2, iters=3)
     two = vq_compress(weight.numpy(), act_norms.numpy(), d=2, bits=2, iters=3)
-    assert torch.equal(one.codes, two.codes)
+    assert_same_bits(one.codes, two.codes)
 
 
 def test_given_codebook_is_only_assigned_to() -> None:
@@ -165,8 +166,8 @@ def test_given_codebook_is_only_assigned_to() -> None:
     first = vq_compress(weight, act_norms, d=4, bits=2, iters=10)
     for codebook in (first.codebook, first.codebook.float().numpy()):
         again = vq_compress(weight, act_norms, d=4, bits=2, codebook=codebook)
-        assert torch.equal(again.codes, first.codes)
-        assert torch.equal(again.codebook, first.codebook)
+        assert_same_bits(again.codes, first.codes)
+        assert_same_bits(again.codebook, first.codebook)
         assert again.relative_objective == first.relative_objective
         assert again.history == []
 
@@ -182,7 +183,7 @@ def test_to_keeps_everything() -> None:
     vq = vq_compress(weight, act_norms, d=2, bits=2, iters=2)
     moved = vq.to("cpu")
     assert moved.history == vq.history
-    assert torch.equal(moved.codes, vq.codes)
+    assert_same_bits(moved.codes, vq.codes)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_dead_inputs_and_a_zero_weight_stay_finite() -> None:
     assert torch.isfinite(vq_compress(weight, act_norms, d=4, bits=1, iters=3).dequantize()).all()
     zero = vq_compress(torch.zeros(20, 8), torch.ones(8), d=2, bits=1, iters=3)
     assert zero.relative_objective == 0
-    assert torch.equal(zero.dequantize(), torch.zeros(20, 8))
+    assert_same_bits(zero.dequantize(), torch.zeros(20, 8))
 
 
 def test_relocation_beats_the_seeds_and_never_rises() -> None:

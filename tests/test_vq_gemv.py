@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import assert_same_bits, assert_within
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -64,7 +65,7 @@ def assert_within_bound(y: Tensor, x: Tensor, vq: tuple[Tensor, ...], bias: Tens
     magnitude = x.double().abs() @ weight.abs().T
     rounding = torch.finfo(y.dtype).eps * exact.abs() + torch.finfo(y.dtype).tiny
     bound = 8e-6 * magnitude + lookup_error(x, vq) + rounding
-    assert ((y.double() - exact).abs() <= bound).all()
+    assert_within(y, exact, bound)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,8 +104,8 @@ def test_same_bits_for_any_threads_and_company(layer: tuple[int, int, int, int])
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         for tokens in (1, 2, 3, 4, 7, 8, 15):
-            assert torch.equal(ops.vq_gemv(x[:tokens], *vq, None), together[:tokens])
-        assert torch.equal(ops.vq_gemv(x[5:6], *vq, None), together[5:6])
+            assert_same_bits(ops.vq_gemv(x[:tokens], *vq, None), together[:tokens])
+        assert_same_bits(ops.vq_gemv(x[5:6], *vq, None), together[5:6])
     torch.set_num_threads(before)
 
 
@@ -117,7 +118,7 @@ def test_close_on_inputs_with_outlier_channels(
     x = activations(4, layer[1], torch.float32, outlier=outlier)
     exact = reference.vq_linear(x, *vq, None)
     error = (ops.vq_gemv(x, *vq, None).double() - exact).norm(dim=1) / exact.norm(dim=1)
-    assert (error <= 2e-3).all()
+    assert_within(error, 0, 2e-3)
 
 
 @pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-30, 1e30])
@@ -159,7 +160,7 @@ def test_linear_takes_inputs_that_are_not_contiguous(tokens: int) -> None:
     bias = torch.randn(140)[::2]
     base = activations(50, tokens, torch.float32)
     got = ops.vq_linear(base.T, *vq, bias)
-    assert torch.equal(got, ops.vq_linear(base.T.contiguous(), *vq, bias.contiguous()))
+    assert_same_bits(got, ops.vq_linear(base.T.contiguous(), *vq, bias.contiguous()))
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -181,7 +182,7 @@ def test_many_tokens_go_by_tiles(
 
     y = tiled_linear(x, bias, 200, dequantize)
     assert tiles == [(begin, min(begin + 64, 200), tiles_in) for begin in range(0, 200, 64)]
-    assert torch.equal(y, ops.vq_linear(x, *vq, bias))
+    assert_same_bits(y, ops.vq_linear(x, *vq, bias))
     assert y.shape == (5, 13, 200)
     assert y.dtype == dtype
     want = reference.vq_linear(x, *vq, bias)

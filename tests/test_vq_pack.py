@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from vq_cases import random_codes, random_vq
@@ -36,9 +37,9 @@ def test_pack_matches_oracle_and_inverts(code_bits: int, threads: int) -> None:
     for rows, positions in [(1, 1), (31, 3), (32, 8), (33, 17), (100, 64)]:
         codes = random_codes(rows, positions, code_bits)
         packed = ops.pack_codes(codes, code_bits)
-        assert torch.equal(packed, reference.pack_codes(codes, code_bits))
-        assert torch.equal(ops.unpack_codes(packed, rows), codes)
-        assert torch.equal(reference.unpack_codes(packed, rows), codes)
+        assert_same_bits(packed, reference.pack_codes(codes, code_bits))
+        assert_same_bits(ops.unpack_codes(packed, rows), codes)
+        assert_same_bits(reference.unpack_codes(packed, rows), codes)
 
 
 @given(
@@ -50,14 +51,14 @@ def test_pack_matches_oracle_and_inverts(code_bits: int, threads: int) -> None:
 def test_pack_inverts(rows: int, positions: int, code_bits: int, seed: int) -> None:
     codes = random_codes(rows, positions, code_bits, seed)
     packed = ops.pack_codes(codes, code_bits)
-    assert torch.equal(ops.unpack_codes(packed, rows), codes)
+    assert_same_bits(ops.unpack_codes(packed, rows), codes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_dequantize_matches_oracle(layer: tuple[int, int, int, int], dtype: torch.dtype) -> None:
     vq = random_vq(*layer)
-    assert torch.equal(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
+    assert_same_bits(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
 
 
 @pytest.mark.parametrize("d", range(1, 9))
@@ -65,7 +66,7 @@ def test_dequantize_at_every_sub_vector_length(d: int) -> None:
     for cols in range(1, 4 * d + 18):
         vq = random_vq(40, cols, d, 4, seed=cols)
         for dtype in DTYPES:
-            assert torch.equal(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
+            assert_same_bits(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
 
 
 def test_dequantize_of_special_values() -> None:
@@ -74,7 +75,7 @@ def test_dequantize_of_special_values() -> None:
     row_norms[:3] = torch.tensor([6e-8, 65504.0, 0.0]).half()
     for dtype in DTYPES:
         vq = (codes, codebook, row_norms, col_norms)
-        assert torch.equal(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
+        assert_same_bits(ops.vq_dequantize(*vq, dtype), reference.vq_dequantize(*vq, dtype))
 
 
 def test_rows_of_a_tile_go_where_they_are_told() -> None:
@@ -83,7 +84,7 @@ def test_rows_of_a_tile_go_where_they_are_told() -> None:
     for begin, end in [(0, 200), (32, 64), (64, 101), (160, 200), (192, 193)]:
         out = torch.full((end - begin + 2, 70), torch.nan)
         dequantize_vq_rows(vq, (200, 70, 6, 12), begin, end, out)
-        assert torch.equal(out[: end - begin], dense[begin:end])
+        assert_same_bits(out[: end - begin], dense[begin:end])
         assert out[end - begin :].isnan().all()
 
 
@@ -91,7 +92,7 @@ def test_rows_can_be_spaced_apart() -> None:
     vq = random_vq(40, 22, 4, 8)
     wide = torch.full((40, 31), torch.nan)
     dequantize_vq_rows(vq, (40, 22, 4, 8), 0, 40, wide[:, :22])
-    assert torch.equal(wide[:, :22], reference.vq_dequantize(*vq, torch.float32))
+    assert_same_bits(wide[:, :22], reference.vq_dequantize(*vq, torch.float32))
     assert wide[:, 22:].isnan().all()
 
 

@@ -8,6 +8,16 @@ the number of threads (CPU) or the stream (CUDA) go to the compiled module as in
 nothing and raises on a bad status.
 """
 
+from importlib.util import find_spec
+from pathlib import Path
+
+if find_spec("nowag_ext._cpu") is None:
+    raise ImportError(
+        f"there are no compiled kernels in {Path(__file__).parents[1]}: these are the sources, "
+        "which hide an installed nowag_ext from Python when it is started in their folder. Start "
+        "it in another folder, or put the kernels here with `pip install -e .`"
+    )
+
 from nowag_ext.ops.format import (
     FORMAT_VERSION,
     MAX_CODE_BITS,
