@@ -225,7 +225,7 @@ def layers(document: Document, _: Document | None) -> str:
             [row["layer"].removeprefix("model.layers."), f"{row['relative_objective']:.5f}",
              number(row["seconds"]), *map(number, ratios)]
         )  # fmt: skip
-    header = ["layer", "relative objective", "seconds", "x torch's expression", "x reference.py"]
+    header = ["layer", "relative objective", "seconds", "x torch's expression", "x nowag_ext.reference"]
     equal, of = document["masks"]
     text = f"Pruning masks equal to a stable sort's: {equal} of {of} linears."
     return f"{table(header, lines)}\n\n{text}"
