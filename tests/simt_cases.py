@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import assert_within
 from simt_host import compiler
 from torch import Tensor
 
 from nowag_ext import ops, reference
 
+
+def first_is_quick(first: object, *others: object) -> list[object]:
+    """Cases of which a plain pytest takes the first: a GPU thread by thread takes minutes."""
+    return [first, *(pytest.param(other, marks=pytest.mark.slow) for other in others)]
+
+
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (g++ or $CXX)")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SEEDS = first_is_quick(2, 0, 1)  # orders in which threads run
 CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-SEEDS = [0, 1, 2]  # orders in which threads run
 VQ_SHAPES = [(1, 1, 1, 1), (33, 20, 3, 9), (70, 131, 4, 8), (40, 97, 6, 12), (65, 33, 8, 16)]
 SPARSE_SHAPES = [(1, 1, 0.0), (9, 70, 0.5), (37, 64, 0.9), (1100, 3, 0.5), (10, 1090, 0.5)]
 
@@ -29,12 +36,6 @@ def randn(*shape: int, seed: int) -> Tensor:
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(shape, float("nan") if dtype.is_floating_point else 113, dtype=dtype)
-
-
-def assert_same_bits(got: Tensor, want: Tensor) -> None:
-    assert got.shape == want.shape
-    assert got.dtype == want.dtype
-    assert torch.equal(got.reshape(-1).view(torch.uint8), want.reshape(-1).view(torch.uint8))
 
 
 def assert_within_bound(
@@ -48,7 +49,7 @@ def assert_within_bound(
     epsilon = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
     smallest = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
     rounding = epsilon[got.dtype] * (want.abs() + bound) + smallest[got.dtype]
-    assert ((got.double() - want).abs() <= bound + rounding).all()
+    assert_within(got, want, bound + rounding)
 
 
 def vq_weight(

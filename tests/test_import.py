@@ -33,9 +33,15 @@ def test_one_layer_needs_no_transformers() -> None:
     "imports",
     [
         "import nowag_ext; from transformers import AutoModelForCausalLM",
-        "from transformers import AutoModelForCausalLM; import nowag_ext",
-        "import transformers.quantizers.auto, nowag_ext; "
-        "from transformers import AutoModelForCausalLM",
+        pytest.param(
+            "from transformers import AutoModelForCausalLM; import nowag_ext",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "import transformers.quantizers.auto, nowag_ext; "
+            "from transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_transformers_reads_checkpoints_after_the_import(imports: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from simt_cases import SEEDS, assert_same_bits, needs_compiler, poisoned, randn
+from compare import assert_same_bits
+from simt_cases import SEEDS, first_is_quick, needs_compiler, poisoned, randn
 from simt_host import Driver
 from torch import Tensor
 
@@ -80,7 +81,9 @@ MMA_ASSIGNMENTS = [
 
 
 @pytest.mark.parametrize(("rows", "cols", "d", "entries"), MMA_ASSIGNMENTS)
-@pytest.mark.parametrize("kind", ["random", "outliers", "near points", "equal points"])
+@pytest.mark.parametrize(
+    "kind", first_is_quick("random", "outliers", "near points", "equal points")
+)
 def test_kmeans_assign_large_codebook(
     driver: Driver, rows: int, cols: int, d: int, entries: int, kind: str
 ) -> None:
@@ -251,6 +254,7 @@ def test_kmeans_seed_extremes(driver: Driver, rows: int, kind: str, seed: int) -
     assert_same_seeds(driver, [other_w, w], [other_h, h], 9, 4, "kmeans++", seed)
 
 
+@pytest.mark.slow
 def test_kmeans_seed_of_many_matrices(driver: Driver) -> None:
     """More chunks of points than a block has threads."""
     parts = [problem(3, 3, 1, 1, seed=1000 + index) for index in range(560)]

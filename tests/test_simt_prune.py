@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from simt_cases import SEEDS, assert_same_bits, needs_compiler, poisoned, randn
+from compare import assert_same_bits
+from simt_cases import SEEDS, needs_compiler, poisoned, randn
 from simt_host import Driver
 from torch import Tensor
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import assert_same_bits
 from simt_cases import (
     CODES,
     DTYPES,
     VQ_SHAPES,
-    assert_same_bits,
     assert_within_bound,
     needs_compiler,
     poisoned,
@@ -82,7 +82,14 @@ def test_vq_gemv(
 # One row; one chunk and two chunks of rows; a band's tail; one and several segments, and a tail of
 # positions; more items than blocks, the last of one segment shorter.
 @pytest.mark.parametrize(
-    ("rows", "cols"), [(1, 50), (4130, 100), (300, 203), (192, 401), (70, 1601)]
+    ("rows", "cols"),
+    [
+        (1, 50),
+        pytest.param(4130, 100, marks=pytest.mark.slow),
+        (300, 203),
+        (192, 401),
+        (70, 1601),
+    ],
 )
 def test_vq_gemv_fast_paths(
     driver: Driver, rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype

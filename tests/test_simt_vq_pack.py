@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compare import assert_same_bits
 from simt_cases import (
     CODES,
     DTYPES,
     VQ_SHAPES,
-    assert_same_bits,
     needs_compiler,
     poisoned,
     vq_weight,
