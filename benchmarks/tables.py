@@ -225,7 +225,13 @@ def layers(document: Document, _: Document | None) -> str:
             [row["layer"].removeprefix("model.layers."), f"{row['relative_objective']:.5f}",
              number(row["seconds"]), *map(number, ratios)]
         )  # fmt: skip
-    header = ["layer", "relative objective", "seconds", "x torch's expression", "x nowag_ext.reference"]
+    header = [
+        "layer",
+        "relative objective",
+        "seconds",
+        "x torch's expression",
+        "x the oracle",
+    ]
     equal, of = document["masks"]
     text = f"Pruning masks equal to a stable sort's: {equal} of {of} linears."
     return f"{table(header, lines)}\n\n{text}"

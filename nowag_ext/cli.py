@@ -27,8 +27,8 @@ from nowag_ext.files import check_vacant
 from nowag_ext.gemm import gemm_dtype
 from nowag_ext.generate import encode_prompt
 from nowag_ext.generate import generate as generate_text
-from nowag_ext.methods import Settings, make_settings
-from nowag_ext.model import compress_model, settings_by_layer
+from nowag_ext.methods import LayerSettings
+from nowag_ext.model import compress_model
 from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table
 from nowag_ext.source import calibration_batches, open_dense_model, open_model, read_text
 from nowag_ext.version import __version__
@@ -168,16 +168,18 @@ def compress(
     """Compresses a model's linear layers and writes a checkpoint, report.json and layers.csv."""
     save = _writer(checkpoint_format)
     settings = _settings(
-        method, d=d, bits=bits, iters=iters, n_init=n_init, init=init, seed=seed,
+        d=d, bits=bits, iters=iters, n_init=n_init, init=init, seed=seed,
         sparsity=sparsity, pattern=pattern,
     )  # fmt: skip
     overrides = options.parse_overrides(override or ())
+    by_layer = LayerSettings(method, settings, overrides)
     check_vacant(output, overwrite=overwrite)
     read_norms = _norms_reader(act_norms, text, samples, length, sample_seed)
     loaded, tokenizer = open_dense_model(model, dtype)
     left_dense = ("lm_head", *(ignore or ()))
     check_patterns(loaded, left_dense, "ignore")
-    _check_layers(loaded, settings_by_layer(loaded, (method, settings), overrides), left_dense)
+    check_patterns(loaded, list(overrides), "overrides")
+    _check_layers(loaded, by_layer, left_dense)
     norms = read_norms(loaded, tokenizer)
     partial = output.with_name(f"{output.name}.partial") if resume else None
     with progress_bar(_err) as progress:
@@ -207,21 +209,20 @@ def _writer(checkpoint_format: str) -> Callable[..., None]:
     return writers[checkpoint_format]
 
 
-def _settings(method: str, **given: Any) -> dict[str, Any]:
-    """The settings that were given; raises now for those that do not fit the method."""
+def _settings(**given: Any) -> dict[str, Any]:
+    """The settings that were given."""
     settings = {name: value for name, value in given.items() if value is not None}
     if "bits" in settings and settings["bits"].is_integer():
         settings["bits"] = int(settings["bits"])
-    make_settings(method, settings)
     return settings
 
 
-def _check_layers(model: Any, settings: Callable[[str], Settings], ignore: Sequence[str]) -> None:
+def _check_layers(model: Any, settings: LayerSettings, ignore: Sequence[str]) -> None:
     """Raises for a layer that its settings do not fit, before calibration takes its time."""
     for name, linear in decoder_linears(model).items():
         if not matches(name, ignore):
             try:
-                settings(name).check_layer(linear.out_features, linear.in_features)
+                settings.of(name).check_layer(linear.out_features, linear.in_features)
             except ValueError as error:
                 raise ValueError(f"{name} {error}.") from None
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_ext import ops
+from nowag_ext.decoder import matches
 from nowag_ext.linear import PackedLinear, PackedWeight, SparseLinear, VQLinear
 from nowag_ext.prune import SparseWeight, kept_weights, prune
 from nowag_ext.vq import VQWeight, bits_of, check_code, check_iterations, vq_compress
@@ -233,6 +234,45 @@ def make_settings(method: str, given: Mapping[str, Any]) -> Settings:
     settings = kind(**given)
     settings.check()
     return settings
+
+
+class LayerSettings:
+    """The checked settings of every layer: a method's, and others where a pattern names a layer.
+
+    Args:
+        method: name and settings for what no pattern names.
+        overrides: by pattern, what differs (``compress_model``). Of several patterns that name a
+            layer the last counts.
+
+    Raises:
+        ValueError, TypeError: unfit settings; the sentence names the pattern.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        settings: Mapping[str, Any],
+        overrides: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.default = make_settings(method, settings)
+        self._others = {
+            pattern: self._changed(pattern, changes) for pattern, changes in overrides.items()
+        }
+
+    def _changed(self, pattern: str, changes: Mapping[str, Any]) -> Settings:
+        method = changes.get("method", self.default.method)
+        given = {name: value for name, value in changes.items() if name != "method"}
+        if method == self.default.method:
+            given = self.default.values_with(given)
+        try:
+            return make_settings(method, given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"override {pattern!r}: {error}") from None
+
+    def of(self, name: str) -> Settings:
+        """The settings of the layer of this name."""
+        found = [other for pattern, other in self._others.items() if matches(name, [pattern])]
+        return found[-1] if found else self.default
 
 
 def packed_linear(method: str, weight: PackedWeight, bias: nn.Parameter | None) -> PackedLinear:

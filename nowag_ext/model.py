@@ -18,7 +18,7 @@ from nowag_ext.decoder import check_patterns, decoder_linears, decoder_weights, 
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.integrations.transformers import NowagConfig, attach, format_group
 from nowag_ext.linear import PackedWeight
-from nowag_ext.methods import Settings, make_settings, packed_linear
+from nowag_ext.methods import LayerSettings, Settings, packed_linear
 from nowag_ext.normalize import as_importance, as_weight
 from nowag_ext.report import LayerReport, ModelReport, Progress
 from nowag_ext.resume import LayerStore, layer_key
@@ -125,7 +125,7 @@ def _plan(
     overrides: Mapping[str, Mapping[str, Any]],
     min_coverage: float,
 ) -> _Plan:
-    settings = make_settings(*method)
+    settings = LayerSettings(*method, overrides)
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError("the model is already quantised: compress the dense model it came from.")
     if getattr(model, "peft_config", None):
@@ -133,7 +133,7 @@ def _plan(
     if isinstance(ignore, str):
         raise TypeError(f'ignore must be a list of patterns, not the string "{ignore}".')
     check_patterns(model, ignore, "ignore")
-    choose = settings_by_layer(model, method, overrides)
+    check_patterns(model, list(overrides), "overrides")
     every = decoder_linears(model)
     ignored = tuple(name for name in every if matches(name, ignore))
     linears = {name: linear for name, linear in every.items() if name not in ignored}
@@ -141,44 +141,11 @@ def _plan(
     not_reached = _check_coverage(model, every, linears, min_coverage)
     _check_shared(model, linears)
     units = {
-        name: _check_layer(name, linear, act_norms, choose(name))
+        name: _check_layer(name, linear, act_norms, settings.of(name))
         for name, linear in linears.items()
     }
     total = sum(weight.numel() for _, weight in decoder_weights(model))
-    return _Plan(settings, units, ignored, not_reached, total)
-
-
-def settings_by_layer(
-    model: nn.Module,
-    method: tuple[str, Mapping[str, Any]],
-    overrides: Mapping[str, Mapping[str, Any]],
-) -> Callable[[str], Settings]:
-    """The checked settings of each linear by its name: those of the last pattern that names it.
-
-    Args:
-        method: name and settings for what no pattern names.
-        overrides: by pattern, what differs (``compress_model``).
-
-    Raises:
-        ValueError, TypeError: a pattern that names no linear, or unfit settings.
-    """
-    check_patterns(model, list(overrides), "overrides")
-    default = make_settings(*method)
-    others = []
-    for pattern, changes in overrides.items():
-        name = changes.get("method", default.method)
-        given = {key: value for key, value in changes.items() if key != "method"}
-        values = default.values_with(given) if name == default.method else given
-        try:
-            others.append((pattern, make_settings(name, values)))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"override {pattern!r}: {error}") from None
-
-    def choose(name: str) -> Settings:
-        found = [settings for pattern, settings in others if matches(name, [pattern])]
-        return found[-1] if found else default
-
-    return choose
+    return _Plan(settings.default, units, ignored, not_reached, total)
 
 
 def _check_parameters(linears: Mapping[str, nn.Linear]) -> None:
