@@ -64,8 +64,8 @@ struct Operation {
     const char* (*reason)();  // what the backend says of a call that it just failed, or ""
 };
 
-// Raises what `status` stands for; nowag_ext/ops has already checked what a user can get wrong, so these
-// sentences speak to whoever calls the compiled module directly.
+// Raises what `status` stands for; nowag_ext/ops has already checked what a user can get wrong, so
+// these sentences speak to whoever calls the compiled module directly.
 inline void check(Status status, const Operation& operation) {
     const std::string name(operation.name), reason(operation.reason());
     switch (status) {

@@ -7,10 +7,10 @@
 //       static constexpr int kValueBytes;
 //   };
 //
-// Lane l of a tile's accumulators adds up every 16th column by fused multiply-add, kSparseGemvChunk
-// columns at a time (a chain of 64), then chunks, then lanes pairwise: that gives the error bound of
-// sparse_gemv.h. At one token it is bound by reading values and bitmap, or close to
-// it by the one port that expands.
+// Lane l of a tile's accumulators adds up every 16th column by fused multiply-add,
+// kSparseGemvChunk columns at a time (a chain of 64), then chunks, then lanes pairwise: that gives
+// the error bound of sparse_gemv.h. At one token it is bound by reading values and bitmap, or close
+// to it by the one port that expands.
 #pragma once
 
 #include <immintrin.h>
