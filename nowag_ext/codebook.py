@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +39,7 @@ class Codebook:
     def __post_init__(self) -> None:
         if not isinstance(self.entries, Tensor) or not self.entries.is_floating_point():
             raise TypeError("the entries of a codebook must be a floating-point torch.Tensor.")
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise ValueError(
-                f'the name of a codebook consists of letters, digits, "_" and "-", '
-                f"not {self.name!r}."
-            )
+        check_name(self.name)
         shape = tuple(self.entries.shape)
         if (
             len(shape) != 2
@@ -75,6 +71,30 @@ class Codebook:
         return f"Codebook({self.name!r}, {len(self.entries)} entries of {self.d})"
 
 
+def check_name(name: object) -> None:
+    """Raises ValueError unless ``name`` can be that of a codebook, and so of a parameter."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(
+            f'the name of a codebook consists of letters, digits, "_" and "-", not {name!r:.200}.'
+        )
+    if hasattr(nn.Module(), name):
+        raise ValueError(f"a codebook cannot be called {name!r}: modules of torch have one.")
+
+
+def keep_dtypes(
+    fn: Callable[[Tensor], Tensor], parameters: Collection[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """``fn`` of ``nn.Module._apply``, moving these parameters without converting them."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if result.dtype != tensor.dtype and any(tensor is fixed for fixed in parameters):
+            return tensor.to(result.device)
+        return result
+
+    return apply
+
+
 class Codebooks(nn.Module):
     """The shared codebooks of a model, one parameter each, without gradient, under its name."""
 
@@ -85,12 +105,7 @@ class Codebooks(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebooks:
         """Moves as any module; the dtype is part of the form and stays."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtypes(fn, list(self.parameters())), recurse)
         return self
 
     def extra_repr(self) -> str:

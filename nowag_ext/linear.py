@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_ext import ops
+from nowag_ext.codebook import check_name, keep_dtypes
 from nowag_ext.ops.checks import check_features
 from nowag_ext.prune import SparseWeight, kept_weights
 from nowag_ext.vq import VQWeight, check_code
@@ -74,15 +75,7 @@ class PackedLinear(nn.Module, ABC):
         self.bias = bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        packed = [self._parameters.get(name) for name in self._expected()]
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            result = fn(tensor)
-            if result.dtype != tensor.dtype and any(tensor is parameter for parameter in packed):
-                return tensor.to(result.device)
-            return result
-
-        super()._apply(keep_dtype, recurse)
+        super()._apply(keep_dtypes(fn, self.packed_parameters().values()), recurse)
         return self
 
     @classmethod
@@ -187,6 +180,8 @@ class VQLinear(PackedLinear):
         self.code_bits = check_code(d, bits)
         self.d = d
         self.bits = bits
+        if codebook_name is not None:
+            check_name(codebook_name)
         self.codebook_name = codebook_name
         self._copy: tuple[Any, Tensor] | None = None
         self._set_packed(

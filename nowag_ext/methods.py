@@ -254,12 +254,22 @@ class LayerSettings:
         settings: Mapping[str, Any],
         overrides: Mapping[str, Mapping[str, Any]],
     ) -> None:
+        if not isinstance(overrides, Mapping):
+            raise TypeError(
+                "overrides must map patterns to settings, such as "
+                f"{{'down_proj': {{'bits': 3}}}}, not be of type {type(overrides).__name__}."
+            )
         self.default = make_settings(method, settings)
         self._others = {
             pattern: self._changed(pattern, changes) for pattern, changes in overrides.items()
         }
 
     def _changed(self, pattern: str, changes: Mapping[str, Any]) -> Settings:
+        if not isinstance(pattern, str) or not isinstance(changes, Mapping):
+            raise TypeError(
+                f"override {pattern!r} must be a pattern and a mapping of settings, "
+                f"not {changes!r:.100}."
+            )
         method = changes.get("method", self.default.method)
         given = {name: value for name, value in changes.items() if name != "method"}
         if method == self.default.method:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,9 @@ def test_unfit_codebooks_are_refused() -> None:
         Codebook(torch.full((64, D), 1e6))
     with pytest.raises(ValueError, match=r"letters, digits, .* not 'a\.b'"):
         Codebook(torch.zeros(64, D), "a.b")
+    for taken in ("forward", "training", "register_parameter"):
+        with pytest.raises(ValueError, match=f"cannot be called '{taken}'"):
+            Codebook(torch.zeros(64, D), taken)
     with pytest.raises(TypeError, match="must be a floating-point"):
         Codebook(torch.zeros(64, D, dtype=torch.int32))
 
@@ -175,6 +179,16 @@ def test_a_missing_codebook_is_refused(tmp_path: Path) -> None:
     del tensors[f"{STORED}.model"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=rf"it has no tensor {STORED}\.model"):
+        nowag_ext.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["forward", "a.b", "", 3, {}])
+def test_unfit_names_in_a_configuration_are_refused(name: Any, tmp_path: Path) -> None:
+    shared_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["groups"][0]["codebook"] = name
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"q_proj of quantization_config: .*codebook"):
         nowag_ext.load(tmp_path)
 
 

@@ -79,12 +79,13 @@ def test_a_model_mixes_methods_settings_and_dense_layers(tmp_path: Path) -> None
         ({"down_proj": {"sparsity": 0.5}}, TypeError, "override 'down_proj': .* no setting 'spars"),
         ({"down_proj": {"method": "magic"}}, ValueError, "override 'down_proj': method must be"),
         ({"o_proj": {"method": "prune", "bits": 2}}, TypeError, "no setting 'bits'"),
+        ({"down_proj": None}, TypeError, "override 'down_proj' must be a pattern and a mapping"),
+        ({3: {"bits": 2}}, TypeError, "override 3 must be a pattern and a mapping"),
+        ("down_proj", TypeError, "overrides must map patterns to settings"),
         ({"q_proj": {"d": 6, "bits": 2}}, ValueError, r"layers\.0\.self_attn\.q_proj is too small"),
     ],
 )
-def test_unfit_overrides(
-    overrides: dict[str, dict[str, Any]], error: type[Exception], sentence: str
-) -> None:
+def test_unfit_overrides(overrides: Any, error: type[Exception], sentence: str) -> None:
     model = tiny_model()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(error, match=sentence):
