@@ -32,7 +32,13 @@ def test_one_layer_needs_no_transformers() -> None:
 @pytest.mark.parametrize(
     "imports",
     [
-        "import nowag_ext; from transformers import AutoModelForCausalLM",
+        # Somebody looks where the registry is, without importing it.
+        "import nowag_ext, importlib.util; importlib.util.find_spec('transformers.quantizers.auto')"
+        "; from transformers import AutoModelForCausalLM",
+        pytest.param(
+            "import nowag_ext; from transformers import AutoModelForCausalLM",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "from transformers import AutoModelForCausalLM; import nowag_ext",
             marks=pytest.mark.slow,

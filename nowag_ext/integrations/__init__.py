@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 _REGISTRY = "transformers.quantizers.auto"  # where transformers keeps its quantizers
 
@@ -28,7 +28,7 @@ def _register() -> None:
 
 
 class _RegistryFinder(MetaPathFinder):
-    """Finds the registry as Python does, with a loader that registers the quantizer afterwards."""
+    """Finds the registry as others do, with a loader that registers the quantizer afterwards."""
 
     def find_spec(
         self,
@@ -38,20 +38,28 @@ class _RegistryFinder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _REGISTRY:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader)
+            spec.loader = _RegisteringLoader(spec.loader, self)
         return spec
 
 
 class _RegisteringLoader(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    """Another loader, which once it has run registers the quantizer and retires its finder."""
+
+    def __init__(self, loader: Loader, finder: _RegistryFinder) -> None:
+        self._loader, self._finder = loader, finder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
+        if self._finder in sys.meta_path:
+            sys.meta_path.remove(self._finder)
         _register()
