@@ -1,0 +1,124 @@
+"""The Hessian of a layer's inputs, E[x x^T], and the triangular factor that error feedback needs.
+
+With the damped Hessian H = V V^T, V upper triangular, the error of a row is |(w - q) V|^2. Component
+j of (w - q) V depends on the columns up to j alone, so columns are settled one after another: what
+those before j have done wrong is carried to j, and V_jj^2 is what an error of column j still costs
+once all later columns make up for it as well as they can. That is the feedback of OBQ and GPTQ
+(Frantar et al., 2022), whose update is through H^-1 = U^T U with U = V^-1, without an inverse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Added to the diagonal, relative to its mean, before factorising; 0.03 to 0.3 end alike.
+DAMPING = 0.1
+
+# What a matrix that is symmetric but for rounding may differ by from its transpose, relative to its
+# largest diagonal element.
+_ASYMMETRY = 1e-3
+
+# A positive semi-definite matrix needs none but the first; after so many doublings it was not one.
+_MOST_DOUBLINGS = 10
+
+_CHECKED_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Factor:
+    """V with V V^T = M + damping * mean(diag M) * I, for a metric M in some order of columns.
+
+    Attributes:
+        upper: V, fp32 [n, n], 0 below the diagonal.
+        damping: relative to the mean of M's diagonal.
+        added: what was added to every element of M's diagonal.
+    """
+
+    upper: Tensor
+    damping: float
+    added: float
+
+
+def as_hessian(hessian: Any, in_features: int, device: torch.device) -> Tensor:
+    """E[x x^T] of a layer's inputs as fp32 [in_features, in_features]; raises if it is unfit."""
+    if isinstance(hessian, np.ndarray):
+        hessian = torch.from_numpy(np.ascontiguousarray(hessian))
+    if not isinstance(hessian, Tensor):
+        raise TypeError(
+            f"hessian must be a torch.Tensor or a numpy.ndarray, not {type(hessian).__name__}."
+        )
+    if hessian.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"hessian must be of dtype float32 or float64, not {hessian.dtype}.")
+    if tuple(hessian.shape) != (in_features, in_features):
+        raise ValueError(
+            f"hessian must have shape ({in_features}, {in_features}), one row and column an input "
+            f"of W, not {tuple(hessian.shape)}."
+        )
+    if hessian.device != device:
+        raise ValueError(f"hessian must be on W's device {device}, not on {hessian.device}.")
+    hessian = hessian.detach().float()
+    if not torch.isfinite(hessian).all():
+        bad = int((~torch.isfinite(hessian)).sum())
+        raise ValueError(f"hessian must be finite, but {bad} of its elements are NaN or infinite.")
+    diagonal = hessian.diagonal()
+    if (diagonal < 0).any():
+        raise ValueError(
+            f"hessian must be positive semi-definite, but its diagonal holds {diagonal.min():.3g}."
+        )
+    largest = float(diagonal.max())
+    if largest == 0:
+        raise ValueError(
+            "hessian must not have a diagonal of zeros: no input was ever other than 0."
+        )
+    asymmetry = max(
+        float((rows - hessian[:, first : first + _CHECKED_ROWS].T).abs().max())
+        for first, rows in zip(
+            range(0, in_features, _CHECKED_ROWS), hessian.split(_CHECKED_ROWS), strict=True
+        )
+    )
+    if asymmetry > _ASYMMETRY * largest:
+        raise ValueError(
+            "hessian must be symmetric, but an element differs from its mirror image by "
+            f"{asymmetry:.3g}, where the largest diagonal element is {largest:.3g}."
+        )
+    return hessian
+
+
+def factorise(hessian: Tensor, scale: Tensor, order: Tensor, damping: float = DAMPING) -> Factor:
+    """Factor of diag(scale) H diag(scale), rows and columns in the order given, damped.
+
+    The damping is doubled until the factorisation succeeds.
+
+    Args:
+        hessian: checked (``as_hessian``), fp32 [n, n].
+        scale: fp32 [n], by column of the Hessian.
+        order: int64 [n], which column comes first, and so on.
+
+    Raises:
+        ValueError: the matrix is far from positive semi-definite.
+    """
+    # Cholesky's factor is lower triangular; of the matrix in reverse order it is V in reverse.
+    backwards = order.flip(0)
+    metric = hessian[backwards][:, backwards]
+    metric *= scale[backwards, None]
+    metric *= scale[backwards]
+    diagonal = metric.diagonal()
+    mean = float(diagonal.double().mean())
+    bare = diagonal.clone()
+    for doublings in range(_MOST_DOUBLINGS):
+        relative = damping * 2**doublings
+        diagonal.copy_(bare + relative * mean)
+        lower, info = torch.linalg.cholesky_ex(metric)
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            del metric, diagonal
+            return Factor(lower.flip(0, 1), relative, relative * mean)
+        del lower
+    raise ValueError(
+        "hessian must be positive semi-definite: it could not be factorised, even with "
+        f"{relative:.3g} times the mean of its diagonal added."
+    )
