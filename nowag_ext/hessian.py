@@ -1,6 +1,6 @@
 """The Hessian of a layer's inputs, E[x x^T], and the triangular factor that error feedback needs.
 
-With the damped Hessian H = V V^T, V upper triangular, the error of a row is |(w - q) V|^2. Component
+With the damped Hessian H = V V^T, V upper triangular, a row's error is |(w - q) V|^2. Component
 j of (w - q) V depends on the columns up to j alone, so columns are settled one after another: what
 those before j have done wrong is carried to j, and V_jj^2 is what an error of column j still costs
 once all later columns make up for it as well as they can. That is the feedback of OBQ and GPTQ
