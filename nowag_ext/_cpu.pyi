@@ -245,6 +245,23 @@ def kmeans_assign_exhaustive(
     threads: int,
     /,
 ) -> None: ...
+def kmeans_feedback(
+    x: int,
+    x_stride: int,
+    carried: int,
+    factor: int,
+    factor_stride: int,
+    codebook: int,
+    rows: int,
+    positions: int,
+    entries: int,
+    d: int,
+    codes: int,
+    scale: float,
+    sums: int,
+    threads: int,
+    /,
+) -> None: ...
 
 @type_check_only
 class Kernels(Protocol):

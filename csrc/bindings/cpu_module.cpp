@@ -4,6 +4,7 @@
 #include "cpu/base/simd.h"
 #include "nowag/dtype.h"
 #include "nowag/format.h"
+#include "nowag/kmeans_feedback.h"
 
 namespace nowag::bindings {
 namespace {
@@ -56,4 +57,5 @@ PYBIND11_MODULE(_cpu, module) {
     nowag::bindings::add_constants(module);
     NOWAG_OPERATIONS(NOWAG_BIND_LISTED)
     NOWAG_BIND(kmeans_assign_exhaustive)
+    NOWAG_BIND(kmeans_feedback)
 }

@@ -39,6 +39,7 @@ from nowag_ext.ops.kmeans import (
     kmeans_spread,
     kmeans_update,
 )
+from nowag_ext.ops.kmeans_feedback import feedback_sums_columns, kmeans_feedback
 from nowag_ext.ops.linear import GEMV_MAX_TOKENS
 from nowag_ext.ops.normalize import normalize
 from nowag_ext.ops.prune import prune_objective, prune_select, prune_select_nm
@@ -56,10 +57,12 @@ __all__ = [
     "TILE_ROWS",
     "bitmap_shape",
     "code_positions",
+    "feedback_sums_columns",
     "kmeans_assign",
     "kmeans_assign_exhaustive",
     "kmeans_energy",
     "kmeans_errors",
+    "kmeans_feedback",
     "kmeans_merge_costs",
     "kmeans_scale",
     "kmeans_seed",

@@ -20,6 +20,7 @@ from nowag_ext.reference.kmeans import (
     kmeans_sums,
     kmeans_update,
 )
+from nowag_ext.reference.kmeans_feedback import kmeans_feedback
 from nowag_ext.reference.normalize import EPS, normalize
 from nowag_ext.reference.prune import prune_objective, prune_select, prune_select_nm, saliency
 from nowag_ext.reference.sparse_gemv import sparse_linear
@@ -41,6 +42,7 @@ __all__ = [
     "kmeans_assign",
     "kmeans_energy",
     "kmeans_errors",
+    "kmeans_feedback",
     "kmeans_merge_costs",
     "kmeans_plus_plus",
     "kmeans_points",

@@ -213,7 +213,30 @@ float merge(const float* columns, int64_t entries, int64_t begin, int64_t end, c
     return cost;
 }
 
-constexpr KmeansTable kTable = {collect, search, drift, shrink, merge, narrow};
+template <int D>
+void rotate_to(const float* x, int64_t stride, int64_t points, int64_t columns,
+               const float* factor, int64_t factor_stride, float* y) {
+    for (int64_t i = 0; i < points; i += Lanes::kWidth) {
+        Float sum[D];
+        for (int j = 0; j < D; ++j) sum[j] = Lanes::load(y + j * stride + i);
+        for (int64_t c = 0; c < columns; ++c) {
+            const Float value = Lanes::load(x + c * stride + i);
+            const float* row = factor + c * factor_stride;
+            for (int j = 0; j < D; ++j) sum[j] = Lanes::fma(value, Lanes::all(row[j]), sum[j]);
+        }
+        for (int j = 0; j < D; ++j) Lanes::store(y + j * stride + i, sum[j]);
+    }
+}
+
+void rotate(const float* x, int64_t stride, int64_t points, int64_t columns, const float* factor,
+            int64_t factor_stride, int d, float* y) {
+    constexpr decltype(&rotate_to<1>) kByLength[kMaxSubvector] = {
+        rotate_to<1>, rotate_to<2>, rotate_to<3>, rotate_to<4>,
+        rotate_to<5>, rotate_to<6>, rotate_to<7>, rotate_to<8>};
+    kByLength[d - 1](x, stride, points, columns, factor, factor_stride, y);
+}
+
+constexpr KmeansTable kTable = {collect, search, drift, shrink, merge, narrow, rotate};
 
 }  // namespace
 }  // namespace nowag::cpu

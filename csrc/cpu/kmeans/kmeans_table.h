@@ -101,6 +101,12 @@ struct KmeansTable {
     uint64_t (*narrow)(const float* x, const float* h, int64_t stride, int64_t begin, int64_t end,
                        const float* entry, int d, double scale, const float* nearest,
                        float* narrowed);
+
+    // y[j * stride + i] becomes the fma over columns c ascending, from itself, of
+    // x[c * stride + i] * factor[c * factor_stride + j], for j < d and i < points, a multiple of
+    // kMaxLanes.
+    void (*rotate)(const float* x, int64_t stride, int64_t points, int64_t columns,
+                   const float* factor, int64_t factor_stride, int d, float* y);
 };
 
 extern const KmeansTable kKmeansScalar, kKmeansAvx2, kKmeansAvx512;

@@ -1,0 +1,64 @@
+"""kmeans_feedback.h: assignment with error feedback, under the full Hessian of a layer's inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nowag_ext import _cpu
+from nowag_ext.ops.checks import check, require, same_device
+
+
+def feedback_sums_columns(d: int) -> int:
+    """Columns of the sums: of M x~ [d], of M's upper triangle [d (d + 1) / 2], of points."""
+    return d + d * (d + 1) // 2 + 1
+
+
+def kmeans_feedback(
+    x: Tensor,
+    carried: Tensor,
+    factor: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    scale: float = 1.0,
+    sums: Tensor | None = None,
+) -> None:
+    """Settles a block of positions, one after another, each taking up what those before missed.
+
+    On the CPU alone, for now.
+
+    Args:
+        x: the block's points, fp32 [rows, positions * d], rows contiguous; becomes their errors.
+        carried: what the errors of earlier blocks carry here, fp32 [rows, positions * d]; becomes
+            the errors in the metric, whose squares add up to the objective.
+        factor: the block of V on its diagonal, fp32 [positions * d, positions * d], rows
+            contiguous.
+        codebook: fp32 [K, d].
+        codes: uint16 [rows, positions], written.
+        scale: of the sums.
+        sums: int64 [K, feedback_sums_columns(d)], added to; None: not wanted.
+    """
+    rows, positions = codes.shape
+    entries, d = codebook.shape
+    columns = positions * d
+    require(x.device.type == "cpu", f"error feedback runs on the CPU, not on {x.device}.")
+    for name, tensor, shape in (("x", x, (rows, columns)), ("factor", factor, (columns, columns))):
+        require(
+            tensor.dtype == torch.float32 and tuple(tensor.shape) == shape,
+            f"{name} must be float32 of shape {shape}, not {tensor.dtype} of {tuple(tensor.shape)}.",
+        )
+        require(
+            tensor.stride(1) == 1 and tensor.stride(0) >= columns,
+            f"the rows of {name} must be contiguous, and not overlap.",
+        )
+    check(carried, "carried", torch.float32, (rows, columns))
+    check(codebook, "codebook", torch.float32, (entries, d))
+    check(codes, "codes", torch.uint16, (rows, positions))
+    if sums is not None:
+        check(sums, "sums", torch.int64, (entries, feedback_sums_columns(d)))
+    same_device(x.device, carried=carried, factor=factor, codebook=codebook, codes=codes, sums=sums)
+    _cpu.kmeans_feedback(
+        x.data_ptr(), x.stride(0), carried.data_ptr(), factor.data_ptr(), factor.stride(0),
+        codebook.data_ptr(), rows, positions, entries, d, codes.data_ptr(), scale,
+        0 if sums is None else sums.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
