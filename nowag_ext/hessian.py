@@ -26,7 +26,7 @@ _ASYMMETRY = 1e-3
 # A positive semi-definite matrix needs none but the first; after so many doublings it was not one.
 _MOST_DOUBLINGS = 10
 
-_CHECKED_ROWS = 512
+_PART_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def as_hessian(hessian: Any, in_features: int, device: torch.device) -> Tensor:
             "hessian must not have a diagonal of zeros: no input was ever other than 0."
         )
     asymmetry = max(
-        float((rows - hessian[:, first : first + _CHECKED_ROWS].T).abs().max())
+        float((rows - hessian[:, first : first + _PART_ROWS].T).abs().max())
         for first, rows in zip(
-            range(0, in_features, _CHECKED_ROWS), hessian.split(_CHECKED_ROWS), strict=True
+            range(0, in_features, _PART_ROWS), hessian.split(_PART_ROWS), strict=True
         )
     )
     if asymmetry > _ASYMMETRY * largest:
@@ -87,6 +87,31 @@ def as_hessian(hessian: Any, in_features: int, device: torch.device) -> Tensor:
             f"{asymmetry:.3g}, where the largest diagonal element is {largest:.3g}."
         )
     return hessian
+
+
+def corrected(weight: Tensor, extra: Any) -> Tensor:
+    """The target of a compression, fp32 [out, in]: the weight, plus a correction if there is one.
+
+    Raises:
+        TypeError: extra is not a floating-point tensor or array.
+        ValueError: it is of another shape or device than the weight, or not finite.
+    """
+    if extra is None:
+        return weight.float()
+    if isinstance(extra, np.ndarray):
+        extra = torch.from_numpy(np.ascontiguousarray(extra))
+    if not isinstance(extra, Tensor) or not extra.is_floating_point():
+        kind = extra.dtype if isinstance(extra, Tensor) else type(extra).__name__
+        raise TypeError(f"extra must be a floating-point tensor or array, not {kind}.")
+    if extra.shape != weight.shape or extra.device != weight.device:
+        raise ValueError(
+            f"extra must have W's shape and device, {tuple(weight.shape)} on {weight.device}, "
+            f"not {tuple(extra.shape)} on {extra.device}."
+        )
+    if not torch.isfinite(extra).all():
+        bad = int((~torch.isfinite(extra)).sum())
+        raise ValueError(f"extra must be finite, but {bad} of its elements are NaN or infinite.")
+    return weight.float() + extra.detach().float()
 
 
 def factorise(hessian: Tensor, scale: Tensor, order: Tensor, damping: float = DAMPING) -> Factor:
@@ -113,12 +138,22 @@ def factorise(hessian: Tensor, scale: Tensor, order: Tensor, damping: float = DA
     for doublings in range(_MOST_DOUBLINGS):
         relative = damping * 2**doublings
         diagonal.copy_(bare + relative * mean)
-        lower, info = torch.linalg.cholesky_ex(metric)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+        # LAPACK's matrices are column by column: the upper factor's transpose lies row by row.
+        upper, info = torch.linalg.cholesky_ex(metric, upper=True)
+        if int(info) == 0 and bool(torch.isfinite(upper.diagonal()).all()):
             del metric, diagonal
-            return Factor(lower.flip(0, 1), relative, relative * mean)
-        del lower
+            return Factor(upper.mT.flip(0, 1).contiguous(), relative, relative * mean)
+        del upper
     raise ValueError(
         "hessian must be positive semi-definite: it could not be factorised, even with "
         f"{relative:.3g} times the mean of its diagonal added."
     )
+
+
+def energy(rows: Tensor, hessian: Tensor, scale: Tensor) -> float:
+    """sum over rows w of w diag(scale) H diag(scale) w^T, rows fp32 [n, in_features]."""
+    total = 0.0
+    for part in rows.split(_PART_ROWS):
+        scaled = part * scale
+        total += float(((scaled @ hessian) * scaled).sum(1, dtype=torch.float64).sum())
+    return total

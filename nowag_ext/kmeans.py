@@ -40,6 +40,14 @@ class Clustering:
     history: list[float]
 
 
+def half_entries(codebook: Tensor) -> Tensor:
+    """A codebook in the format's fp16."""
+    half = codebook.half()
+    if not torch.isfinite(half).all():
+        raise ValueError("codebook must be finite in fp16: at most 65504 in absolute value.")
+    return half
+
+
 class _Relocations:
     """When entries are relocated, and what was before a move that has not yet paid."""
 
@@ -144,9 +152,7 @@ class Points:
 
         ``sums`` are those of the current codes; without them the codes do not count.
         """
-        half = codebook.half()
-        if not torch.isfinite(half).all():
-            raise ValueError("codebook must be finite in fp16: at most 65504 in absolute value.")
+        half = half_entries(codebook)
         rounded = half.float()
         if sums is None:
             sums = self._no_sums(codebook)

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from nowag_ext import ops
 from nowag_ext.codebook import Codebook
+from nowag_ext.feedback import EntrySums, FeedbackPoints
 from nowag_ext.grad_mode import ordinary_tensors
-from nowag_ext.kmeans import Clustering, Points
-from nowag_ext.normalize import NormalizedWeight, normalize_weight
+from nowag_ext.hessian import as_hessian, corrected
+from nowag_ext.kmeans import Clustering, Points, half_entries
+from nowag_ext.normalize import as_weight, normalize_weight
 
 Progress = Callable[[int, int, float], None]
 
@@ -35,8 +37,9 @@ class VQWeight:
         row_norms: fp16 [out_features].
         col_norms: fp16 [in_features].
         shape: (out_features, in_features).
-        relative_objective: sum h (Wn - Q)^2 / sum h Wn^2 of these codes and this codebook, None
-            where it is not known.
+        relative_objective: sum h (Wn - Q)^2 / sum h Wn^2 of these codes and this codebook; under a
+            Hessian sum e H' e^T / sum w H' w^T over rows w of Wn and e of Wn - Q, with
+            H' = diag(c) H diag(c), c the column norms. None where it is not known.
         history: the same before rounding to fp16, after each iteration.
         codebook_name: the name of the ``Codebook`` that it shares with others, None for its own.
     """
@@ -130,6 +133,8 @@ def vq_compress(
     init: str = "kmeans++",
     seed: int = 0,
     codebook: Any = None,
+    hessian: Any = None,
+    extra: Any = None,
     progress: Progress | None = None,
 ) -> VQWeight:
     """Compresses a weight to codes into a codebook of 2^(d * bits) sub-vectors (NoWag-VQ).
@@ -137,6 +142,12 @@ def vq_compress(
     Minimises sum_ij h_j (Wn_ij - Q_ij)^2 over the codebook and the codes by k-means, Wn the
     normalised weight and h = act_norms^2 over its mean. Same inputs and seed give the same bits at
     any number of threads.
+
+    With a Hessian, codes are assigned by error feedback instead: position by position, the most
+    important first, each making up for the errors before it (GPTQ, Frantar et al., 2022; for
+    sub-vectors GPTVQ, van Baalen et al., 2024). A codebook of its own comes from the same k-means,
+    re-estimated once by least squares under the feedback, if that is better. This goes through
+    torch's matrix products, whose bits may depend on the number of threads.
 
     Args:
         W: [out_features, in_features], torch fp32, fp16 or bf16, or NumPy fp32 or fp16; finite.
@@ -152,70 +163,115 @@ def vq_compress(
             A ``Codebook`` of 2^(d * bits) entries of d is shared: the weight keeps its very tensor,
             and its name. Torch or NumPy [2^(d * bits), d], in units of Wn, is rounded to fp16 and
             the weight's own.
+        hessian: E[x x^T] of the layer's inputs on calibration text, torch or NumPy fp32 (or fp64)
+            [in_features, in_features] on W's device; symmetric, positive semi-definite.
+        extra: with a Hessian only: what to add to W for the target, fp32 [out_features,
+            in_features], such as a correction for the errors of layers before this one.
         progress: called after every iteration with the number of iterations done in all runs, the
             most there can be, and the relative objective.
 
     Raises:
-        TypeError: a wrong type or dtype of W, act_norms or codebook.
+        TypeError: a wrong type or dtype of W, act_norms, codebook, hessian or extra.
         ValueError: a wrong shape, device or setting; NaN or infinities; all-zero or negative
-            act_norms; fewer sub-vectors than codebook entries; norms beyond fp16.
+            act_norms; fewer sub-vectors than codebook entries; norms beyond fp16; a Hessian that is
+            not symmetric or not positive semi-definite; ``extra`` without a Hessian.
     """
     code_bits = check_code(d, bits)
     check_iterations(iters, n_init, init, seed)
-    normalized = normalize_weight(W, act_norms)
-    if isinstance(codebook, Codebook):
-        return _assign_to_shared(normalized, codebook, d, code_bits)
-    norms = _half_norms(normalized.row_norms, normalized.col_norms)
-    rows, cols = normalized.weight.shape
-    points = Points([normalized.normalized], [_floored(normalized.importance)], d)
-    entries = 1 << code_bits
-    if codebook is not None:
-        best = points.finish(_given_codebook(codebook, entries, d, points.device), [])
+    weight = as_weight(W)
+    if hessian is not None:
+        hessian = as_hessian(hessian, weight.shape[1], weight.device)
+        weight = corrected(weight, extra)
+    elif extra is not None:
+        raise ValueError("extra corrects W under a Hessian: give hessian too.")
+    normalized = normalize_weight(weight, act_norms)
+    shared = isinstance(codebook, Codebook)
+    if shared:
+        _check_shared(codebook, d, code_bits, weight.device)
+    unit = math.sqrt(weight.shape[1]) if shared else 1.0
+    norms = _half_norms(normalized.row_norms / unit, normalized.col_norms)
+    given: Tensor | None = None
+    if shared:
+        given = codebook.entries.float()
+    elif codebook is not None:
+        given = _given_codebook(codebook, 1 << code_bits, d, weight.device)
+
+    def search(w: Tensor) -> Clustering:
+        points = Points([w], [_floored(normalized.importance)], d)
+        if given is not None:
+            return points.finish(given, [])
+        _check_count(points, 1 << code_bits, weight.shape)
+        return _best_of(points, 1 << code_bits, iters, n_init, init, seed, progress)
+
+    if hessian is None:
+        found = search(normalized.normalized if unit == 1 else normalized.normalized * unit)
     else:
-        if points.count < entries:
-            raise ValueError(
-                f"a codebook of {entries} entries needs at least as many sub-vectors, but a "
-                f"{rows} x {cols} weight cut into sub-vectors of {d} has only {points.count} "
-                f"sub-vectors: use fewer bits."
-            )
-        best = _best_of(points, entries, iters, n_init, init, seed, progress)
+        found = _feed_back(_against(weight, norms), hessian, norms[1], d, given, search)
     return VQWeight(
-        ops.pack_codes(best.codes[0], code_bits),
-        best.codebook,
+        ops.pack_codes(found.codes[0], code_bits),
+        codebook.entries if shared else found.codebook,
         *norms,
-        shape=(rows, cols),
-        relative_objective=best.relative_objective,
-        history=best.history,
+        shape=(weight.shape[0], weight.shape[1]),
+        relative_objective=found.relative_objective,
+        history=found.history,
+        codebook_name=codebook.name if shared else None,
     )
 
 
-def _assign_to_shared(
-    normalized: NormalizedWeight, codebook: Codebook, d: int, code_bits: int
-) -> VQWeight:
-    """The nearest entries of a shared codebook, whose units are sqrt(in_features) * Wn."""
+def _check_shared(codebook: Codebook, d: int, code_bits: int, device: torch.device) -> None:
     if (codebook.d, codebook.code_bits) != (d, code_bits):
         raise ValueError(
             f"{codebook!r} does not fit d={d} and codes of {code_bits} bits: "
             f"those need {1 << code_bits} entries of {d}."
         )
-    if codebook.entries.device != normalized.weight.device:
+    if codebook.entries.device != device:
         raise ValueError(
-            f"codebook must be on W's device {normalized.weight.device}, "
-            f"not on {codebook.entries.device}."
+            f"codebook must be on W's device {device}, not on {codebook.entries.device}."
         )
-    rows, cols = normalized.weight.shape
-    factor = math.sqrt(cols)
-    norms = _half_norms(normalized.row_norms / factor, normalized.col_norms)
-    points = Points([normalized.normalized * factor], [_floored(normalized.importance)], d)
-    found = points.finish(codebook.entries.float(), [])
-    return VQWeight(
-        ops.pack_codes(found.codes[0], code_bits),
-        codebook.entries,
-        *norms,
-        shape=(rows, cols),
-        relative_objective=found.relative_objective,
-        codebook_name=codebook.name,
-    )
+
+
+def _check_count(points: Points, entries: int, shape: torch.Size) -> None:
+    if points.count < entries:
+        raise ValueError(
+            f"a codebook of {entries} entries needs at least as many sub-vectors, but a "
+            f"{shape[0]} x {shape[1]} weight cut into sub-vectors of {points.d} has only "
+            f"{points.count} sub-vectors: use fewer bits."
+        )
+
+
+def _against(weight: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
+    """Wn of these very norms, so that nothing is lost to their rounding; 0 where one is 0."""
+    row_norms, col_norms = (norm.float() for norm in norms)
+    points = weight.float() / col_norms
+    points /= row_norms[:, None]
+    return points.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _feed_back(
+    points: Tensor,
+    hessian: Tensor,
+    col_norms: Tensor,
+    d: int,
+    given: Tensor | None,
+    search: Callable[[Tensor], Clustering],
+) -> Clustering:
+    """Codes by error feedback, for a given codebook or for the better of two.
+
+    That of the diagonal metric, and what least squares make of it under the feedback.
+    """
+    layer = FeedbackPoints(points, hessian, col_norms.float(), d)
+    if given is not None:
+        half = half_entries(given)
+        assigned = layer.assign(half.float())
+        return Clustering([assigned.codes], half, assigned.relative_objective, [])
+    first = search(points)
+    sums = EntrySums(len(first.codebook), d, points.numel(), points.device)
+    candidates = [(first.codebook, layer.assign(first.codebook.float(), sums))]
+    again = sums.solve(first.codebook.float()).half()
+    if torch.isfinite(again).all():
+        candidates.append((again, layer.assign(again.float())))
+    codebook, best = min(candidates, key=lambda candidate: candidate[1].relative_objective)
+    return Clustering([best.codes], codebook, best.relative_objective, first.history)
 
 
 # What an input that calibration never saw counts for, where 1 is the mean: too little to change

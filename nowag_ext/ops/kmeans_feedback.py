@@ -42,10 +42,11 @@ def kmeans_feedback(
     entries, d = codebook.shape
     columns = positions * d
     require(x.device.type == "cpu", f"error feedback runs on the CPU, not on {x.device}.")
-    for name, tensor, shape in (("x", x, (rows, columns)), ("factor", factor, (columns, columns))):
+    for name, tensor, height in (("x", x, rows), ("factor", factor, columns)):
         require(
-            tensor.dtype == torch.float32 and tuple(tensor.shape) == shape,
-            f"{name} must be float32 of shape {shape}, not {tensor.dtype} of {tuple(tensor.shape)}.",
+            tensor.dtype == torch.float32 and tuple(tensor.shape) == (height, columns),
+            f"{name} must be float32 of shape {(height, columns)}, "
+            f"not {tensor.dtype} of shape {tuple(tensor.shape)}.",
         )
         require(
             tensor.stride(1) == 1 and tensor.stride(0) >= columns,
