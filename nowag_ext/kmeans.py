@@ -8,6 +8,7 @@ k-means alone ends in a local minimum that its seeds decide. A move that does no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -118,8 +119,26 @@ class Points:
 
     def run(self, codebook: Tensor, iters: int, report: Callable[[int, float], None]) -> Clustering:
         """At most ``iters`` iterations from ``codebook`` (fp32, overwritten), then finish()."""
-        sums = self._no_sums(codebook)
         history: list[float] = []
+
+        def on_iteration(iteration: int, objective: float) -> None:
+            history.append(objective)
+            report(iteration, objective)
+
+        sums = self._iterate(codebook, iters, on_iteration)
+        return self.finish(codebook, history, sums)
+
+    def improve(self, codebook: Tensor, iters: int, report: Callable[[int, float], None]) -> Tensor:
+        """At most ``iters`` iterations from ``codebook`` (fp32, overwritten); it alone, not rounded."""
+        self._iterate(codebook, iters, report)
+        return codebook
+
+    def _iterate(
+        self, codebook: Tensor, iters: int, report: Callable[[int, float], None]
+    ) -> Tensor:
+        """Lloyd's iterations with relocations, in place; the sums of the last codes."""
+        sums = self._no_sums(codebook)
+        last = math.inf
         relocations = _Relocations(iters)
         moved = True
         for iteration in range(iters):
@@ -130,7 +149,7 @@ class Points:
             objective = self._relative(self.energy - float(drop))
             if relocations.failed(objective):
                 relocations.undo(codebook)
-                moved, objective = True, history[-1]
+                moved, objective = True, last
             else:
                 relocations.accept()
                 moved = self._reseed(codebook, empty)
@@ -139,11 +158,11 @@ class Points:
                     moved = self._relocate(codebook, sums)
                     if moved:
                         relocations.await_judgement(before, objective)
-            history.append(objective)
+            last = objective
             report(iteration + 1, objective)
         if relocations.pending:
             relocations.undo(codebook)
-        return self.finish(codebook, history, sums)
+        return sums
 
     def finish(
         self, codebook: Tensor, history: list[float], sums: Tensor | None = None

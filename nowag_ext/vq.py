@@ -197,7 +197,7 @@ def vq_compress(
         given = _given_codebook(codebook, 1 << code_bits, d, weight.device)
 
     def search(w: Tensor) -> Clustering:
-        points = Points([w], [_floored(normalized.importance)], d)
+        points = Points([w], [floored(normalized.importance)], d)
         if given is not None:
             return points.finish(given, [])
         _check_count(points, 1 << code_bits, weight.shape)
@@ -279,7 +279,7 @@ def _feed_back(
 _DEAD_IMPORTANCE = 1e-6
 
 
-def _floored(importance: Tensor) -> Tensor:
+def floored(importance: Tensor) -> Tensor:
     """The importances, with dead inputs counting for something.
 
     At 0 any entry would do for a sub-vector of dead inputs, and on other text, where they are
