@@ -129,7 +129,7 @@ class Points:
         return self.finish(codebook, history, sums)
 
     def improve(self, codebook: Tensor, iters: int, report: Callable[[int, float], None]) -> Tensor:
-        """At most ``iters`` iterations from ``codebook`` (fp32, overwritten); it alone, not rounded."""
+        """``codebook`` (fp32) after at most ``iters`` iterations in place, not rounded."""
         self._iterate(codebook, iters, report)
         return codebook
 

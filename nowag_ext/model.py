@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,37 +14,14 @@ import transformers
 from torch import Tensor, nn
 
 from nowag_ext.codebook import adopt_codebooks
-from nowag_ext.decoder import check_patterns, decoder_linears, decoder_weights, matches
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.integrations.transformers import NowagConfig, attach, format_group
 from nowag_ext.linear import PackedWeight
-from nowag_ext.methods import LayerSettings, Settings, packed_linear
-from nowag_ext.normalize import as_importance, as_weight
+from nowag_ext.methods import packed_linear
+from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.report import LayerReport, ModelReport, Progress
 from nowag_ext.resume import LayerStore, layer_key
 from nowag_ext.version import __version__
-
-_SHOWN = 3  # names in a sentence about many
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """One linear to compress, checked."""
-
-    linear: nn.Linear
-    act_norms: Tensor
-    settings: Settings
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is to be compressed, and how, once everything has been checked."""
-
-    settings: Settings  # of what no override names
-    units: dict[str, _Unit]
-    ignored: tuple[str, ...]
-    not_reached: tuple[str, ...]
-    decoder_weights: int
 
 
 @ordinary_tensors
@@ -89,17 +66,33 @@ def compress_model(
         TypeError: a setting that the method does not have, or weights of another dtype.
     """
     start = time.perf_counter()
-    plan = _plan(model, act_norms, (method, settings), ignore, overrides or {}, min_coverage)
+    plan = plan_compression(
+        model, act_norms, (method, settings), ignore, overrides or {}, min_coverage
+    )
     store = None if work_dir is None else LayerStore(work_dir)
     weights, layers = _compress(plan, store, progress)
+    install(model, plan, weights, layers, time.perf_counter() - start)
+    return model
+
+
+def install(
+    model: Any,
+    plan: Plan,
+    weights: Mapping[str, PackedWeight],
+    layers: Sequence[LayerReport],
+    seconds: float,
+    stages: Mapping[str, float] | None = None,
+) -> None:
+    """Puts the compressed weights of a plan into the model, and says so in config and report."""
     report = ModelReport(
-        method=method,
+        method=plan.settings.method,
         settings=asdict(plan.settings),
         layers=tuple(layers),
         decoder_weights=plan.decoder_weights,
         ignored=plan.ignored,
         not_reached=plan.not_reached,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
+        stages=dict(stages or {}),
         versions={
             "nowag_ext": __version__,
             "torch": str(torch.__version__),
@@ -114,124 +107,10 @@ def compress_model(
         report = replace(report, codebook_bytes=shared)
     attach(model, config)
     model.nowag_report = report
-    return model
-
-
-def _plan(
-    model: Any,
-    act_norms: Mapping[str, Tensor],
-    method: tuple[str, Mapping[str, Any]],
-    ignore: Sequence[str],
-    overrides: Mapping[str, Mapping[str, Any]],
-    min_coverage: float,
-) -> _Plan:
-    settings = LayerSettings(*method, overrides)
-    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
-        raise ValueError("the model is already quantised: compress the dense model it came from.")
-    if getattr(model, "peft_config", None):
-        raise ValueError("the model has a PEFT adapter: merge it first (merge_and_unload).")
-    if isinstance(ignore, str):
-        raise TypeError(f'ignore must be a list of patterns, not the string "{ignore}".')
-    check_patterns(model, ignore, "ignore")
-    check_patterns(model, list(overrides), "overrides")
-    every = decoder_linears(model)
-    ignored = tuple(name for name in every if matches(name, ignore))
-    linears = {name: linear for name, linear in every.items() if name not in ignored}
-    _check_parameters(linears)
-    not_reached = _check_coverage(model, every, linears, min_coverage)
-    _check_shared(model, linears)
-    units = {
-        name: _check_layer(name, linear, act_norms, settings.of(name))
-        for name, linear in linears.items()
-    }
-    total = sum(weight.numel() for _, weight in decoder_weights(model))
-    return _Plan(settings.default, units, ignored, not_reached, total)
-
-
-def _check_parameters(linears: Mapping[str, nn.Linear]) -> None:
-    """Raises for a linear whose weight another module or a hook computes."""
-    for name, linear in linears.items():
-        if "weight" not in linear._parameters:
-            raise ValueError(
-                f"{name} computes its weight from other parameters (torch.nn.utils."
-                "parametrizations, torch.nn.utils.prune): make it a parameter first with "
-                "remove_parametrizations or prune.remove, or ignore the layer."
-            )
-
-
-def _check_coverage(
-    model: Any,
-    every: Mapping[str, nn.Linear],
-    linears: Mapping[str, nn.Linear],
-    min_coverage: float,
-) -> tuple[str, ...]:
-    """The decoder layers' parameters that are no linear's; raises if they are too many."""
-    sizes = {name: weight.numel() for name, weight in decoder_weights(model)}
-    own = {f"{name}.weight" for name in every}
-    not_reached = {name: size for name, size in sizes.items() if name not in own}
-    if not linears:
-        raise ValueError(
-            "the model has no nn.Linear in its decoder layers that is not ignored: "
-            f"nothing to compress{_largest(not_reached)}."
-        )
-    reached = 1 - sum(not_reached.values()) / sum(sizes.values())
-    if reached < min_coverage:
-        raise ValueError(
-            f"only {reached:.0%} of the decoder layers' weights are nn.Linear's, less than the "
-            f"{min_coverage:.0%} asked for{_largest(not_reached)}. Set min_coverage to "
-            f"{int(reached * 100) / 100} to compress those alone."
-        )
-    return tuple(not_reached)
-
-
-def _largest(sizes: Mapping[str, int]) -> str:
-    names = sorted(sizes, key=lambda name: -sizes[name])[:_SHOWN]
-    return f" (not reached: {', '.join(names)}, ...)" if names else ""
-
-
-def _check_shared(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
-    """Raises if replacing a linear would part it from another module that uses its weight."""
-    owners: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name)
-    for name, linear in linears.items():
-        names = owners[id(linear.weight)]
-        if len(names) > 1:
-            raise ValueError(
-                f"{name} shares its weight with {', '.join(sorted(names - {f'{name}.weight'}))}: "
-                "ignore the layer."
-            )
-
-
-def _check_layer(
-    name: str, linear: nn.Linear, act_norms: Mapping[str, Tensor], settings: Settings
-) -> _Unit:
-    """The layer with its act_norms on its weight's device; raises if anything is unfit."""
-    weight = linear.weight
-    if weight.is_meta:
-        raise ValueError(f"{name} is offloaded: its weight must be in memory to be compressed.")
-    norms = act_norms.get(name)
-    if norms is None:
-        raise ValueError(
-            f"act_norms has no entry for {name}: calibrate this model, or ignore the layer."
-        )
-    norms = norms.to(weight.device) if isinstance(norms, Tensor) else norms
-    try:
-        as_weight(weight)
-        as_importance(norms, linear.in_features, weight.device)
-        if not all(torch.isfinite(extreme) for extreme in weight.aminmax()):  # NaN propagates
-            raise ValueError("W must be finite, but it holds a NaN or an infinity.")
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
-    try:
-        settings.check_layer(linear.out_features, linear.in_features)
-    except ValueError as error:
-        raise ValueError(f"{name} {error}.") from None
-    return _Unit(linear, norms, settings)
 
 
 def _compress(
-    plan: _Plan, store: LayerStore | None, progress: Progress | None
+    plan: Plan, store: LayerStore | None, progress: Progress | None
 ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
     weights: dict[str, PackedWeight] = {}
     reports: list[LayerReport] = []
@@ -254,7 +133,7 @@ def _compress(
 
 
 def _compress_unit(
-    name: str, unit: _Unit, store: LayerStore | None, tell: Callable[[float], None]
+    name: str, unit: Unit, store: LayerStore | None, tell: Callable[[float], None]
 ) -> tuple[PackedWeight, LayerReport]:
     start = time.perf_counter()
     dense = unit.linear.weight.detach()
@@ -272,23 +151,30 @@ def _compress_unit(
         seconds = time.perf_counter() - start
         if store is not None:
             store.put(name, key, weight, seconds)
-    return weight, LayerReport(
+    return weight, layer_report(name, unit, weight, seconds, resumed=stored is not None)
+
+
+def layer_report(
+    name: str, unit: Unit, weight: PackedWeight, seconds: float, *, resumed: bool = False
+) -> LayerReport:
+    """What became of one linear of a plan."""
+    return LayerReport(
         name=name,
         method=unit.settings.method,
         settings=asdict(unit.settings),
-        out_features=dense.shape[0],
-        in_features=dense.shape[1],
+        out_features=weight.shape[0],
+        in_features=weight.shape[1],
         relative_objective=float(weight.relative_objective or 0.0),
         bits_per_weight=weight.bits_per_weight,
         bytes=weight.nbytes,
         seconds=seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        resumed=stored is not None,
+        resumed=resumed,
         dead_inputs=int((unit.act_norms == 0).sum()),
     )
 
 
-def _config(plan: _Plan, weights: Mapping[str, PackedWeight]) -> NowagConfig:
+def _config(plan: Plan, weights: Mapping[str, PackedWeight]) -> NowagConfig:
     """A group for each way of compressing and dtype of weight: readers build modules from it."""
     groups: list[dict[str, Any]] = []
     for name, unit in plan.units.items():
@@ -303,7 +189,7 @@ def _config(plan: _Plan, weights: Mapping[str, PackedWeight]) -> NowagConfig:
     return NowagConfig(groups=groups)
 
 
-def _replace(model: nn.Module, plan: _Plan, weights: Mapping[str, PackedWeight]) -> None:
+def _replace(model: nn.Module, plan: Plan, weights: Mapping[str, PackedWeight]) -> None:
     """Builds every module, then puts them in place: nothing that can fail comes in between."""
     modules = {}
     for name, unit in plan.units.items():

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 # Called with what is being done, how much is done, and how much there is (0: not known), both in
@@ -64,6 +64,7 @@ class ModelReport:
         seconds: wall time of this run.
         versions: of nowag_ext, torch and transformers.
         codebook_bytes: of the codebooks that layers share.
+        stages: seconds by what was done, where the run goes through several.
     """
 
     method: str
@@ -75,6 +76,7 @@ class ModelReport:
     seconds: float
     versions: dict[str, str]
     codebook_bytes: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
 
     @property
     def compressed_weights(self) -> int:

@@ -1,0 +1,150 @@
+"""What of a model is to be compressed, and how: all that is checked before work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nowag_ext.decoder import check_patterns, decoder_linears, decoder_weights, matches
+from nowag_ext.methods import LayerSettings, Settings
+from nowag_ext.normalize import as_importance, as_weight
+
+_SHOWN = 3  # names in a sentence about many
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One linear to compress, checked."""
+
+    linear: nn.Linear
+    act_norms: Tensor
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be compressed, and how, once everything has been checked."""
+
+    settings: Settings  # of what no override names
+    units: dict[str, Unit]
+    ignored: tuple[str, ...]
+    not_reached: tuple[str, ...]
+    decoder_weights: int
+
+
+def plan_compression(
+    model: Any,
+    act_norms: Mapping[str, Tensor],
+    method: tuple[str, Mapping[str, Any]],
+    ignore: Sequence[str],
+    overrides: Mapping[str, Mapping[str, Any]],
+    min_coverage: float,
+) -> Plan:
+    """The checked plan; arguments and errors are those of ``compress_model``."""
+    settings = LayerSettings(*method, overrides)
+    if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
+        raise ValueError("the model is already quantised: compress the dense model it came from.")
+    if getattr(model, "peft_config", None):
+        raise ValueError("the model has a PEFT adapter: merge it first (merge_and_unload).")
+    if isinstance(ignore, str):
+        raise TypeError(f'ignore must be a list of patterns, not the string "{ignore}".')
+    check_patterns(model, ignore, "ignore")
+    check_patterns(model, list(overrides), "overrides")
+    every = decoder_linears(model)
+    ignored = tuple(name for name in every if matches(name, ignore))
+    linears = {name: linear for name, linear in every.items() if name not in ignored}
+    _check_parameters(linears)
+    not_reached = _check_coverage(model, every, linears, min_coverage)
+    _check_shared(model, linears)
+    units = {
+        name: _check_layer(name, linear, act_norms, settings.of(name))
+        for name, linear in linears.items()
+    }
+    total = sum(weight.numel() for _, weight in decoder_weights(model))
+    return Plan(settings.default, units, ignored, not_reached, total)
+
+
+def _check_parameters(linears: Mapping[str, nn.Linear]) -> None:
+    """Raises for a linear whose weight another module or a hook computes."""
+    for name, linear in linears.items():
+        if "weight" not in linear._parameters:
+            raise ValueError(
+                f"{name} computes its weight from other parameters (torch.nn.utils."
+                "parametrizations, torch.nn.utils.prune): make it a parameter first with "
+                "remove_parametrizations or prune.remove, or ignore the layer."
+            )
+
+
+def _check_coverage(
+    model: Any,
+    every: Mapping[str, nn.Linear],
+    linears: Mapping[str, nn.Linear],
+    min_coverage: float,
+) -> tuple[str, ...]:
+    """The decoder layers' parameters that are no linear's; raises if they are too many."""
+    sizes = {name: weight.numel() for name, weight in decoder_weights(model)}
+    own = {f"{name}.weight" for name in every}
+    not_reached = {name: size for name, size in sizes.items() if name not in own}
+    if not linears:
+        raise ValueError(
+            "the model has no nn.Linear in its decoder layers that is not ignored: "
+            f"nothing to compress{_largest(not_reached)}."
+        )
+    reached = 1 - sum(not_reached.values()) / sum(sizes.values())
+    if reached < min_coverage:
+        raise ValueError(
+            f"only {reached:.0%} of the decoder layers' weights are nn.Linear's, less than the "
+            f"{min_coverage:.0%} asked for{_largest(not_reached)}. Set min_coverage to "
+            f"{int(reached * 100) / 100} to compress those alone."
+        )
+    return tuple(not_reached)
+
+
+def _largest(sizes: Mapping[str, int]) -> str:
+    names = sorted(sizes, key=lambda name: -sizes[name])[:_SHOWN]
+    return f" (not reached: {', '.join(names)}, ...)" if names else ""
+
+
+def _check_shared(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
+    """Raises if replacing a linear would part it from another module that uses its weight."""
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    for name, linear in linears.items():
+        names = owners[id(linear.weight)]
+        if len(names) > 1:
+            raise ValueError(
+                f"{name} shares its weight with {', '.join(sorted(names - {f'{name}.weight'}))}: "
+                "ignore the layer."
+            )
+
+
+def _check_layer(
+    name: str, linear: nn.Linear, act_norms: Mapping[str, Tensor], settings: Settings
+) -> Unit:
+    """The layer with its act_norms on its weight's device; raises if anything is unfit."""
+    weight = linear.weight
+    if weight.is_meta:
+        raise ValueError(f"{name} is offloaded: its weight must be in memory to be compressed.")
+    norms = act_norms.get(name)
+    if norms is None:
+        raise ValueError(
+            f"act_norms has no entry for {name}: calibrate this model, or ignore the layer."
+        )
+    norms = norms.to(weight.device) if isinstance(norms, Tensor) else norms
+    try:
+        as_weight(weight)
+        as_importance(norms, linear.in_features, weight.device)
+        if not all(torch.isfinite(extreme) for extreme in weight.aminmax()):  # NaN propagates
+            raise ValueError("W must be finite, but it holds a NaN or an infinity.")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    try:
+        settings.check_layer(linear.out_features, linear.in_features)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}.") from None
+    return Unit(linear, norms, settings)
