@@ -157,3 +157,12 @@ def energy(rows: Tensor, hessian: Tensor, scale: Tensor) -> float:
         scaled = part * scale
         total += float(((scaled @ hessian) * scaled).sum(1, dtype=torch.float64).sum())
     return total
+
+
+def relative_error(errors: Tensor, weight: Tensor, hessian: Tensor, scale: Tensor) -> float:
+    """The energy of a normalised weight's errors over its own, both fp32 [rows, in_features].
+
+    0 where the weight has none: all its inputs were dead.
+    """
+    whole = energy(weight, hessian, scale)
+    return max(0.0, energy(errors, hessian, scale)) / whole if whole > 0 else 0.0
