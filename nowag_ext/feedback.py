@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nowag_ext import ops
 from nowag_ext.hessian import energy, factorise
+from nowag_ext.normalize import half_norms, normalized_by
 
 # Columns that one call of the kernel settles: what lies before them comes in by a matrix product.
 _BLOCK_COLUMNS = 128
@@ -99,6 +100,13 @@ class FeedbackPoints:
         error = max(0.0, total - damped)
         relative = error / self.energy if self.energy > 0 else 0.0
         return Assigned(codes.view(torch.uint16), relative)
+
+
+def shared_points(weight: Tensor, hessian: Tensor, d: int) -> FeedbackPoints:
+    """A weight's sub-vectors in the units of a shared codebook: sqrt(in_features) * Wn."""
+    _, row_norms, col_norms = ops.normalize(weight)
+    norms = half_norms(row_norms / math.sqrt(weight.shape[1]), col_norms)
+    return FeedbackPoints(normalized_by(weight, norms), hessian, norms[1].float(), d)
 
 
 class EntrySums:

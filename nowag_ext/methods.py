@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_ext import ops
+from nowag_ext.codebook import Codebook
 from nowag_ext.decoder import matches
 from nowag_ext.linear import PackedLinear, PackedWeight, SparseLinear, VQLinear
 from nowag_ext.prune import SparseWeight, kept_weights, prune
@@ -21,6 +22,24 @@ from nowag_ext.vq import VQWeight, bits_of, check_code, check_iterations, vq_com
 
 # Called with the share of one layer that is done, from 0 to 1.
 LayerProgress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is known of a layer besides its activation norms (``vq_compress``, ``prune``).
+
+    Attributes:
+        hessian: E[x x^T] of its inputs, fp32 [in_features, in_features].
+        extra: correction of the target, fp32 [out_features, in_features].
+        codebook: that it shares with other layers.
+    """
+
+    hessian: Tensor | None = None
+    extra: Tensor | None = None
+    codebook: Codebook | None = None
+
+
+NOTHING = Given()
 
 
 @dataclass(frozen=True)
@@ -34,11 +53,15 @@ class Settings(ABC):
         """Raises ValueError for settings that no layer can have."""
 
     @abstractmethod
-    def check_layer(self, out_features: int, in_features: int) -> None:
+    def check_layer(
+        self, out_features: int, in_features: int, shared_codebook: bool = False
+    ) -> None:
         """Raises ValueError for a layer that these settings do not fit: "is too small: ..."."""
 
     @abstractmethod
-    def compress(self, weight: Tensor, act_norms: Tensor, progress: LayerProgress) -> PackedWeight:
+    def compress(
+        self, weight: Tensor, act_norms: Tensor, progress: LayerProgress, given: Given = NOTHING
+    ) -> PackedWeight:
         """The packed form of one layer's weight."""
 
     def values_with(self, changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,22 +90,29 @@ class VQSettings(Settings):
         check_code(self.d, self.bits)
         check_iterations(self.iters, self.n_init, self.init, self.seed)
 
-    def check_layer(self, out_features: int, in_features: int) -> None:
-        """Raises ValueError for a layer with fewer sub-vectors than codebook entries."""
+    def check_layer(
+        self, out_features: int, in_features: int, shared_codebook: bool = False
+    ) -> None:
+        """Raises ValueError for a layer with fewer sub-vectors than entries of its codebook."""
         code_bits = check_code(self.d, self.bits)
         vectors = out_features * ops.code_positions(in_features, self.d)
-        if vectors < 2**code_bits:
+        if vectors < 2**code_bits and not shared_codebook:
             raise ValueError(
                 f"is too small: its {out_features} x {in_features} weights are {vectors} "
                 f"sub-vectors of {self.d}, fewer than the {2**code_bits} codebook entries of "
                 f"{code_bits}-bit codes. Use a smaller d * bits, or ignore the layer"
             )
 
-    def compress(self, weight: Tensor, act_norms: Tensor, progress: LayerProgress) -> VQWeight:
+    def compress(
+        self, weight: Tensor, act_norms: Tensor, progress: LayerProgress, given: Given = NOTHING
+    ) -> VQWeight:
         def on_iteration(iteration: int, iters: int, _objective: float) -> None:
             progress(min(1.0, iteration / iters))
 
-        return vq_compress(weight, act_norms, **asdict(self), progress=on_iteration)
+        return vq_compress(
+            weight, act_norms, **asdict(self), codebook=given.codebook, hessian=given.hessian,
+            extra=given.extra, progress=on_iteration,
+        )  # fmt: skip
 
     def form(self) -> dict[str, Any]:
         return {"d": self.d, "code_bits": check_code(self.d, self.bits)}
@@ -110,15 +140,19 @@ class PruneSettings(Settings):
         in_features = int(multiple) if multiple.isdecimal() and int(multiple) > 0 else 1
         kept_weights(in_features, 1, self.sparsity, self.pattern)
 
-    def check_layer(self, out_features: int, in_features: int) -> None:
+    def check_layer(
+        self, out_features: int, in_features: int, shared_codebook: bool = False
+    ) -> None:
         """Raises ValueError for a layer whose inputs are no multiple of M."""
         try:
             kept_weights(in_features, out_features, self.sparsity, self.pattern)
         except ValueError as error:
             raise ValueError(f"cannot be pruned: {str(error).rstrip('.')}") from None
 
-    def compress(self, weight: Tensor, act_norms: Tensor, progress: LayerProgress) -> SparseWeight:
-        return prune(weight, act_norms, **asdict(self))
+    def compress(
+        self, weight: Tensor, act_norms: Tensor, progress: LayerProgress, given: Given = NOTHING
+    ) -> SparseWeight:
+        return prune(weight, act_norms, **asdict(self), hessian=given.hessian, extra=given.extra)
 
     def form(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -117,3 +117,22 @@ def normalize_weight(weight: Any, act_norms: Any) -> NormalizedWeight:
             )
         raise ValueError(f"W must be finite, but column {column} holds a NaN or an infinity.")
     return NormalizedWeight(weight, normalized, row_norms, col_norms, importance)
+
+
+def half_norms(row_norms: Tensor, col_norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and column norms in the format's fp16."""
+    norms = (row_norms.half(), col_norms.half())
+    for name, norm in zip(("row", "column"), norms, strict=True):
+        if not torch.isfinite(norm).all():
+            raise ValueError(
+                f"a {name} norm of W exceeds the largest fp16 value, 65504: scale W down."
+            )
+    return norms
+
+
+def normalized_by(weight: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
+    """Wn of these very norms, so that nothing is lost to their rounding; 0 where one is 0."""
+    row_norms, col_norms = (norm.float() for norm in norms)
+    points = weight.float() / col_norms
+    points /= row_norms[:, None]
+    return points.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

@@ -43,8 +43,13 @@ def plan_compression(
     ignore: Sequence[str],
     overrides: Mapping[str, Mapping[str, Any]],
     min_coverage: float,
+    *,
+    shared_codebooks: bool = False,
 ) -> Plan:
-    """The checked plan; arguments and errors are those of ``compress_model``."""
+    """The checked plan; arguments and errors are those of ``compress_model``.
+
+    Where codebooks are shared a layer may be smaller than one.
+    """
     settings = LayerSettings(*method, overrides)
     if getattr(getattr(model, "config", None), "quantization_config", None) is not None:
         raise ValueError("the model is already quantised: compress the dense model it came from.")
@@ -61,7 +66,7 @@ def plan_compression(
     not_reached = _check_coverage(model, every, linears, min_coverage)
     _check_shared(model, linears)
     units = {
-        name: _check_layer(name, linear, act_norms, settings.of(name))
+        name: _check_layer(name, linear, act_norms, settings.of(name), shared_codebooks)
         for name, linear in linears.items()
     }
     total = sum(weight.numel() for _, weight in decoder_weights(model))
@@ -124,7 +129,11 @@ def _check_shared(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
 
 
 def _check_layer(
-    name: str, linear: nn.Linear, act_norms: Mapping[str, Tensor], settings: Settings
+    name: str,
+    linear: nn.Linear,
+    act_norms: Mapping[str, Tensor],
+    settings: Settings,
+    shared_codebooks: bool,
 ) -> Unit:
     """The layer with its act_norms on its weight's device; raises if anything is unfit."""
     weight = linear.weight
@@ -144,7 +153,7 @@ def _check_layer(
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     try:
-        settings.check_layer(linear.out_features, linear.in_features)
+        settings.check_layer(linear.out_features, linear.in_features, shared_codebooks)
     except ValueError as error:
         raise ValueError(f"{name} {error}.") from None
     return Unit(linear, norms, settings)

@@ -17,7 +17,7 @@ from nowag_ext.feedback import EntrySums, FeedbackPoints
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.hessian import as_hessian, corrected
 from nowag_ext.kmeans import Clustering, Points, half_entries
-from nowag_ext.normalize import as_weight, normalize_weight
+from nowag_ext.normalize import as_weight, half_norms, normalize_weight, normalized_by
 
 Progress = Callable[[int, int, float], None]
 
@@ -189,7 +189,7 @@ def vq_compress(
     if shared:
         _check_shared(codebook, d, code_bits, weight.device)
     unit = math.sqrt(weight.shape[1]) if shared else 1.0
-    norms = _half_norms(normalized.row_norms / unit, normalized.col_norms)
+    norms = half_norms(normalized.row_norms / unit, normalized.col_norms)
     given: Tensor | None = None
     if shared:
         given = codebook.entries.float()
@@ -206,7 +206,7 @@ def vq_compress(
     if hessian is None:
         found = search(normalized.normalized if unit == 1 else normalized.normalized * unit)
     else:
-        found = _feed_back(_against(weight, norms), hessian, norms[1], d, given, search)
+        found = _feed_back(normalized_by(weight, norms), hessian, norms[1], d, given, search)
     return VQWeight(
         ops.pack_codes(found.codes[0], code_bits),
         codebook.entries if shared else found.codebook,
@@ -237,14 +237,6 @@ def _check_count(points: Points, entries: int, shape: torch.Size) -> None:
             f"{shape[0]} x {shape[1]} weight cut into sub-vectors of {points.d} has only "
             f"{points.count} sub-vectors: use fewer bits."
         )
-
-
-def _against(weight: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
-    """Wn of these very norms, so that nothing is lost to their rounding; 0 where one is 0."""
-    row_norms, col_norms = (norm.float() for norm in norms)
-    points = weight.float() / col_norms
-    points /= row_norms[:, None]
-    return points.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _feed_back(
@@ -318,17 +310,6 @@ def check_iterations(iters: int, n_init: int, init: str, seed: int) -> None:
         raise ValueError(f'init must be "kmeans++" or "random", not {init!r}.')
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2^63 - 1, not {seed!r}.")
-
-
-def _half_norms(row_norms: Tensor, col_norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column norms in the format's fp16."""
-    norms = (row_norms.half(), col_norms.half())
-    for name, norm in zip(("row", "column"), norms, strict=True):
-        if not torch.isfinite(norm).all():
-            raise ValueError(
-                f"a {name} norm of W exceeds the largest fp16 value, 65504: scale W down."
-            )
-    return norms
 
 
 def _given_codebook(codebook: Any, entries: int, d: int, device: torch.device) -> Tensor:

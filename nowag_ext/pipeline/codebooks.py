@@ -1,0 +1,141 @@
+"""The codebooks that linears share: trained on their weights, then under error feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from nowag_ext.codebook import Codebook
+from nowag_ext.codebook_training import train_codebook
+from nowag_ext.feedback import EntrySums, shared_points
+from nowag_ext.methods import VQSettings
+from nowag_ext.pipeline.blocks import Blocks, Group
+from nowag_ext.pipeline.statistics import GroupStatistics
+from nowag_ext.plan import Unit
+from nowag_ext.report import Progress
+from nowag_ext.vq import check_code
+
+SCOPES = ("model", "kind", "layer")
+
+# Weights to train a codebook on, rows of all layers: in fp32 a quarter of a gigabyte.
+_TRAINING_WEIGHTS = 1 << 26
+
+# Windows whose Hessians entries are re-estimated under: the metric need not be exact.
+_WINDOWS = 16
+
+
+class SharedCodebooks:
+    """Codebooks by the linears that they serve.
+
+    Args:
+        scope: which linears share one: of the whole "model", of a "kind" (the last part of their
+            names), or each "layer" its own, which this has nothing to do with.
+
+    Raises:
+        ValueError: another scope.
+    """
+
+    def __init__(self, scope: str) -> None:
+        if scope not in SCOPES:
+            raise ValueError(f"codebook_scope must be one of {', '.join(SCOPES)}, not {scope!r}.")
+        self._scope = scope
+        self._codebooks: dict[str, Codebook] = {}
+        self._names: dict[str, str] = {}  # of the codebook, by linear
+
+    def of(self, linear: str) -> Codebook | None:
+        """The codebook of a linear, None if it has its own, or none."""
+        name = self._names.get(linear)
+        return None if name is None else self._codebooks[name]
+
+    def train(self, units: Mapping[str, Unit], progress: Progress | None) -> None:
+        """Trains the codebooks on the weights, under the activation norms."""
+        if self._scope == "layer":
+            return
+        forms: dict[str, VQSettings] = {}
+        for linear, unit in units.items():
+            if isinstance(unit.settings, VQSettings):
+                name = self._name(linear, unit.settings)
+                self._names[linear] = name
+                forms.setdefault(name, unit.settings)
+        for name, settings in forms.items():
+            served = [unit for linear, unit in units.items() if self._names.get(linear) == name]
+            weights = sum(unit.linear.weight.numel() for unit in served)
+
+            def report(iteration: int, iters: int, _objective: float, name: str = name) -> None:
+                if progress is not None:
+                    progress(f"codebook {name}", iteration, iters)
+
+            self._codebooks[name] = train_codebook(
+                ((unit.linear.weight.detach(), unit.act_norms) for unit in served),
+                d=settings.d,
+                bits=settings.bits,
+                name=name,
+                share=min(1.0, _TRAINING_WEIGHTS / weights),
+                iters=settings.iters,
+                init=settings.init,
+                seed=settings.seed,
+                progress=report,
+            )
+
+    def _name(self, linear: str, settings: VQSettings) -> str:
+        whose = "model" if self._scope == "model" else linear.rpartition(".")[2]
+        return f"{whose}-d{settings.d}-{check_code(settings.d, settings.bits)}"
+
+    def re_estimate(
+        self,
+        units: Mapping[str, Unit],
+        blocks: Blocks,
+        windows: Tensor,
+        progress: Progress | None,
+    ) -> None:
+        """Moves the entries to where error feedback wants them, block by block of the dense model.
+
+        Least squares over all points as feedback has moved them, each in the metric of its
+        position (kmeans_feedback.h).
+        """
+        if not self._codebooks:
+            return
+        weights = sum(units[linear].linear.weight.numel() for linear in self._names)
+        sums = {
+            name: EntrySums(len(codebook.entries), codebook.d, weights, codebook.entries.device)
+            for name, codebook in self._codebooks.items()
+        }
+        hidden = blocks.embed(windows[:_WINDOWS])
+        for index in range(len(blocks.layers)):
+            if progress is not None:
+                progress("codebook re-estimated", index, len(blocks.layers))
+            for group, statistics in _advance(blocks, index, hidden):
+                served = [name for name in group.names if name in self._names]
+                if not served or statistics.tokens == 0:
+                    continue
+                hessian = statistics.hessian()
+                for linear in served:
+                    codebook = self._codebooks[self._names[linear]]
+                    weight = units[linear].linear.weight.detach()
+                    points = shared_points(weight, hessian, codebook.d)
+                    points.assign(codebook.entries.float(), sums[self._names[linear]])
+        for name, codebook in self._codebooks.items():
+            entries = sums[name].solve(codebook.entries.float()).half()
+            if torch.isfinite(entries).all():
+                self._codebooks[name] = Codebook(entries, name)
+
+
+def _advance(blocks: Blocks, index: int, hidden: Tensor) -> list[tuple[Group, GroupStatistics]]:
+    """Runs a layer on all windows, in place; the Hessians of its groups."""
+    groups = blocks.groups(index, hidden[:1])
+    gathered = [GroupStatistics(group.in_features, hidden.device) for group in groups]
+
+    def look(statistics: GroupStatistics, tensor: Tensor) -> None:
+        statistics.add(tensor.reshape(-1, tensor.shape[-1]).float())
+
+    looks = {
+        group.names[0]: partial(look, statistics)
+        for group, statistics in zip(groups, gathered, strict=True)
+    }
+    for window in range(len(hidden)):
+        part = slice(window, window + 1)
+        hidden[part] = blocks.run(index, hidden[part], looks)
+    return list(zip(groups, gathered, strict=True))

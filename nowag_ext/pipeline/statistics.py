@@ -1,0 +1,77 @@
+"""What calibration text says of a group of linears: their Hessian, and what their targets lack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nowag_ext.hessian import DAMPING
+
+
+class GroupStatistics:
+    """Sums over tokens of two streams, the dense model's and that of what is compressed so far.
+
+    With x the input of the group in the dense stream and x~ in the compressed one: the Hessian
+    E[x~ x~^T], and for each linear the correlation E[x~ D^T] with the extra output D that it is
+    wanted to give. For a linear whose output is added to the residual stream that is the difference
+    of the streams after the addition, the linear still dense in both; for others (x - x~) W^T.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self.tokens = 0
+        self._hessian = torch.zeros(in_features, in_features, device=device)
+        self._drift = torch.zeros_like(self._hessian)  # sum of x~ (x - x~)^T
+        self._lacks: dict[str, Tensor] = {}  # sum of x~ D^T by linear, where it is added up
+        self._paired = True
+
+    def add(self, inputs: Tensor) -> None:
+        """One stream alone: inputs [tokens, in_features], fp32."""
+        self._hessian.addmm_(inputs.T, inputs)
+        self.tokens += len(inputs)
+
+    def add_pair(
+        self,
+        dense: Tensor,
+        compressed: Tensor,
+        dense_sums: Mapping[str, Tensor],
+        compressed_sums: Mapping[str, Tensor],
+    ) -> None:
+        """Both streams' inputs, and by linear what its residual stream is after the addition."""
+        self.add(compressed)
+        # Where tokens are routed differently in the two streams they cannot be compared.
+        self._paired &= dense.shape == compressed.shape
+        if not self._paired:
+            return
+        self._drift.addmm_(compressed.T, dense - compressed)
+        for name, wanted in dense_sums.items():
+            lack = wanted - compressed_sums[name]
+            if name not in self._lacks:
+                self._lacks[name] = lack.new_zeros(compressed.shape[1], lack.shape[1])
+            self._lacks[name].addmm_(compressed.T, lack)
+
+    def hessian(self) -> Tensor:
+        """E[x~ x~^T], exactly symmetric."""
+        mean = self._hessian / self.tokens
+        return (mean + mean.T) / 2
+
+    def corrections(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """By linear, what to add to its weight W, fp32 [out_features, in_features].
+
+        Least squares for D, damped as the Hessian is for error feedback.
+        """
+        if not self._paired:
+            return {}
+        damped = self.hessian()
+        damped.diagonal().add_(DAMPING * float(damped.diagonal().mean()))
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) != 0:
+            return {}
+        corrections = {}
+        for name, weight in weights.items():
+            lack = self._lacks.get(name)
+            if lack is None:
+                lack = self._drift @ weight.float().T
+            corrections[name] = torch.cholesky_solve(lack / self.tokens, lower).T.contiguous()
+        return corrections
