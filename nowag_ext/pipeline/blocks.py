@@ -1,0 +1,251 @@
+"""The decoder layers ("blocks") of a causal LM, run one at a time on hidden states.
+
+Nothing that a model does around its layers is written again here. Position embeddings, masks and
+whatever else a layer takes are what the model's own forward has given it, for windows of one length
+without padding, whose arguments are all the same.
+
+Which linears read the same input, and where a linear's output meets the residual stream, is found
+by running a layer and looking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nowag_ext.decoder import decoder_layers
+from nowag_ext.grad_mode import ordinary_tensors
+from nowag_ext.pipeline.capture import (
+    Call,
+    Stop,
+    check_calls,
+    evaluating,
+    first_hidden,
+    output_tensor,
+    record_calls,
+)
+from nowag_ext.pipeline.taps import Change, Look, find_tap, trace_layer
+
+Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of one layer that read the very same tensor.
+
+    Attributes:
+        names: full module names, in order of execution.
+        in_features: of all of them.
+        taps: for each linear, the tensor that shows the residual stream with the linear's output
+            added as it is: the full name of the module whose input that is, the layer's own name
+            for the layer's output, or None if there is no such tensor.
+    """
+
+    names: tuple[str, ...]
+    in_features: int
+    taps: tuple[str | None, ...]
+
+
+class Blocks:
+    """The decoder layers of a model, and how the model itself calls them.
+
+    Every method takes hidden states [windows, length, hidden_size] where the layer's weights are,
+    runs without gradients and in eval mode, and leaves the model as it was, after an exception too.
+    A layer's modules may be replaced by others of the same names at any time.
+
+    Attributes:
+        layers: the layers' full names, in order.
+        length: tokens a window.
+    """
+
+    @ordinary_tensors
+    def __init__(self, model: Any, length: int) -> None:
+        """Records the arguments of every layer; of the layers, only the first is run.
+
+        Args:
+            model: a Hugging Face causal LM whose decoder layers are one ``nn.ModuleList``.
+            length: tokens a window, the same for all that is run later.
+
+        Raises:
+            ValueError: the model cannot be run layer by layer, because its layers are not called
+                one after another or their arguments are not the same for all windows.
+        """
+        if length < 1:
+            raise ValueError(f"windows must have at least 1 token, not {length}.")
+        self._layers = _one_list(model)
+        self._body = getattr(model, "base_model", model)
+        self._embeddings: nn.Module = model.get_input_embeddings()
+        self.layers: tuple[str, ...] = tuple(self._layers)
+        self.length = length
+        vocabulary = self._weight.shape[0]
+        ids = torch.arange(length, device=self._weight.device)
+        one, two, three = ((ids + shift) % vocabulary for shift in range(3))
+        self._calls: dict[str, Call] = self._record(one[None])
+        check_calls(self._calls, self._record(torch.stack([two, three])))
+
+    @property
+    def _weight(self) -> Tensor:
+        return self._embeddings.get_parameter("weight")
+
+    def _record(self, ids: Tensor) -> dict[str, Call]:
+        with evaluating(self._body):
+            return record_calls(self._layers, partial(self._body, input_ids=ids, use_cache=False))
+
+    @ordinary_tensors
+    def embed(self, ids: Tensor) -> Tensor:
+        """What the first layer receives for token ids [windows, length]."""
+        if ids.dim() != 2 or ids.shape[1] != self.length:
+            raise ValueError(
+                f"token ids must have shape [windows, {self.length}], not {tuple(ids.shape)}."
+            )
+        body = partial(self._body, input_ids=ids.to(self._weight.device), use_cache=False)
+        with evaluating(self._body):
+            return first_hidden(self.layers[0], self._layers[self.layers[0]], body)
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """The layer's output [windows, length, hidden_size]."""
+        return self._forward(index, hidden)
+
+    def linears(self, index: int, kinds: Kinds = nn.Linear) -> tuple[str, ...]:
+        """Full names of all modules of these types in the layer, in the model's order."""
+        parts = self._parts(index)
+        return tuple(name for name, part in parts if isinstance(part, kinds))
+
+    def _parts(self, index: int) -> Iterator[tuple[str, nn.Module]]:
+        """The layer and its submodules by their full names."""
+        layer = self.layers[index]
+        for name, part in self._layers[layer].named_modules():
+            yield (f"{layer}.{name}" if name else layer), part
+
+    def groups(self, index: int, hidden: Tensor, kinds: Kinds = nn.Linear) -> list[Group]:
+        """The layer's linears by what they read, in order of execution.
+
+        Costs a run of the layer, and another for each linear whose output has the shape of the
+        hidden states: one window is enough. A linear that is not called, an expert that no token
+        is routed to say, is in no group: ``linears`` names it all the same.
+
+        Raises:
+            ValueError: a linear is called twice, so that it has no one input.
+        """
+        run = partial(self._forward, index, hidden)
+        names = [name for name, _ in self._parts(index)]
+        trace = trace_layer(run, hidden, names, self.linears(index, kinds))
+        return [
+            Group(
+                names=tuple(names),
+                in_features=trace.reads[names[0]].shape[-1],
+                taps=tuple(find_tap(run, trace, name) for name in names),
+            )
+            for names in trace.shared.values()
+        ]
+
+    def inputs(self, index: int, hidden: Tensor, group: Group) -> Tensor:
+        """What the group reads, [tokens, in_features]; the layer is run no further than that."""
+        return self._rows(index, hidden, group, ())[0]
+
+    def taps(self, index: int, hidden: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the group reads, and the tensors that show its outputs in the residual stream.
+
+        The layer is run no further than the last of them. Linears of one tap share its tensor.
+
+        Returns:
+            inputs: [tokens, in_features].
+            sums: by the name of each linear that has a tap, [tokens, out_features]. One that
+                reads only some tokens has none.
+        """
+        wanted = tuple({tap for tap in group.taps if tap is not None})
+        inputs, seen = self._rows(index, hidden, group, wanted)
+        sums = {
+            name: seen[tap]
+            for name, tap in zip(group.names, group.taps, strict=True)
+            if tap is not None
+        }
+        return inputs, sums
+
+    def _rows(
+        self, index: int, hidden: Tensor, group: Group, wanted: Sequence[str]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The group's input and the taps that are wanted, as rows."""
+        seen: dict[str, Tensor] = {}
+        names = {group.names[0], *wanted}
+
+        def look(name: str, tensor: Tensor) -> None:
+            # A copy: what comes after may write into the tensor, or keep it alive for longer.
+            seen[name] = tensor.reshape(-1, tensor.shape[-1]).clone()
+            if len(seen) == len(names):
+                raise Stop
+
+        with suppress(Stop):
+            self._forward(index, hidden, {name: partial(look, name) for name in names})
+        # Experts that no token is routed to read nothing.
+        return seen.pop(group.names[0], hidden.new_empty(0, group.in_features)), seen
+
+    @ordinary_tensors
+    def _forward(
+        self,
+        index: int,
+        hidden: Tensor,
+        looks: Mapping[str, Look] = MappingProxyType({}),
+        changes: Mapping[str, Change] = MappingProxyType({}),
+    ) -> Tensor:
+        """The layer's output; ``looks`` and ``changes`` are called on the way (``taps.Run``)."""
+        layer = self.layers[index]
+        if hidden.dim() != 3 or hidden.shape[1] != self.length:
+            raise ValueError(
+                f"hidden states must have shape [windows, {self.length}, hidden_size], "
+                f"not {tuple(hidden.shape)}."
+            )
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self._layers[layer]))
+            for name, part in self._parts(index):
+                look, change = looks.get(name), changes.get(name)
+                if look is not None and name != layer:
+                    hook = part.register_forward_pre_hook(_reads(look), with_kwargs=True)
+                    stack.callback(hook.remove)
+                if change is not None:
+                    hook = part.register_forward_hook(_returns(change))
+                    stack.callback(hook.remove)
+            output = output_tensor(self._calls[layer](self._layers[layer], hidden))
+        if layer in looks:
+            looks[layer](output)
+        return output
+
+
+def _reads(look: Look) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, *kwargs.values())
+        tensor = next((value for value in given if isinstance(value, Tensor)), None)
+        if tensor is not None:
+            look(tensor)
+
+    return hook
+
+
+def _returns(change: Change) -> Callable[..., Tensor | None]:
+    # Llama 4's routers are linears that return a tuple.
+    return lambda module, args, output: change(output) if isinstance(output, Tensor) else None
+
+
+def _one_list(model: Any) -> dict[str, nn.Module]:
+    """The decoder's layers; raises unless they are one list that the model calls on token ids."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            "the model has an encoder and a decoder: only causal language models can be run layer "
+            "by layer."
+        )
+    layers = decoder_layers(model)
+    lists = list(dict.fromkeys(name.rpartition(".")[0] for name in layers))
+    if len(lists) != 1:
+        found = f"it has {len(lists)} ({', '.join(lists)})" if lists else "it has none"
+        raise ValueError(
+            f"the model's decoder layers must be the entries of one nn.ModuleList, but {found}: "
+            "it cannot be run layer by layer."
+        )
+    return layers
