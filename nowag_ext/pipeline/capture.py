@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -67,29 +67,36 @@ def record_calls(layers: Mapping[str, nn.Module], body: Callable[[], Any]) -> di
         ValueError: ``body`` does not call the layers one after another, each once, each on exactly
             what the one before it has returned.
     """
-    recorder = _Recorder(next(iter(layers)))
+    recorder = _Recorder(list(layers))
     with replaced_forwards(layers, recorder.record):
         body()
-    if list(recorder.calls) != list(layers):
-        odd = next(name for name in layers if name not in recorder.calls)
-        raise ValueError(f"the model never calls {odd}: it cannot be run layer by layer.")
+    if recorder.expected is not None:
+        raise ValueError(
+            f"the model never calls {recorder.expected}: it cannot be run layer by layer."
+        )
     return recorder.calls
 
 
 class _Recorder:
     """Stands in for the layers, whose hidden states it passes on in their own structure."""
 
-    def __init__(self, first: str) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self.calls: dict[str, Call] = {}
-        self._first = first
+        self._names = names
         self._output: Any = None  # the first layer's
         self._passed: Tensor | None = None
 
+    @property
+    def expected(self) -> str | None:
+        """The layer to be called next, if there is one more."""
+        return next(iter(self._names[len(self.calls) :]), None)
+
     def record(self, name: str, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         hidden, call = split_call(name, args, kwargs)
-        if name in self.calls or (self._passed is None) != (name == self._first):
-            raise ValueError(f"the model calls {name} twice or out of order: it cannot be run "
-                             "layer by layer.")  # fmt: skip
+        if name != self.expected:
+            raise ValueError(
+                f"the model calls {name} twice or out of order: it cannot be run layer by layer."
+            )
         if self._passed is not None and not _same(hidden, self._passed):
             raise ValueError(
                 f"what {name} reads is not what the layer before it returns: the model cannot be "
