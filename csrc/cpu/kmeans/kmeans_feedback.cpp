@@ -32,15 +32,6 @@ struct Worker {
     std::vector<uint64_t> sums;
 };
 
-// A position's entries in its metric.
-struct Entries {
-    Entries(const float* entries, int64_t count, int d)
-        : tree(entries, count, d, kOnes, 1), leaves(tree.leaves()) {}
-
-    const KmeansTree tree;
-    const KmeansLeaves leaves;
-};
-
 class Feedback {
   public:
     Feedback(float* x, int64_t x_stride, float* carried, const float* factor, int64_t factor_stride,
@@ -62,7 +53,7 @@ class Feedback {
           threads_(threads),
           part_(pad_lanes(std::min(ceil_div(rows, threads), kMostRows))),
           stride_(part_ + kMaxLanes),
-          of_position_(static_cast<size_t>(positions)) {}
+          trees_(static_cast<size_t>(positions)) {}
 
     void run() {
         rotate_entries();
@@ -90,29 +81,30 @@ class Feedback {
         return factor_ + p * d_ * factor_stride_ + q * d_;
     }
 
+    // Trees of the entries in each position's metric, cut as that of the codebook itself: cutting
+    // is most of the work, and what is near stays near.
     void rotate_entries() {
+        const KmeansTree plain(codebook_, entries_, d_, kOnes, threads_);
+        const uint16_t* entry = plain.leaves().entry;
         const int64_t padded = pad_lanes(entries_);
         const Buffer<float> columns = buffer<float>(padded * d_);
         std::fill_n(columns.get(), padded * d_, 0.0f);
-        for (int64_t k = 0; k < entries_; ++k) {
-            for (int j = 0; j < d_; ++j) columns[j * padded + k] = codebook_[k * d_ + j];
+        for (int64_t slot = 0; slot < entries_; ++slot) {
+            const float* from = codebook_ + entry[slot] * d_;
+            for (int j = 0; j < d_; ++j) columns[j * padded + slot] = from[j];
         }
         parallel_for(positions_, threads_, [&](int64_t p) {
             const Buffer<float> rotated = buffer<float>(padded * d_);
             std::fill_n(rotated.get(), padded * d_, 0.0f);
             kmeans_table().rotate(columns.get(), padded, padded, d_, block(p, p), factor_stride_,
                                   d_, rotated.get());
-            const Buffer<float> entries = buffer<float>(entries_ * d_);
-            for (int64_t k = 0; k < entries_; ++k) {
-                for (int j = 0; j < d_; ++j) entries[k * d_ + j] = rotated[j * padded + k];
-            }
-            of_position_[static_cast<size_t>(p)] =
-                std::make_unique<Entries>(entries.get(), entries_, d_);
+            trees_[static_cast<size_t>(p)] =
+                std::make_unique<KmeansTree>(plain, rotated.get(), padded, d_);
         });
     }
 
     void prepare(Worker& worker) const {
-        const KmeansLeaves& leaves = of_position_[0]->leaves;  // as many at every position
+        const KmeansLeaves leaves = trees_[0]->leaves();  // as many at every position
         const int64_t slots = leaves.count * kLeafEntries, pairs = ceil_div(d_, 2);
         worker.bias = buffer<float>(slots);
         worker.lower = buffer<float>(leaves.stride * d_);
@@ -142,7 +134,7 @@ class Feedback {
                                 worker.grid_boxes.get(),  worker.near_branches.get(),
                                 worker.near_leaves.get(), worker.near_entries.get()};
         for (int64_t p = 0; p < positions_; ++p) {
-            const KmeansLeaves& leaves = of_position_[static_cast<size_t>(p)]->leaves;
+            const KmeansLeaves leaves = trees_[static_cast<size_t>(p)]->leaves();
             to_columns(carried_ + begin * columns() + p * d_, columns(), rows, d_, worker.y.get());
             kmeans_table().rotate(worker.columns.get(), stride_, padded, (p + 1) * d_, block(0, p),
                                   factor_stride_, d_, worker.y.get());
@@ -179,7 +171,8 @@ class Feedback {
             const uint16_t entry = leaves.entry[slot];
             codes_[(begin + row) * positions_ + p] = entry;
             if (sums_ != nullptr) add(worker, p, row, entry, metric);
-            const float* e = leaves.c + slot / kLeafEntries * d_ * kLeafEntries + slot % kLeafEntries;
+            const float* e =
+                leaves.c + slot / kLeafEntries * d_ * kLeafEntries + slot % kLeafEntries;
             float* carried = carried_ + (begin + row) * columns() + p * d_;
             for (int j = 0; j < d_; ++j) {
                 carried[j] = worker.y[j * stride_ + row] - e[j * kLeafEntries];
@@ -231,7 +224,7 @@ class Feedback {
     int64_t* const sums_;
     const int threads_;
     const int64_t part_, stride_;
-    std::vector<std::unique_ptr<const Entries>> of_position_;
+    std::vector<std::unique_ptr<const KmeansTree>> trees_;  // by position
 };
 
 }  // namespace

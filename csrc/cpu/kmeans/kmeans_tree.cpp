@@ -47,34 +47,54 @@ uint64_t order_key(float value, uint16_t entry) {
     return static_cast<uint64_t>(bits) << 16 | entry;
 }
 
+// From the least of lower bounds to the most of upper ones.
+void enclose(const float* lowers, const float* uppers, int64_t count, float& lower, float& upper) {
+    float least = lowers[0], most = uppers[0];
+    for (int64_t i = 1; i < count; ++i) {
+        least = std::min(least, lowers[i]);
+        most = std::max(most, uppers[i]);
+    }
+    lower = least;
+    upper = most;
+}
+
 }  // namespace
 
 KmeansTree::KmeansTree(const float* codebook, int64_t entries, int d, const float* spread,
                        int threads)
-    : count_(ceil_div(entries, kLeafEntries)),
+    : entries_(entries),
+      count_(ceil_div(entries, kLeafEntries)),
       branches_(ceil_div(count_, kBranchLeaves)),
       first_branch_(branches_ * kBranchLeaves),
       stride_(first_branch_ + ceil_div(branches_, kBranchLeaves) * kBranchLeaves),
-      c_(buffer<float>(count_ * kLeafEntries * d)),
-      lower_(buffer<float>(stride_ * d)),
-      upper_(buffer<float>(stride_ * d)),
-      least_(codebook, codebook + d),
-      most_(least_),
       entry_(static_cast<size_t>(count_ * kLeafEntries), 0),
       slots_(static_cast<size_t>(entries)) {
-    std::fill_n(c_.get(), count_ * kLeafEntries * d, 0.0f);
-    std::fill_n(lower_.get(), stride_ * d, kNowhere);
-    std::fill_n(upper_.get(), stride_ * d, kNowhere);
     std::iota(entry_.begin(), entry_.begin() + entries, uint16_t{0});
     split(codebook, d, spread, threads);
-    fill(codebook, entries, d);
+    const Buffer<float> columns = buffer<float>(entries * d);
+    for (int64_t slot = 0; slot < entries; ++slot) {
+        const uint16_t k = entry_[static_cast<size_t>(slot)];
+        slots_[k] = static_cast<uint16_t>(slot);
+        for (int j = 0; j < d; ++j) columns[j * entries + slot] = codebook[k * d + j];
+    }
+    fill(columns.get(), entries, d);
+}
+
+KmeansTree::KmeansTree(const KmeansTree& like, const float* columns, int64_t stride, int d)
+    : entries_(like.entries_),
+      count_(like.count_),
+      branches_(like.branches_),
+      first_branch_(like.first_branch_),
+      stride_(like.stride_),
+      entry_(like.entry_),
+      slots_(like.slots_) {
+    fill(columns, stride, d);
 }
 
 // Halves all parts at once, level by level. Both halves but the last are whole leaves.
 void KmeansTree::split(const float* codebook, int d, const float* spread, int threads) {
-    const int64_t entries = static_cast<int64_t>(slots_.size());
-    const Buffer<uint64_t> keys = buffer<uint64_t>(entries);
-    std::vector<int64_t> ends{0, entries};
+    const Buffer<uint64_t> keys = buffer<uint64_t>(entries_);
+    std::vector<int64_t> ends{0, entries_};
     for (int64_t leaves = count_; leaves > 1; leaves = ceil_div(leaves, 2)) {
         std::vector<int64_t> halved(2 * ends.size() - 1);
         parallel_for(static_cast<int64_t>(ends.size()) - 1, threads, [&](int64_t part) {
@@ -97,32 +117,35 @@ void KmeansTree::split(const float* codebook, int d, const float* spread, int th
     }
 }
 
-void KmeansTree::fill(const float* codebook, int64_t entries, int d) {
-    for (int64_t slot = 0; slot < entries; ++slot) {
-        const int64_t k = entry_[static_cast<size_t>(slot)];
-        const int64_t leaf = slot / kLeafEntries;
-        slots_[static_cast<size_t>(k)] = static_cast<uint16_t>(slot);
-        for (int j = 0; j < d; ++j) {
-            const float value = codebook[k * d + j];
-            float& least = least_[static_cast<size_t>(j)];
-            float& most = most_[static_cast<size_t>(j)];
-            least = std::min(least, value);
-            most = std::max(most, value);
-            const int64_t branch = leaf / kBranchLeaves;
-            enclose(leaf, j, value, slot == leaf * kLeafEntries);
-            enclose(first_branch_ + branch, j, value,
-                    slot == branch * kBranchLeaves * kLeafEntries);
-            c_[(leaf * d + j) * kLeafEntries + slot % kLeafEntries] = value;
+// Entries leaf by leaf, and boxes around them; columns are in the order of slots.
+void KmeansTree::fill(const float* columns, int64_t stride, int d) {
+    c_ = buffer<float>(count_ * kLeafEntries * d);
+    lower_ = buffer<float>(stride_ * d);
+    upper_ = buffer<float>(stride_ * d);
+    std::fill_n(lower_.get(), stride_ * d, kNowhere);
+    std::fill_n(upper_.get(), stride_ * d, kNowhere);
+    least_.resize(static_cast<size_t>(d));
+    most_.resize(static_cast<size_t>(d));
+    for (int j = 0; j < d; ++j) {
+        float* const lower = lower_.get() + j * stride_;
+        float* const upper = upper_.get() + j * stride_;
+        for (int64_t leaf = 0; leaf < count_; ++leaf) {
+            const int64_t first = leaf * kLeafEntries;
+            const int64_t present = std::min<int64_t>(kLeafEntries, entries_ - first);
+            const float* from = columns + j * stride + first;
+            float* to = c_.get() + (leaf * d + j) * kLeafEntries;
+            std::copy_n(from, present, to);
+            std::fill(to + present, to + kLeafEntries, 0.0f);
+            enclose(from, from, present, lower[leaf], upper[leaf]);
         }
+        for (int64_t branch = 0; branch < branches_; ++branch) {
+            const int64_t first = branch * kBranchLeaves;
+            enclose(lower + first, upper + first, std::min<int64_t>(kBranchLeaves, count_ - first),
+                    lower[first_branch_ + branch], upper[first_branch_ + branch]);
+        }
+        enclose(lower + first_branch_, upper + first_branch_, branches_,
+                least_[static_cast<size_t>(j)], most_[static_cast<size_t>(j)]);
     }
-}
-
-// Widens a box, or makes it around its first entry.
-void KmeansTree::enclose(int64_t box, int j, float value, bool first) {
-    float& lower = lower_[j * stride_ + box];
-    float& upper = upper_[j * stride_ + box];
-    lower = first ? value : std::min(lower, value);
-    upper = first ? value : std::max(upper, value);
 }
 
 KmeansLeaves KmeansTree::leaves() const {

@@ -15,15 +15,18 @@ class KmeansTree {
     // `spread` [d] weighs the coordinates against each other: the mean of the metric.
     KmeansTree(const float* codebook, int64_t entries, int d, const float* spread, int threads);
 
+    // The leaves of another tree for entries that have all moved, columns[j * stride + slot]: as
+    // good where they moved together.
+    KmeansTree(const KmeansTree& like, const float* columns, int64_t stride, int d);
+
     KmeansLeaves leaves() const;
     const uint16_t* slots() const { return slots_.data(); }  // entry -> slot
 
   private:
     void split(const float* codebook, int d, const float* spread, int threads);
-    void fill(const float* codebook, int64_t entries, int d);
-    void enclose(int64_t box, int j, float value, bool first);
+    void fill(const float* columns, int64_t stride, int d);
 
-    int64_t count_, branches_, first_branch_, stride_;
+    int64_t entries_, count_, branches_, first_branch_, stride_;
     Buffer<float> c_, lower_, upper_;
     std::vector<float> least_, most_;
     std::vector<uint16_t> entry_, slots_;
