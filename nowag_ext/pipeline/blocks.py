@@ -110,11 +110,14 @@ class Blocks:
         with evaluating(self._body):
             return first_hidden(self.layers[0], self._layers[self.layers[0]], body)
 
-    def replacing(self, index: int, layer: nn.Module) -> Blocks:
-        """The same blocks but for one layer, called as that of the model is."""
+    def copied(self, index: int) -> tuple[Blocks, nn.Module]:
+        """The same blocks with a copy of one layer in fp32, and that copy, free to be changed."""
+        name = self.layers[index]
+        layer = copy.deepcopy(self._layers[name]).float()
         other = copy.copy(self)
-        other._layers = {**self._layers, self.layers[index]: layer}
-        return other
+        other._layers = {**self._layers, name: layer}
+        other._calls = {**self._calls, name: self._calls[name].to(torch.float32)}
+        return other, layer
 
     def run(
         self, index: int, hidden: Tensor, looks: Mapping[str, Look] = MappingProxyType({})

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 Forward = Callable[..., Any]
 
@@ -33,6 +33,16 @@ class Call:
     keyword: bool
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+    def to(self, dtype: torch.dtype) -> Call:
+        """The same call with its floating-point tensors in another dtype."""
+
+        def convert(value: Any) -> Any:
+            floating = isinstance(value, Tensor) and value.is_floating_point()
+            return value.to(dtype) if floating else value
+
+        args, kwargs = tree_map(convert, (self.args, dict(self.kwargs)))
+        return Call(self.keyword, args, kwargs)
 
     def __call__(self, layer: nn.Module, hidden: Tensor) -> Any:
         """What the layer returns for other hidden states."""

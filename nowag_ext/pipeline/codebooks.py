@@ -103,7 +103,7 @@ class SharedCodebooks:
             name: EntrySums(len(codebook.entries), codebook.d, weights, codebook.entries.device)
             for name, codebook in self._codebooks.items()
         }
-        hidden = blocks.embed(windows[:_WINDOWS])
+        hidden = blocks.embed(windows[:_WINDOWS]).float()
         for index in range(len(blocks.layers)):
             if progress is not None:
                 progress("codebook re-estimated", index, len(blocks.layers))
@@ -125,17 +125,17 @@ class SharedCodebooks:
 
 def _advance(blocks: Blocks, index: int, hidden: Tensor) -> list[tuple[Group, GroupStatistics]]:
     """Runs a layer on all windows, in place; the Hessians of its groups."""
+    blocks, _ = blocks.copied(index)
     groups = blocks.groups(index, hidden[:1])
     gathered = [GroupStatistics(group.in_features, hidden.device) for group in groups]
 
     def look(statistics: GroupStatistics, tensor: Tensor) -> None:
-        statistics.add(tensor.reshape(-1, tensor.shape[-1]).float())
+        statistics.add(tensor.reshape(-1, tensor.shape[-1]))
 
     looks = {
         group.names[0]: partial(look, statistics)
         for group, statistics in zip(groups, gathered, strict=True)
     }
-    for window in range(len(hidden)):
-        part = slice(window, window + 1)
-        hidden[part] = blocks.run(index, hidden[part], looks)
+    for window in hidden.split(1):
+        window.copy_(blocks.run(index, window, looks))
     return list(zip(groups, gathered, strict=True))

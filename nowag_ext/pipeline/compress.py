@@ -8,7 +8,6 @@ corrected targets are those of, for example, GPTAQ, Li et al., 2025).
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -85,7 +84,7 @@ def compress(
         codebooks.train(plan.units, progress)
     with stages("re-estimation"):
         codebooks.re_estimate(plan.units, blocks, windows, progress)
-    run = _Run(model, plan, blocks, codebooks, stages, progress)
+    run = _Run(plan, blocks, codebooks, stages, progress)
     run.through(windows)
     seconds = time.perf_counter() - start
     install(model, plan, run.weights, run.layers, seconds, stages.seconds)
@@ -102,12 +101,25 @@ def check_tokens(tokens: Any) -> Tensor:
     return tokens
 
 
+class _Stream:
+    """Hidden states on their way through the model, and the blocks that they go through."""
+
+    blocks: Blocks
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden  # fp32 [windows, length, hidden_size]
+
+    def advance(self, index: int) -> None:
+        """Through one layer, window by window."""
+        for window in self.hidden.split(1):
+            window.copy_(self.blocks.run(index, window))
+
+
 class _Run:
     """One way through the model, and what has come of it so far."""
 
     def __init__(
         self,
-        model: Any,
         plan: Plan,
         blocks: Blocks,
         codebooks: SharedCodebooks,
@@ -116,7 +128,7 @@ class _Run:
     ) -> None:
         self.weights: dict[str, PackedWeight] = {}
         self.layers: list[LayerReport] = []
-        self._model, self._plan, self._blocks = model, plan, blocks
+        self._plan, self._blocks = plan, blocks
         self._codebooks, self._stages, self._progress = codebooks, stages, progress
         self._total = float(sum(unit.linear.weight.numel() for unit in plan.units.values()))
         self._done = 0.0
@@ -124,35 +136,31 @@ class _Run:
     def through(self, windows: Tensor) -> None:
         """Compresses every unit of the plan."""
         with self._stages("forwards"):
-            dense = self._blocks.embed(windows)
-            compressed = dense.clone()
+            hidden = self._blocks.embed(windows).float()
+        dense, compressed = _Stream(hidden), _Stream(hidden.clone())
         for index, name in enumerate(self._blocks.layers):
-            layer = copy.deepcopy(self._model.get_submodule(name))
-            changed = self._blocks.replacing(index, layer)
-            for group in self._blocks.groups(index, dense[:1]):
+            dense.blocks, _ = self._blocks.copied(index)
+            compressed.blocks, layer = self._blocks.copied(index)
+            for group in dense.blocks.groups(index, dense.hidden[:1]):
                 units = {
                     name: self._plan.units[name] for name in group.names if name in self._plan.units
                 }
                 if units:
-                    statistics = self._gather(index, group, (dense, compressed), changed)
+                    statistics = self._gather(index, group, dense, compressed)
                     self._compress(name, layer, units, statistics)
             self._finish(name)
             with self._stages("forwards"):
-                for window in range(len(windows)):
-                    part = slice(window, window + 1)
-                    dense[part] = self._blocks.run(index, dense[part])
-                    compressed[part] = changed.run(index, compressed[part])
+                for stream in (dense, compressed):
+                    stream.advance(index)
 
     def _gather(
-        self, index: int, group: Group, streams: tuple[Tensor, Tensor], changed: Blocks
+        self, index: int, group: Group, dense: _Stream, compressed: _Stream
     ) -> GroupStatistics:
-        dense, compressed = streams
-        statistics = GroupStatistics(group.in_features, dense.device)
-        for window in range(len(dense)):
-            part = slice(window, window + 1)
+        statistics = GroupStatistics(group.in_features, dense.hidden.device)
+        for window in range(len(dense.hidden)):
             with self._stages("forwards"):
-                wanted = self._blocks.taps(index, dense[part], group)
-                given = changed.taps(index, compressed[part], group)
+                wanted = dense.blocks.taps(index, dense.hidden[window, None], group)
+                given = compressed.blocks.taps(index, compressed.hidden[window, None], group)
             with self._stages("statistics"):
                 statistics.add_pair(wanted[0], given[0], wanted[1], given[1])
         return statistics

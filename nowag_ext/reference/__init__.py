@@ -5,6 +5,7 @@ and states the math of that header in ``csrc/include/nowag`` as directly as PyTo
 Where a header pins the rounding, so does the oracle.
 """
 
+from nowag_ext.reference.feedback import feedback
 from nowag_ext.reference.kmeans import (
     fma,
     kmeans,
@@ -36,6 +37,7 @@ from nowag_ext.reference.vq_pack import pack_codes, unpack_codes, vq_dequantize,
 
 __all__ = [
     "EPS",
+    "feedback",
     "fma",
     "from_bitmap",
     "kmeans",
