@@ -14,6 +14,7 @@ from nowag_ext.calibrate import (
     load_act_norms,
 )
 from nowag_ext.codebook import Codebook
+from nowag_ext.codebook_training import train_codebook
 from nowag_ext.integrations import register_with_transformers
 from nowag_ext.linear import SparseLinear, VQLinear
 from nowag_ext.prune import SparseWeight, prune
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     )
     from nowag_ext.integrations.transformers import NowagConfig, NowagHfQuantizer
     from nowag_ext.model import compress_model
+    from nowag_ext.pipeline.compress import compress
 
 __all__ = [
     "CalibrationStatistics",
@@ -46,6 +48,7 @@ __all__ = [
     "__version__",
     "calibrate",
     "collect_statistics",
+    "compress",
     "compress_model",
     "load",
     "load_act_norms",
@@ -54,6 +57,7 @@ __all__ = [
     "save_compressed",
     "save_dense",
     "to_dense",
+    "train_codebook",
     "vq_compress",
 ]
 
@@ -61,6 +65,7 @@ __all__ = [
 _WHOLE_MODELS = {
     "NowagConfig": "integrations.transformers",
     "NowagHfQuantizer": "integrations.transformers",
+    "compress": "pipeline.compress",
     "compress_model": "model",
     "load": "checkpoint",
     "load_dense_model": "checkpoint",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nowag_ext import ops
-from nowag_ext.codebook import Codebook
+from nowag_ext.codebook import Codebook, check_name
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.kmeans import Points, half_entries
 from nowag_ext.normalize import normalize_weight
@@ -52,6 +52,7 @@ def train_codebook(
     """
     code_bits = check_code(d, bits)
     check_iterations(iters, 1, init, seed)
+    check_name(name)
     if not 0 < share <= 1:
         raise ValueError(f"share must be in (0, 1], not {share!r}.")
     samples, importances = [], []
