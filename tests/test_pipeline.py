@@ -146,6 +146,44 @@ def test_model_is_as_it_was_after_an_interrupt() -> None:
     assert getattr(model.config, "quantization_config", None) is None
 
 
+def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
+    whole, model = tiny_model(), tiny_model()
+    compress(whole, windows(), **SETTINGS)
+
+    def interrupt(name: str, done: float, _total: float) -> None:
+        if name == "model.layers.1.self_attn.k_proj":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, windows(), work_dir=tmp_path, progress=interrupt, **SETTINGS)
+    calls: list[str] = []
+    compress(
+        model,
+        windows(),
+        work_dir=tmp_path,
+        progress=lambda *call: calls.append(call[0]),
+        **SETTINGS,
+    )
+    for (name, one), two in zip(
+        model.state_dict().items(), whole.state_dict().values(), strict=True
+    ):
+        assert_same_bits(one, two, name)
+    resumed = [layer.name for layer in model.nowag_report.layers if layer.resumed]
+    assert len(resumed) == 7  # q_proj of the second layer goes with its group
+    assert not any(name.startswith("codebook") for name in calls)
+
+
+def test_nothing_is_taken_from_another_run(tmp_path: Path) -> None:
+    compress(tiny_model(), windows(), work_dir=tmp_path, **SETTINGS)
+    for changes in ({"seed": 1}, {"codebook_scope": "kind"}):
+        model = tiny_model()
+        compress(model, windows(), work_dir=tmp_path, **{**SETTINGS, **changes})
+        assert not any(layer.resumed for layer in model.nowag_report.layers)
+    model = tiny_model()
+    compress(model, windows(seed=5), work_dir=tmp_path, **SETTINGS)
+    assert not any(layer.resumed for layer in model.nowag_report.layers)
+
+
 def test_progress_ends_where_all_is_done() -> None:
     calls: list[tuple[str, float, float]] = []
     compress(tiny_model(), windows(), progress=lambda *call: calls.append(call), **SETTINGS)

@@ -16,6 +16,7 @@ from nowag_ext.pipeline.blocks import Blocks, Group
 from nowag_ext.pipeline.statistics import GroupStatistics
 from nowag_ext.plan import Unit
 from nowag_ext.report import Progress
+from nowag_ext.resume import LayerStore
 from nowag_ext.vq import check_code
 
 SCOPES = ("model", "kind", "layer")
@@ -44,23 +45,37 @@ class SharedCodebooks:
         self._scope = scope
         self._codebooks: dict[str, Codebook] = {}
         self._names: dict[str, str] = {}  # of the codebook, by linear
+        self._forms: dict[str, VQSettings] = {}  # of the first linear it serves, by its name
 
     def of(self, linear: str) -> Codebook | None:
         """The codebook of a linear, None if it has its own, or none."""
         name = self._names.get(linear)
         return None if name is None else self._codebooks[name]
 
-    def train(self, units: Mapping[str, Unit], progress: Progress | None) -> None:
-        """Trains the codebooks on the weights, under the activation norms."""
+    def assign(self, units: Mapping[str, Unit]) -> None:
+        """Says which codebook serves which linear, before there are any."""
         if self._scope == "layer":
             return
-        forms: dict[str, VQSettings] = {}
         for linear, unit in units.items():
             if isinstance(unit.settings, VQSettings):
                 name = self._name(linear, unit.settings)
                 self._names[linear] = name
-                forms.setdefault(name, unit.settings)
-        for name, settings in forms.items():
+                self._forms.setdefault(name, unit.settings)
+
+    def load(self, store: LayerStore | None, key: str, device: torch.device) -> bool:
+        """Takes the codebooks of an interrupted run, if they are there."""
+        found = None if store is None else store.get_codebooks(key, device)
+        self._codebooks = found or {}
+        return set(self._codebooks) == set(self._forms)
+
+    def save(self, store: LayerStore | None, key: str) -> None:
+        """Keeps the codebooks for a run that goes on from here."""
+        if store is not None:
+            store.put_codebooks(key, self._codebooks)
+
+    def train(self, units: Mapping[str, Unit], progress: Progress | None) -> None:
+        """Trains the codebooks on the weights, under the activation norms."""
+        for name, settings in self._forms.items():
             served = [unit for linear, unit in units.items() if self._names.get(linear) == name]
             weights = sum(unit.linear.weight.numel() for unit in served)
 

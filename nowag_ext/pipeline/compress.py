@@ -8,6 +8,7 @@ corrected targets are those of, for example, GPTAQ, Li et al., 2025).
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,6 +27,7 @@ from nowag_ext.pipeline.stages import Stages
 from nowag_ext.pipeline.statistics import GroupStatistics
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.report import LayerReport, Progress
+from nowag_ext.resume import LayerStore, run_key
 
 # Activation norms serve to train codebooks and to check; for that few windows will do.
 _NORM_WINDOWS = 16
@@ -41,6 +43,7 @@ def compress(
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     codebook_scope: str = "model",
     min_coverage: float = 0.8,
+    work_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Any:
@@ -56,6 +59,9 @@ def compress(
         tokens: calibration text, int64 or int32 [windows, length], without padding. More text helps
             more than anything else; text like what the model will read helps most.
         method, ignore, overrides, min_coverage, settings: as for ``compress_model``.
+        work_dir: a directory for what is finished. The same run, interrupted, goes on from there
+            and ends in the same bits (at the same number of threads); remove it when the model is
+            saved. None: nothing is kept.
         codebook_scope: which linears of method "vq" share a codebook: "model", all of them; "kind",
             those of one name (all down_proj, say); "layer", none.
         progress: called with (what is done, weights done, weights in all).
@@ -80,11 +86,16 @@ def compress(
         model, norms, (method, settings), ignore, overrides or {}, min_coverage,
         shared_codebooks=codebook_scope != "layer",
     )  # fmt: skip
-    with stages("codebooks"):
-        codebooks.train(plan.units, progress)
-    with stages("re-estimation"):
-        codebooks.re_estimate(plan.units, blocks, windows, progress)
-    run = _Run(plan, blocks, codebooks, stages, progress)
+    codebooks.assign(plan.units)
+    store = None if work_dir is None else LayerStore(work_dir)
+    key = "" if store is None else _key(plan, windows, codebook_scope)
+    if not codebooks.load(store, key, windows.device):
+        with stages("codebooks"):
+            codebooks.train(plan.units, progress)
+        with stages("re-estimation"):
+            codebooks.re_estimate(plan.units, blocks, windows, progress)
+        codebooks.save(store, key)
+    run = _Run(plan, blocks, codebooks, stages, progress, store, key)
     run.through(windows)
     seconds = time.perf_counter() - start
     install(model, plan, run.weights, run.layers, seconds, stages.seconds)
@@ -99,6 +110,16 @@ def check_tokens(tokens: Any) -> Tensor:
     if tokens.dim() != 2 or tokens.numel() == 0:
         raise ValueError(f"tokens must have shape [windows, length], not {tuple(tokens.shape)}.")
     return tokens
+
+
+def _key(plan: Plan, windows: Tensor, codebook_scope: str) -> str:
+    """A digest of all that the run's results follow from."""
+    return run_key(
+        {name: unit.settings for name, unit in plan.units.items()},
+        {name: unit.linear.weight for name, unit in plan.units.items()},
+        windows=windows,
+        codebook_scope=codebook_scope,
+    )
 
 
 class _Stream:
@@ -125,11 +146,14 @@ class _Run:
         codebooks: SharedCodebooks,
         stages: Stages,
         progress: Progress | None,
+        store: LayerStore | None,
+        key: str,
     ) -> None:
         self.weights: dict[str, PackedWeight] = {}
         self.layers: list[LayerReport] = []
         self._plan, self._blocks = plan, blocks
         self._codebooks, self._stages, self._progress = codebooks, stages, progress
+        self._store, self._key = store, key
         self._total = float(sum(unit.linear.weight.numel() for unit in plan.units.values()))
         self._done = 0.0
 
@@ -145,7 +169,7 @@ class _Run:
                 units = {
                     name: self._plan.units[name] for name in group.names if name in self._plan.units
                 }
-                if units:
+                if units and not self._restore(name, layer, units):
                     statistics = self._gather(index, group, dense, compressed)
                     self._compress(name, layer, units, statistics)
             self._finish(name)
@@ -178,33 +202,65 @@ class _Run:
             corrections = statistics.corrections(weights)
         for name, unit in units.items():
             given = Given(hessian, corrections.get(name), self._codebooks.of(name))
+            began = time.perf_counter()
             packed = self._compress_unit(name, unit, given)
-            weight = layer.get_parameter(f"{name.removeprefix(f'{layer_name}.')}.weight")
-            weight.copy_(packed.dequantize(weight.dtype))
+            seconds = time.perf_counter() - began
+            if self._store is not None:
+                self._store.put(name, self._key, packed, seconds)
+            self._take(layer_name, layer, name, packed, seconds)
+
+    def _restore(self, layer_name: str, layer: nn.Module, units: Mapping[str, Unit]) -> bool:
+        """Takes a group's weights from an interrupted run, if all of them are there."""
+        if self._store is None:
+            return False
+        found = {
+            name: self._store.get(name, self._key, unit.settings, unit.linear.weight)
+            for name, unit in units.items()
+        }
+        stored = {name: one for name, one in found.items() if one is not None}
+        if len(stored) < len(units):
+            return False
+        for name, (packed, seconds) in stored.items():
+            self._take(layer_name, layer, name, packed, seconds, resumed=True)
+        return True
 
     def _compress_unit(self, name: str, unit: Unit, given: Given) -> PackedWeight:
         size = unit.linear.weight.numel()
-
-        def tell(share: float) -> None:
-            if self._progress is not None:
-                self._progress(name, self._done + share * size, self._total)
-
-        tell(0.0)
-        began = time.perf_counter()
         assert given.hessian is not None
         norms = given.hessian.diagonal().clamp(min=0).sqrt()
         try:
             with self._stages("compression"):
-                packed = unit.settings.compress(unit.linear.weight.detach(), norms, tell, given)
+                return unit.settings.compress(
+                    unit.linear.weight.detach(), norms,
+                    lambda share: self._tell(name, share * size), given,
+                )  # fmt: skip
         except Exception as error:
             raise RuntimeError(
                 f"{name} could not be compressed, and the model is unchanged: {error}"
             ) from error
-        tell(1.0)
-        self._done += size
+
+    def _tell(self, name: str, more: float) -> None:
+        if self._progress is not None:
+            self._progress(name, self._done + more, self._total)
+
+    def _take(
+        self,
+        layer_name: str,
+        layer: nn.Module,
+        name: str,
+        packed: PackedWeight,
+        seconds: float,
+        *,
+        resumed: bool = False,
+    ) -> None:
+        """A finished linear goes into the layer that the compressed stream runs through."""
+        unit = self._plan.units[name]
+        weight = layer.get_parameter(f"{name.removeprefix(f'{layer_name}.')}.weight")
+        weight.copy_(packed.dequantize(weight.dtype))
         self.weights[name] = packed
-        self.layers.append(layer_report(name, unit, packed, time.perf_counter() - began))
-        return packed
+        self.layers.append(layer_report(name, unit, packed, seconds, resumed=resumed))
+        self._done += packed.shape[0] * packed.shape[1]
+        self._tell(name, 0.0)
 
     def _finish(self, layer_name: str) -> None:
         """Raises for a linear that is in no group: experts that no token is routed to."""
