@@ -11,7 +11,7 @@ by running a layer and looking.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,6 +34,8 @@ from nowag_ext.pipeline.capture import (
 )
 from nowag_ext.pipeline.taps import Change, Look, find_tap, trace_layer
 
+# What a group reads, and by linear the sum that its output goes into (``Blocks.taps``).
+Taps = tuple[Tensor, dict[str, Tensor]]
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 
 
@@ -163,9 +165,10 @@ class Blocks:
 
     def inputs(self, index: int, hidden: Tensor, group: Group) -> Tensor:
         """What the group reads, [tokens, in_features]; the layer is run no further than that."""
-        return self._rows(index, hidden, group, ())[0]
+        seen, _ = self._look(index, hidden, {group.names[0]}, stop=True)
+        return seen.get(group.names[0], hidden.new_empty(0, group.in_features))
 
-    def taps(self, index: int, hidden: Tensor, group: Group) -> tuple[Tensor, dict[str, Tensor]]:
+    def taps(self, index: int, hidden: Tensor, group: Group) -> Taps:
         """What the group reads, and the tensors that show its outputs in the residual stream.
 
         The layer is run no further than the last of them. Linears of one tap share its tensor.
@@ -175,32 +178,37 @@ class Blocks:
             sums: by the name of each linear that has a tap, [tokens, out_features]. One that
                 reads only some tokens has none.
         """
-        wanted = tuple({tap for tap in group.taps if tap is not None})
-        inputs, seen = self._rows(index, hidden, group, wanted)
-        sums = {
-            name: seen[tap]
-            for name, tap in zip(group.names, group.taps, strict=True)
-            if tap is not None
-        }
-        return inputs, sums
+        seen, _ = self._look(index, hidden, {group.names[0], *_tapped(group)}, stop=True)
+        return _taps_of(group, seen, hidden)
 
-    def _rows(
-        self, index: int, hidden: Tensor, group: Group, wanted: Sequence[str]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The group's input and the taps that are wanted, as rows."""
+    def run_taps(
+        self, index: int, hidden: Tensor, groups: Sequence[Group]
+    ) -> tuple[Tensor, list[Taps]]:
+        """The layer's output as of ``run``, and the taps of all these groups, from one run."""
+        names = {name for group in groups for name in (group.names[0], *_tapped(group))}
+        seen, output = self._look(index, hidden, names, stop=False)
+        assert output is not None
+        return output, [_taps_of(group, seen, hidden) for group in groups]
+
+    def _look(
+        self, index: int, hidden: Tensor, names: Collection[str], *, stop: bool
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """What modules read (the layer itself: its output), as rows, and the layer's output.
+
+        With ``stop`` the layer is run no further than the last of them, and has no output.
+        """
         seen: dict[str, Tensor] = {}
-        names = {group.names[0], *wanted}
 
         def look(name: str, tensor: Tensor) -> None:
             # A copy: what comes after may write into the tensor, or keep it alive for longer.
             seen[name] = tensor.reshape(-1, tensor.shape[-1]).clone()
-            if len(seen) == len(names):
+            if stop and len(seen) == len(names):
                 raise Stop
 
+        output = None
         with suppress(Stop):
-            self._forward(index, hidden, {name: partial(look, name) for name in names})
-        # Experts that no token is routed to read nothing.
-        return seen.pop(group.names[0], hidden.new_empty(0, group.in_features)), seen
+            output = self._forward(index, hidden, {name: partial(look, name) for name in names})
+        return seen, output
 
     @ordinary_tensors
     def _forward(
@@ -231,6 +239,17 @@ class Blocks:
         if layer in looks:
             looks[layer](output)
         return output
+
+
+def _tapped(group: Group) -> set[str]:
+    return {tap for tap in group.taps if tap is not None}
+
+
+def _taps_of(group: Group, seen: Mapping[str, Tensor], hidden: Tensor) -> Taps:
+    # Experts that no token is routed to read nothing.
+    inputs = seen.get(group.names[0], hidden.new_empty(0, group.in_features))
+    named = zip(group.names, group.taps, strict=True)
+    return inputs, {name: seen[tap] for name, tap in named if tap is not None}
 
 
 def _reads(look: Look) -> Callable[..., None]:

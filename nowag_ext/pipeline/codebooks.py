@@ -25,7 +25,7 @@ SCOPES = ("model", "kind", "layer")
 _TRAINING_WEIGHTS = 1 << 26
 
 # Windows whose Hessians entries are re-estimated under: the metric need not be exact.
-_WINDOWS = 16
+_WINDOWS = 8
 
 
 class SharedCodebooks:

@@ -21,7 +21,7 @@ from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import Given
 from nowag_ext.model import install, layer_report
-from nowag_ext.pipeline.blocks import Blocks, Group
+from nowag_ext.pipeline.blocks import Blocks, Group, Taps
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.stages import Stages
 from nowag_ext.pipeline.statistics import GroupStatistics
@@ -30,7 +30,10 @@ from nowag_ext.report import LayerReport, Progress
 from nowag_ext.resume import LayerStore, run_key
 
 # Activation norms serve to train codebooks and to check; for that few windows will do.
-_NORM_WINDOWS = 16
+_NORM_WINDOWS = 4
+
+# What of the dense stream is kept while its layer is worked on.
+_SEEN_BYTES = 1 << 30
 
 
 @ordinary_tensors
@@ -130,10 +133,50 @@ class _Stream:
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden  # fp32 [windows, length, hidden_size]
 
+    def taps(self, index: int, window: int, group: Group) -> Taps:
+        """What a group reads and adds to (``Blocks.taps``) in one window."""
+        return self.blocks.taps(index, self.hidden[window, None], group)
+
     def advance(self, index: int) -> None:
         """Through one layer, window by window."""
         for window in self.hidden.split(1):
             window.copy_(self.blocks.run(index, window))
+
+
+class _DenseStream(_Stream):
+    """The stream through dense blocks, which change no more: one run of a window serves all groups.
+
+    What there is no room for is run again, group by group.
+    """
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__(hidden)
+        self._seen: dict[int, list[Taps]] = {}
+        self._outputs: dict[int, Tensor] = {}
+
+    def enter(self, index: int, groups: Sequence[Group]) -> None:
+        """Runs a layer on as many windows as there is room for."""
+        size = sum(
+            group.in_features + self.hidden.shape[2] * len(set(group.taps) - {None})
+            for group in groups
+        )
+        room = _SEEN_BYTES // (size * self.hidden.shape[1] * self.hidden.element_size())
+        self._groups = list(groups)
+        self._seen, self._outputs = {}, {}
+        for window in range(min(room, len(self.hidden))):
+            self._outputs[window], self._seen[window] = self.blocks.run_taps(
+                index, self.hidden[window, None], groups
+            )
+
+    def taps(self, index: int, window: int, group: Group) -> Taps:
+        if window not in self._seen:
+            return super().taps(index, window, group)
+        return self._seen[window][self._groups.index(group)]
+
+    def advance(self, index: int) -> None:
+        for window, hidden in enumerate(self.hidden.split(1)):
+            output = self._outputs.get(window)
+            hidden.copy_(self.blocks.run(index, hidden) if output is None else output)
 
 
 class _Run:
@@ -161,11 +204,14 @@ class _Run:
         """Compresses every unit of the plan."""
         with self._stages("forwards"):
             hidden = self._blocks.embed(windows).float()
-        dense, compressed = _Stream(hidden), _Stream(hidden.clone())
+        dense, compressed = _DenseStream(hidden), _Stream(hidden.clone())
         for index, name in enumerate(self._blocks.layers):
             dense.blocks, _ = self._blocks.copied(index)
             compressed.blocks, layer = self._blocks.copied(index)
-            for group in dense.blocks.groups(index, dense.hidden[:1]):
+            groups = dense.blocks.groups(index, dense.hidden[:1])
+            with self._stages("forwards"):
+                dense.enter(index, groups)
+            for group in groups:
                 units = {
                     name: self._plan.units[name] for name in group.names if name in self._plan.units
                 }
@@ -183,10 +229,12 @@ class _Run:
         statistics = GroupStatistics(group.in_features, dense.hidden.device)
         for window in range(len(dense.hidden)):
             with self._stages("forwards"):
-                wanted = dense.blocks.taps(index, dense.hidden[window, None], group)
-                given = compressed.blocks.taps(index, compressed.hidden[window, None], group)
+                wanted, wanted_sums = dense.taps(index, window, group)
+                given, given_sums = compressed.taps(index, window, group)
             with self._stages("statistics"):
-                statistics.add_pair(wanted[0], given[0], wanted[1], given[1])
+                statistics.add_pair(
+                    wanted, given, wanted_sums, given_sums, all_summed=None not in group.taps
+                )
         return statistics
 
     def _compress(

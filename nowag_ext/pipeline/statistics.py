@@ -9,6 +9,9 @@ from torch import Tensor
 
 from nowag_ext.hessian import DAMPING
 
+# The Hessian is symmetric: of each block of so many rows only what is right of the diagonal.
+_BLOCK_COLUMNS = 256
+
 
 class GroupStatistics:
     """Sums over tokens of two streams, the dense model's and that of what is compressed so far.
@@ -21,14 +24,16 @@ class GroupStatistics:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
-        self._hessian = torch.zeros(in_features, in_features, device=device)
-        self._drift = torch.zeros_like(self._hessian)  # sum of x~ (x - x~)^T
+        self._upper = torch.zeros(in_features, in_features, device=device)  # of sum x~ x~^T
+        self._drift: Tensor | None = None  # sum of x~ (x - x~)^T, where a linear needs it
         self._lacks: dict[str, Tensor] = {}  # sum of x~ D^T by linear, where it is added up
         self._paired = True
 
     def add(self, inputs: Tensor) -> None:
         """One stream alone: inputs [tokens, in_features], fp32."""
-        self._hessian.addmm_(inputs.T, inputs)
+        for first in range(0, inputs.shape[1], _BLOCK_COLUMNS):
+            here = slice(first, first + _BLOCK_COLUMNS)
+            self._upper[here, first:].addmm_(inputs[:, here].T, inputs[:, first:])
         self.tokens += len(inputs)
 
     def add_pair(
@@ -37,14 +42,22 @@ class GroupStatistics:
         compressed: Tensor,
         dense_sums: Mapping[str, Tensor],
         compressed_sums: Mapping[str, Tensor],
+        *,
+        all_summed: bool,
     ) -> None:
-        """Both streams' inputs, and by linear what its residual stream is after the addition."""
+        """Both streams' inputs, and by linear what its residual stream is after the addition.
+
+        ``all_summed`` says that every linear of the group has such sums.
+        """
         self.add(compressed)
         # Where tokens are routed differently in the two streams they cannot be compared.
         self._paired &= dense.shape == compressed.shape
         if not self._paired:
             return
-        self._drift.addmm_(compressed.T, dense - compressed)
+        if not all_summed:
+            if self._drift is None:
+                self._drift = torch.zeros_like(self._upper)
+            self._drift.addmm_(compressed.T, dense - compressed)
         for name, wanted in dense_sums.items():
             lack = wanted - compressed_sums[name]
             if name not in self._lacks:
@@ -53,8 +66,8 @@ class GroupStatistics:
 
     def hessian(self) -> Tensor:
         """E[x~ x~^T], exactly symmetric."""
-        mean = self._hessian / self.tokens
-        return (mean + mean.T) / 2
+        upper = self._upper.triu() / self.tokens
+        return upper + upper.triu(1).T
 
     def corrections(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By linear, what to add to its weight W, fp32 [out_features, in_features].
@@ -72,6 +85,8 @@ class GroupStatistics:
         for name, weight in weights.items():
             lack = self._lacks.get(name)
             if lack is None:
+                if self._drift is None:
+                    continue
                 lack = self._drift @ weight.float().T
             corrections[name] = torch.cholesky_solve(lack / self.tokens, lower).T.contiguous()
         return corrections
