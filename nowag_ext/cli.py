@@ -12,9 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
+import torch
 import transformers
 import typer
 from rich.console import Console
+from torch import Tensor
 
 from nowag_ext import cli_options as options
 from nowag_ext.calibrate import CalibrationStatistics, collect_statistics, load_act_norms
@@ -29,8 +31,10 @@ from nowag_ext.generate import encode_prompt
 from nowag_ext.generate import generate as generate_text
 from nowag_ext.methods import LayerSettings
 from nowag_ext.model import compress_model
+from nowag_ext.pipeline.codebooks import SharedCodebooks
+from nowag_ext.pipeline.compress import compress as compress_blocks
 from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table
-from nowag_ext.source import calibration_batches, open_dense_model, open_model, read_text
+from nowag_ext.source import mixed_batches, open_dense_model, open_model, read_text
 from nowag_ext.version import __version__
 
 app = typer.Typer(
@@ -42,6 +46,9 @@ app = typer.Typer(
 _out = Console(highlight=False)
 _err = Console(stderr=True, highlight=False)
 _shown = {"traceback": False}
+
+# Windows of calibration text that each recipe reads unless told otherwise.
+_SAMPLES = {"feedback": 16, "paper": 128}
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -123,7 +130,7 @@ def demo(
 @_reported
 def calibrate(
     model: options.Model,
-    text: options.Text,
+    text: options.Texts,
     output: options.StatisticsFile,
     samples: options.Samples = 128,
     length: options.Length = 1024,
@@ -131,9 +138,9 @@ def calibrate(
     dtype: options.Dtype = "auto",
 ) -> None:
     """Measures activation norms on text, once for all later compressions of the model."""
-    document = read_text(text)
+    documents = [read_text(path) for path in text]
     loaded, tokenizer = open_dense_model(model, dtype)
-    statistics = _calibrate(loaded, tokenizer, document, samples, length, seed)
+    statistics = _calibrate(loaded, _windows(tokenizer, documents, samples, length, seed))
     statistics.save(output)
     _out.print(f"The statistics of {len(statistics.tokens)} linear layers are in {output}.")
 
@@ -144,7 +151,8 @@ def compress(
     model: options.Model,
     output: options.Output,
     act_norms: options.ActNorms = None,
-    text: options.CalibrationText = None,
+    text: options.CalibrationTexts = None,
+    recipe: options.Recipe = None,
     method: options.Method = "vq",
     d: options.Subvector = None,
     bits: options.Bits = None,
@@ -156,12 +164,13 @@ def compress(
     pattern: options.Pattern = None,
     ignore: options.Ignore = None,
     override: options.Override = None,
+    codebook_scope: options.CodebookScope = None,
     min_coverage: options.MinCoverage = 0.8,
     checkpoint_format: options.Format = "nowag",
     dtype: options.Dtype = "auto",
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
-    samples: options.Samples = 128,
+    samples: options.CompressSamples = None,
     length: options.Length = 1024,
     sample_seed: options.SampleSeed = None,
 ) -> None:
@@ -174,19 +183,35 @@ def compress(
     overrides = options.parse_overrides(override or ())
     by_layer = LayerSettings(method, settings, overrides)
     check_vacant(output, overwrite=overwrite)
-    read_norms = _norms_reader(act_norms, text, samples, length, sample_seed)
+    recipe = _recipe(recipe, act_norms, text)
+    if recipe == "paper" and codebook_scope not in (None, "layer"):
+        raise ValueError("--codebook-scope belongs to --recipe feedback: paper has one a layer.")
+    scope = SharedCodebooks(codebook_scope or ("model" if recipe == "feedback" else "layer")).scope
+    norms = None if act_norms is None else load_act_norms(act_norms)
+    documents = [read_text(path) for path in text or ()]
     loaded, tokenizer = open_dense_model(model, dtype)
     left_dense = ("lm_head", *(ignore or ()))
     check_patterns(loaded, left_dense, "ignore")
     check_patterns(loaded, list(overrides), "overrides")
-    _check_layers(loaded, by_layer, left_dense)
-    norms = read_norms(loaded, tokenizer)
+    _check_layers(loaded, by_layer, left_dense, shared_codebook=scope != "layer")
+    windows: list[Tensor] = []
+    if documents:
+        samples = samples or _SAMPLES[recipe]
+        windows = _windows(tokenizer, documents, samples, length, sample_seed)
     partial = output.with_name(f"{output.name}.partial") if resume else None
+    common: dict[str, Any] = {
+        "overrides": overrides, "min_coverage": min_coverage, "work_dir": partial, **settings,
+    }  # fmt: skip
+    if recipe == "paper" and norms is None:
+        norms = _calibrate(loaded, windows).act_norms()
     with progress_bar(_err) as progress:
-        compress_model(
-            loaded, norms, method, left_dense, overrides=overrides, min_coverage=min_coverage,
-            work_dir=partial, progress=progress, **settings,
-        )  # fmt: skip
+        if norms is None:
+            compress_blocks(
+                loaded, torch.cat(windows), method, left_dense, codebook_scope=scope,
+                progress=progress, **common,
+            )  # fmt: skip
+        else:
+            compress_model(loaded, norms, method, left_dense, progress=progress, **common)
     save(loaded, tokenizer, output, overwrite=overwrite)
     if partial is not None:
         shutil.rmtree(partial, ignore_errors=True)
@@ -217,42 +242,51 @@ def _settings(**given: Any) -> dict[str, Any]:
     return settings
 
 
-def _check_layers(model: Any, settings: LayerSettings, ignore: Sequence[str]) -> None:
+def _check_layers(
+    model: Any, settings: LayerSettings, ignore: Sequence[str], *, shared_codebook: bool
+) -> None:
     """Raises for a layer that its settings do not fit, before calibration takes its time."""
     for name, linear in decoder_linears(model).items():
         if not matches(name, ignore):
             try:
-                settings.of(name).check_layer(linear.out_features, linear.in_features)
+                settings.of(name).check_layer(
+                    linear.out_features, linear.in_features, shared_codebook
+                )
             except ValueError as error:
                 raise ValueError(f"{name} {error}.") from None
 
 
-def _norms_reader(
-    act_norms: Path | None, text: Path | None, samples: int, length: int, seed: int | None
-) -> Callable[[Any, Any], Any]:
-    """Reads the file now, before a model is loaded; gives (model, tokenizer) -> act_norms."""
-    if act_norms is not None and text is None:
-        norms = load_act_norms(act_norms)
-        return lambda _model, _tokenizer: norms
-    if text is not None and act_norms is None:
-        document = read_text(text)
-        return lambda model, tokenizer: _calibrate(
-            model, tokenizer, document, samples, length, seed
-        ).act_norms()
-    raise ValueError("give either --act-norms FILE (see `nowag-ext calibrate`) or --text FILE.")
+def _recipe(recipe: str | None, act_norms: Path | None, text: Sequence[Path] | None) -> str:
+    """Which recipe it is; raises unless there is what it needs."""
+    if recipe is not None and recipe not in _SAMPLES:
+        raise ValueError(f"recipe must be one of {', '.join(_SAMPLES)}, not {recipe!r}.")
+    if (act_norms is None) == (not text):
+        raise ValueError(
+            "give either --text FILE, or --act-norms FILE (see `nowag-ext calibrate`)."
+        )
+    if recipe == "feedback" and act_norms is not None:
+        raise ValueError("--recipe feedback reads the text itself: give --text, not --act-norms.")
+    return recipe or ("paper" if act_norms is not None else "feedback")
 
 
-def _calibrate(
-    model: Any, tokenizer: Any, document: str, samples: int, length: int, seed: int | None
-) -> CalibrationStatistics:
-    _advise_dtype(model, "nowag-ext calibrate --dtype float32")
-    tokens = tokenize(tokenizer, document)
-    batches = calibration_batches(tokens, samples=samples, length=length, seed=seed)
-    with progress_bar(_err) as progress:
-        statistics = collect_statistics(model, batches, progress=progress)
+def _windows(
+    tokenizer: Any, documents: Sequence[str], samples: int, length: int, seed: int | None
+) -> list[Tensor]:
+    """Windows of the documents, as many of each, and says so."""
+    texts = [tokenize(tokenizer, document) for document in documents]
+    windows = mixed_batches(texts, samples=samples, length=length, seed=seed)
     which = "the first of the text" if seed is None else f"taken at random (seed {seed})"
-    _out.print(f"Calibrated on {len(batches)} windows of {length} tokens, {which}.")
-    return statistics
+    of = "" if len(texts) == 1 else f", from {len(texts)} texts in turn"
+    _out.print(f"Calibrating on {len(windows)} windows of {length} tokens, {which}{of}.")
+    if len(windows) < samples:
+        _err.print(f"The text has no more: {samples} were asked for.")
+    return windows
+
+
+def _calibrate(model: Any, windows: Sequence[Tensor]) -> CalibrationStatistics:
+    _advise_dtype(model, "nowag-ext calibrate --dtype float32")
+    with progress_bar(_err) as progress:
+        return collect_statistics(model, windows, progress=progress)
 
 
 def _advise_dtype(model: Any, command: str) -> None:

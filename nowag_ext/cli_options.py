@@ -41,6 +41,10 @@ MODEL_HELP = "A directory, a hub id or a .gguf file."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
 Text = Annotated[Path, typer.Option(help="UTF-8 text file.", show_default=False)]
+Texts = Annotated[
+    list[Path],
+    typer.Option("--text", help="UTF-8 text file; repeatable, mixed evenly.", show_default=False),
+]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -66,8 +70,31 @@ Output = Annotated[
 ActNorms = Annotated[
     Path | None, typer.Option(help="File that `calibrate` wrote.", show_default=False)
 ]
-CalibrationText = Annotated[
-    Path | None, typer.Option(help="Text to calibrate on, without --act-norms.", show_default=False)
+CalibrationTexts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 text to calibrate on, without --act-norms; repeatable, mixed evenly.",
+        show_default=False,
+    ),
+]
+Recipe = Annotated[
+    str | None,
+    typer.Option(
+        help="feedback: block by block, each layer making up for the errors before it (default "
+        "with --text); paper: every layer alone, from its activation norms."
+    ),
+]
+CodebookScope = Annotated[
+    str | None,
+    typer.Option(help="vq: a codebook for the model (default), for each kind, or each layer."),
+]
+CompressSamples = Annotated[
+    int | None,
+    typer.Option(
+        "--samples",
+        help="Calibration: windows of text to read (default 16, with --recipe paper 128).",
+    ),
 ]
 Method = Annotated[str, typer.Option(help="vq or prune.")]
 Subvector = Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,17 @@ def calibration_batches(
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randperm(len(windows), generator=generator)[:samples].tolist()
     return [windows[index][None] for index in chosen]
+
+
+def mixed_batches(
+    texts: Sequence[Tensor], *, samples: int, length: int, seed: int | None = None
+) -> list[Tensor]:
+    """``calibration_batches`` of several texts in turn, until there are enough or all are read."""
+    batches = [
+        calibration_batches(text, samples=samples, length=length, seed=seed) for text in texts
+    ]
+    mixed = [batch for turn in zip_longest(*batches) for batch in turn if batch is not None]
+    return mixed[:samples]
 
 
 def _check_found(source: str | os.PathLike[str]) -> None:

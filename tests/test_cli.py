@@ -37,7 +37,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     arguments = ["--text", directory / "text.txt", "-o", directory / "stats.safetensors"]
     result = run("calibrate", directory / "model", *arguments, "--length", 64, "--samples", 5)
     assert result.exit_code == 0, result.output
-    assert "Calibrated on 5 windows of 64 tokens, the first of the text" in one_line(result.output)
+    assert "Calibrating on 5 windows of 64 tokens, the first of the text" in one_line(result.output)
     return directory
 
 
@@ -109,7 +109,7 @@ def test_compress_then_eval_and_generate(work: Path, tmp_path: Path) -> None:
 
 def test_compress_calibrates_by_itself(work: Path, tmp_path: Path) -> None:
     for name, source in {
-        "text": ["--text", work / "text.txt", "--length", 64, "--samples", 5],
+        "text": ["--text", work / "text.txt", "--length", 64, "--samples", 5, "--recipe", "paper"],
         "file": ["--act-norms", work / "stats.safetensors"],
     }.items():
         result = run("compress", work / "model", "-o", tmp_path / name, *source,
@@ -117,6 +117,36 @@ def test_compress_calibrates_by_itself(work: Path, tmp_path: Path) -> None:
         assert result.exit_code == 0, result.output
     one = (tmp_path / "text" / "model.safetensors").read_bytes()
     assert one == (tmp_path / "file" / "model.safetensors").read_bytes()
+
+
+def test_compress_block_by_block(work: Path, tmp_path: Path) -> None:
+    """--text means feedback, with one codebook: the same as in Python."""
+    (tmp_path / "more.txt").write_text(TEXT[::-1])
+    result = run("compress", work / "model", "-o", tmp_path / "out", *VQ, "--length", 64,
+                 "--text", work / "text.txt", "--text", tmp_path / "more.txt", "--samples", 6,
+                 "--resume")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "6 windows of 64 tokens, the first of the text, from 2 texts in turn" in one_line(
+        result.output
+    )
+    tokens = [tokenize(tiny_tokenizer(), text)[: 3 * 64].view(3, 64) for text in (TEXT, TEXT[::-1])]
+    model = tiny_llama()
+    nowag_ext.compress(model, torch.stack(tokens, 1).view(6, 64), d=4, bits=2, iters=3)
+    stored = nowag_ext.load(tmp_path / "out")
+    assert len(list(stored.model.nowag_codebooks.parameters())) == 1
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(stored.state_dict()[name], tensor), name
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["stages"]["forwards"] > 0
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_codebook_a_layer(work: Path, tmp_path: Path) -> None:
+    result = run("compress", work / "model", "-o", tmp_path / "out", *VQ, "--length", 64,
+                 "--text", work / "text.txt", "--codebook-scope", "layer")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "16 were asked for" not in result.stderr
+    assert not hasattr(nowag_ext.load(tmp_path / "out").model, "nowag_codebooks")
 
 
 def test_dense_format_loads_without_nowag(work: Path, tmp_path: Path) -> None:
@@ -207,8 +237,19 @@ def test_eval_refuses_text_that_is_not(work: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sentence", "arguments"),
     [
-        ("either --act-norms FILE", []),
-        ("either --act-norms FILE", ["--act-norms", "{w}/stats.safetensors", "--text", "x"]),
+        ("either --text FILE, or --act-norms", []),
+        (
+            "either --text FILE, or --act-norms",
+            ["--act-norms", "{w}/stats.safetensors", "--text", "x"],
+        ),
+        ("recipe must be one of feedback, paper", ["--recipe", "magic", "--text", "{w}/text.txt"]),
+        ("reads the text itself", ["--recipe", "feedback", "--act-norms", "{w}/stats.safetensors"]),
+        (
+            "--codebook-scope belongs to --recipe feedback",
+            ["--codebook-scope", "model", "--act-norms", "{w}/stats.safetensors"],
+        ),
+        ("codebook_scope must be one of", ["--codebook-scope", "all", "--text", "{w}/text.txt"]),
+        ("less than one window of 1000000", ["--length", "1000000", "--text", "{w}/text.txt"]),
         ("no calibration file", ["--act-norms", "{w}/nothing"]),
         ("not a file of calibration", ["--act-norms", "{w}/model/model.safetensors"]),
         ("method must be one of", ["--method", "magic", "--text", "{w}/text.txt"]),
@@ -230,10 +271,10 @@ def test_compress_refuses(work: Path, tmp_path: Path, sentence: str, arguments: 
 
 
 def test_compress_refuses_before_it_calibrates(work: Path, tmp_path: Path) -> None:
-    result = run("compress", work / "model", "-o", tmp_path / "out", "--d", 8,
+    result = run("compress", work / "model", "-o", tmp_path / "out", "--d", 8, "--recipe", "paper",
                  "--text", work / "text.txt", "--length", 64)  # fmt: skip
     assert "is too small" in result.stderr
-    assert "Calibrated" not in result.stdout
+    assert "Calibrating" not in result.stdout
 
 
 def test_compress_does_not_overwrite_unasked(work: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class SharedCodebooks:
     def __init__(self, scope: str) -> None:
         if scope not in SCOPES:
             raise ValueError(f"codebook_scope must be one of {', '.join(SCOPES)}, not {scope!r}.")
-        self._scope = scope
+        self.scope = scope
         self._codebooks: dict[str, Codebook] = {}
         self._names: dict[str, str] = {}  # of the codebook, by linear
         self._forms: dict[str, VQSettings] = {}  # of the first linear it serves, by its name
@@ -54,7 +54,7 @@ class SharedCodebooks:
 
     def assign(self, units: Mapping[str, Unit]) -> None:
         """Says which codebook serves which linear, before there are any."""
-        if self._scope == "layer":
+        if self.scope == "layer":
             return
         for linear, unit in units.items():
             if isinstance(unit.settings, VQSettings):
@@ -96,7 +96,7 @@ class SharedCodebooks:
             )
 
     def _name(self, linear: str, settings: VQSettings) -> str:
-        whose = "model" if self._scope == "model" else linear.rpartition(".")[2]
+        whose = "model" if self.scope == "model" else linear.rpartition(".")[2]
         return f"{whose}-d{settings.d}-{check_code(settings.d, settings.bits)}"
 
     def re_estimate(
