@@ -22,7 +22,7 @@ from typing import Any
 
 import harness
 import torch
-from real_layers import TEST, add_data_option, calibrated, require_data
+from real_layers import CALIBRATION, TEST, add_data_option, calibrated, require_data
 
 import nowag_ext
 from nowag_ext import evaluate
@@ -57,12 +57,26 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def compress(
-    text: str, dense: Path, norms: dict[str, torch.Tensor], directory: Path, logits_on: torch.Tensor
+    text: str,
+    dense: Path,
+    norms: dict[str, torch.Tensor],
+    directory: Path,
+    logits_on: torch.Tensor,
+    data: Path,
 ) -> Loaded:
-    """Compresses, saves, reloads, and checks that the reloaded model is the same bit for bit."""
+    """Compresses, saves, reloads, and checks that the reloaded model is the same bit for bit.
+
+    "windows=16" among the settings is for block by block, with feedback, on so many windows of the
+    calibration text.
+    """
     method, settings = parse_method(text)
     model, tokenizer = open_dense_model(dense)
-    nowag_ext.compress_model(model, norms, method, **settings)
+    if "windows" in settings:
+        tokens = evaluate.tokenize(tokenizer, read_text(data / CALIBRATION))
+        windows = evaluate.split_windows(tokens, 1024, settings.pop("windows"))
+        nowag_ext.compress(model, windows, method, **settings)
+    else:
+        nowag_ext.compress_model(model, norms, method, **settings)
     report = model.nowag_report
     nowag_ext.save_compressed(model, tokenizer, directory)
     reloaded = nowag_ext.load(directory)
@@ -80,6 +94,7 @@ def compress(
         "bits_per_weight": report.bits_per_weight,
         "mean_relative_objective": report.mean_relative_objective,
         "compress_seconds": report.seconds,
+        "stages": report.stages,
         "peak_memory": report.peak_memory,
         "compressed_weights": report.compressed_weights,
         "checkpoint_bytes": checkpoint_bytes(directory),
@@ -200,7 +215,9 @@ def run(options: argparse.Namespace, directory: Path) -> None:
     quality(contenders[0], dense, test, options)
     show_quality(contenders[0])
     for index, method in enumerate(options.methods):
-        entry = compress(method, directory / "dense", norms, directory / str(index), test[None, :])
+        entry = compress(
+            method, directory / "dense", norms, directory / str(index), test[None, :], options.data
+        )
         quality(entry, dense, test, options)
         show_quality(entry)
         contenders.append(entry)
