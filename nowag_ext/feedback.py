@@ -28,6 +28,15 @@ _FRACTION_BITS = 18
 _RIDGE = 1e-3
 
 
+def check_device(device: torch.device) -> None:
+    """Raises ValueError for a device that has no kernel for error feedback."""
+    if device.type != "cpu":
+        raise ValueError(
+            f"VQ under a Hessian runs on the CPU alone, for now, not on {device}: move the weight "
+            "(or the model) to the CPU first."
+        )
+
+
 @dataclass(frozen=True)
 class Assigned:
     """Codes uint16 [rows, P], and their error: sum e H' e^T / sum x H' x^T over rows."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nowag_ext import ops
 from nowag_ext.codebook import Codebook
-from nowag_ext.feedback import EntrySums, FeedbackPoints
+from nowag_ext.feedback import EntrySums, FeedbackPoints, check_device
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.hessian import as_hessian, corrected
 from nowag_ext.kmeans import Clustering, Points, half_entries
@@ -147,7 +147,7 @@ def vq_compress(
     important first, each making up for the errors before it (GPTQ, Frantar et al., 2022; for
     sub-vectors GPTVQ, van Baalen et al., 2024). A codebook of its own comes from the same k-means,
     re-estimated once by least squares under the feedback, if that is better. This goes through
-    torch's matrix products, whose bits may depend on the number of threads.
+    torch's matrix products, whose bits may depend on the number of threads, and runs on the CPU.
 
     Args:
         W: [out_features, in_features], torch fp32, fp16 or bf16, or NumPy fp32 or fp16; finite.
@@ -180,6 +180,7 @@ def vq_compress(
     check_iterations(iters, n_init, init, seed)
     weight = as_weight(W)
     if hessian is not None:
+        check_device(weight.device)
         hessian = as_hessian(hessian, weight.shape[1], weight.device)
         weight = corrected(weight, extra)
     elif extra is not None:

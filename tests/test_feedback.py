@@ -111,6 +111,12 @@ def test_correction_moves_the_target() -> None:
         assert_same_bits(tensor, wanted.tensors()[name], name)
 
 
+def test_other_devices_are_refused() -> None:
+    weight, act_norms, hessian = (part.to("meta") for part in layer(8, 12))
+    with pytest.raises(ValueError, match="runs on the CPU alone, for now, not on meta"):
+        vq_compress(weight, act_norms, d=2, bits=1, hessian=hessian)
+
+
 def test_hessian_may_be_an_array_or_float64() -> None:
     weight, act_norms, hessian = layer(32, 24)
     wanted = vq_compress(weight, act_norms, d=3, bits=2, hessian=hessian)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nowag_ext.calibrate import collect_statistics
+from nowag_ext.feedback import check_device
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.linear import PackedWeight
-from nowag_ext.methods import Given
+from nowag_ext.methods import Given, VQSettings
 from nowag_ext.model import install, layer_report
 from nowag_ext.pipeline.blocks import Blocks, Group, Taps
 from nowag_ext.pipeline.codebooks import SharedCodebooks
@@ -89,6 +90,9 @@ def compress(
         model, norms, (method, settings), ignore, overrides or {}, min_coverage,
         shared_codebooks=codebook_scope != "layer",
     )  # fmt: skip
+    for unit in plan.units.values():
+        if isinstance(unit.settings, VQSettings):
+            check_device(unit.linear.weight.device)
     codebooks.assign(plan.units)
     store = None if work_dir is None else LayerStore(work_dir)
     key = "" if store is None else _key(plan, windows, codebook_scope)
