@@ -191,7 +191,7 @@ def test_refit_converges_to_the_least(settings: dict[str, Any]) -> None:
     start = costs(weight - values, metric)
     at_ten, converged = values.clone(), values.clone()
     refit(weight, at_ten, kept, metric.float())
-    refit(weight, converged, kept, metric.float(), iterations=500)
+    refit(weight, converged, kept, metric.float(), iterations=500, worthwhile=0)
     gradient = ((weight - converged).double() @ metric) * kept
     assert float(gradient.norm()) < 1e-5 * float(
         ((weight - values).double() @ metric * kept).norm()
@@ -199,7 +199,7 @@ def test_refit_converges_to_the_least(settings: dict[str, Any]) -> None:
     assert_within(converged, oracle.refit(weight, kept, metric), 1e-5)
     after, least = costs(weight - at_ten, metric), costs(weight - converged, metric)
     assert (after < start).all()
-    assert float(after.sum() / least.sum()) < 1.01
+    assert float(after.sum() / least.sum()) < 1.02
     assert not at_ten[~kept].any()
 
 
