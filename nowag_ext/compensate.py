@@ -109,7 +109,7 @@ def feed_back(
     for first in range(0, n, step):
         here = slice(first, min(first + step, n))
         block = upper[here, here]
-        eye = torch.eye(len(block), device=block.device)
+        eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
         inverse = torch.linalg.solve_triangular(block, eye, upper=True)
         carried = upper[:first, here].T @ errors[:first]
         before = target[:, here].T.contiguous()
