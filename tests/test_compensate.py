@@ -32,6 +32,14 @@ SETTINGS: list[dict[str, Any]] = [
 WIDTHS = [96, 288, 384]
 
 
+def rounding(n: int) -> float:
+    """What float32 may differ by, relatively: a unit for the condition of a damped Hessian.
+
+    That is n / DAMPING for few tokens; four times, to be safe.
+    """
+    return 4 * 2**-24 * n / DAMPING
+
+
 def layer(
     rows: int, n: int, seed: int = 0, tokens: int | None = None, dead: int = 0
 ) -> tuple[Tensor, Tensor]:
@@ -113,7 +121,7 @@ def follow(kept: Tensor, by_row: bool) -> oracle.Choose:
             if by_row
             else worst_lost.amax() - least_kept.amin()
         )
-        assert float(excess.max()) <= 1e-4 * float(sizes.square().mean().sqrt())
+        assert float(excess.max()) <= rounding(kept.shape[1]) * float(sizes.max())
         return keep
 
     return choose
@@ -161,7 +169,8 @@ def test_property(
         weight, problem.row_norms, problem.col_norms, damped(hessian), choice.columns,
         follow(kept, by_row=patterned),
     )  # fmt: skip
-    assert_within(values, wanted, 1e-4 * float(weight.abs().max()))
+    largest = max(float(weight.abs().max()), float(wanted.abs().max()))
+    assert_within(values, wanted, rounding(n) * largest)
     dense = sparse.dequantize()
     assert torch.isfinite(dense).all()
     if dtype == torch.float32:
@@ -191,7 +200,7 @@ def test_refit_converges_to_the_least(settings: dict[str, Any]) -> None:
     start = costs(weight - values, metric)
     at_ten, converged = values.clone(), values.clone()
     refit(weight, at_ten, kept, metric.float())
-    refit(weight, converged, kept, metric.float(), iterations=500)
+    refit(weight, converged, kept, metric.float(), iterations=500, worthwhile=0)
     gradient = ((weight - converged).double() @ metric) * kept
     assert float(gradient.norm()) < 1e-5 * float(
         ((weight - values).double() @ metric * kept).norm()
@@ -199,7 +208,7 @@ def test_refit_converges_to_the_least(settings: dict[str, Any]) -> None:
     assert_within(converged, oracle.refit(weight, kept, metric), 1e-5)
     after, least = costs(weight - at_ten, metric), costs(weight - converged, metric)
     assert (after < start).all()
-    assert float(after.sum() / least.sum()) < 1.01
+    assert float(after.sum() / least.sum()) < 1.02
     assert not at_ten[~kept].any()
 
 
@@ -217,6 +226,19 @@ def test_refit_leaves_a_row_that_it_cannot_better() -> None:
     assert_same_bits(values[:3], before[:3])
     allowed = costs(weight - before, metric) * (1 + 1e-6)
     assert_within(costs(weight - values, metric), 0, allowed)
+
+
+def test_refit_leaves_a_row_whose_products_overflow() -> None:
+    weight, hessian = layer(6, 64, seed=3)
+    weight[2] = weight[2] / weight[2].abs().max() * 3e38
+    kept = (torch.arange(64) % 2 == 0).expand(6, 64)
+    values = torch.where(kept, weight, 0)
+    before = values.clone()
+    refit(weight, values, kept, 1e3 * damped(hessian).float())
+    assert_same_bits(values[2], before[2])
+    others = [0, 1, 3, 4, 5]
+    metric = damped(hessian)
+    assert (costs(weight - values, metric) < costs(weight - before, metric))[others].all()
 
 
 def test_refit_of_a_metric_that_is_none_changes_nothing() -> None:
@@ -366,6 +388,17 @@ def test_hessian_in_float64_and_numpy() -> None:
         prune(weight.numpy(), norms.numpy(), hessian=hessian.numpy()),
     ):
         assert_same_bits(one.values, other.values)
+
+
+def test_whatever_the_default_dtype() -> None:
+    weight, hessian = layer(16, 96, seed=29)
+    one = pruned(weight, hessian)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = pruned(weight, hessian)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_bits(one.values, other.values)
 
 
 def test_operands_are_left_as_they_were() -> None:
