@@ -83,6 +83,7 @@ class Blocks:
         if length < 1:
             raise ValueError(f"windows must have at least 1 token, not {length}.")
         self._layers = _one_list(model)
+        self._first = next(iter(self._layers.values()))  # the model's own, whatever is copied
         self._body = getattr(model, "base_model", model)
         self._embeddings: nn.Module = model.get_input_embeddings()
         self.layers: tuple[str, ...] = tuple(self._layers)
@@ -110,12 +111,12 @@ class Blocks:
             )
         body = partial(self._body, input_ids=ids.to(self._weight.device), use_cache=False)
         with evaluating(self._body):
-            return first_hidden(self.layers[0], self._layers[self.layers[0]], body)
+            return first_hidden(self.layers[0], self._first, body)
 
     def copied(self, index: int) -> tuple[Blocks, nn.Module]:
         """The same blocks with a copy of one layer in fp32, and that copy, free to be changed."""
         name = self.layers[index]
-        layer = copy.deepcopy(self._layers[name]).float()
+        layer = copy.deepcopy(self._layers[name]).float().requires_grad_(False)
         other = copy.copy(self)
         other._layers = {**self._layers, name: layer}
         other._calls = {**self._calls, name: self._calls[name].to(torch.float32)}

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nowag_ext.calibrate import collect_statistics
 from nowag_ext.feedback import check_device
@@ -22,19 +22,17 @@ from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import Given, VQSettings
 from nowag_ext.model import install, layer_report
-from nowag_ext.pipeline.blocks import Blocks, Group, Taps
+from nowag_ext.pipeline.blocks import Blocks, Group
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.stages import Stages
 from nowag_ext.pipeline.statistics import GroupStatistics
+from nowag_ext.pipeline.streams import CompressedStream, DenseStream, Stream
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.report import LayerReport, Progress
 from nowag_ext.resume import LayerStore, run_key
 
 # Activation norms serve to train codebooks and to check; for that few windows will do.
 _NORM_WINDOWS = 4
-
-# What of the dense stream is kept while its layer is worked on.
-_SEEN_BYTES = 1 << 30
 
 
 @ordinary_tensors
@@ -129,60 +127,6 @@ def _key(plan: Plan, windows: Tensor, codebook_scope: str) -> str:
     )
 
 
-class _Stream:
-    """Hidden states on their way through the model, and the blocks that they go through."""
-
-    blocks: Blocks
-
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden  # fp32 [windows, length, hidden_size]
-
-    def taps(self, index: int, window: int, group: Group) -> Taps:
-        """What a group reads and adds to (``Blocks.taps``) in one window."""
-        return self.blocks.taps(index, self.hidden[window, None], group)
-
-    def advance(self, index: int) -> None:
-        """Through one layer, window by window."""
-        for window in self.hidden.split(1):
-            window.copy_(self.blocks.run(index, window))
-
-
-class _DenseStream(_Stream):
-    """The stream through dense blocks, which change no more: one run of a window serves all groups.
-
-    What there is no room for is run again, group by group.
-    """
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__(hidden)
-        self._seen: dict[int, list[Taps]] = {}
-        self._outputs: dict[int, Tensor] = {}
-
-    def enter(self, index: int, groups: Sequence[Group]) -> None:
-        """Runs a layer on as many windows as there is room for."""
-        size = sum(
-            group.in_features + self.hidden.shape[2] * len(set(group.taps) - {None})
-            for group in groups
-        )
-        room = _SEEN_BYTES // (size * self.hidden.shape[1] * self.hidden.element_size())
-        self._groups = list(groups)
-        self._seen, self._outputs = {}, {}
-        for window in range(min(room, len(self.hidden))):
-            self._outputs[window], self._seen[window] = self.blocks.run_taps(
-                index, self.hidden[window, None], groups
-            )
-
-    def taps(self, index: int, window: int, group: Group) -> Taps:
-        if window not in self._seen:
-            return super().taps(index, window, group)
-        return self._seen[window][self._groups.index(group)]
-
-    def advance(self, index: int) -> None:
-        for window, hidden in enumerate(self.hidden.split(1)):
-            output = self._outputs.get(window)
-            hidden.copy_(self.blocks.run(index, hidden) if output is None else output)
-
-
 class _Run:
     """One way through the model, and what has come of it so far."""
 
@@ -208,27 +152,38 @@ class _Run:
         """Compresses every unit of the plan."""
         with self._stages("forwards"):
             hidden = self._blocks.embed(windows).float()
-        dense, compressed = _DenseStream(hidden), _Stream(hidden.clone())
+        dense, compressed = DenseStream(hidden), CompressedStream(hidden.clone())
         for index, name in enumerate(self._blocks.layers):
             dense.blocks, _ = self._blocks.copied(index)
             compressed.blocks, layer = self._blocks.copied(index)
             groups = dense.blocks.groups(index, dense.hidden[:1])
+            compressed.enter(index, groups, self._plan.units)
             with self._stages("forwards"):
                 dense.enter(index, groups)
             for group in groups:
                 units = {
                     name: self._plan.units[name] for name in group.names if name in self._plan.units
                 }
-                if units and not self._restore(name, layer, units):
+                if not units:
+                    continue
+                finished = self._finished(units)
+                if finished is None:
                     statistics = self._gather(index, group, dense, compressed)
-                    self._compress(name, layer, units, statistics)
+                    finished = self._compress(units, statistics)
+                else:
+                    with self._stages("forwards"):
+                        compressed.look(index, group)
+                for linear, packed in finished.items():
+                    local = linear.removeprefix(f"{name}.")
+                    weight = layer.get_parameter(f"{local}.weight")
+                    compressed.replace(linear, weight, packed.dequantize(weight.dtype))
             self._finish(name)
             with self._stages("forwards"):
                 for stream in (dense, compressed):
                     stream.advance(index)
 
     def _gather(
-        self, index: int, group: Group, dense: _Stream, compressed: _Stream
+        self, index: int, group: Group, dense: Stream, compressed: Stream
     ) -> GroupStatistics:
         statistics = GroupStatistics(group.in_features, dense.hidden.device)
         for window in range(len(dense.hidden)):
@@ -242,39 +197,36 @@ class _Run:
         return statistics
 
     def _compress(
-        self,
-        layer_name: str,
-        layer: nn.Module,
-        units: Mapping[str, Unit],
-        statistics: GroupStatistics,
-    ) -> None:
+        self, units: Mapping[str, Unit], statistics: GroupStatistics
+    ) -> dict[str, PackedWeight]:
         with self._stages("statistics"):
             hessian = statistics.hessian()
             weights = {name: unit.linear.weight.detach() for name, unit in units.items()}
             corrections = statistics.corrections(weights)
+        finished = {}
         for name, unit in units.items():
             given = Given(hessian, corrections.get(name), self._codebooks.of(name))
             began = time.perf_counter()
-            packed = self._compress_unit(name, unit, given)
+            finished[name] = self._compress_unit(name, unit, given)
             seconds = time.perf_counter() - began
             if self._store is not None:
-                self._store.put(name, self._key, packed, seconds)
-            self._take(layer_name, layer, name, packed, seconds)
+                self._store.put(name, self._key, finished[name], seconds)
+            self._report(name, finished[name], seconds)
+        return finished
 
-    def _restore(self, layer_name: str, layer: nn.Module, units: Mapping[str, Unit]) -> bool:
-        """Takes a group's weights from an interrupted run, if all of them are there."""
+    def _finished(self, units: Mapping[str, Unit]) -> dict[str, PackedWeight] | None:
+        """A group's weights from an interrupted run, if all of them are there."""
         if self._store is None:
-            return False
-        found = {
-            name: self._store.get(name, self._key, unit.settings, unit.linear.weight)
-            for name, unit in units.items()
-        }
-        stored = {name: one for name, one in found.items() if one is not None}
-        if len(stored) < len(units):
-            return False
+            return None
+        stored = {}
+        for name, unit in units.items():
+            one = self._store.get(name, self._key, unit.settings, unit.linear.weight)
+            if one is None:
+                return None
+            stored[name] = one
         for name, (packed, seconds) in stored.items():
-            self._take(layer_name, layer, name, packed, seconds, resumed=True)
-        return True
+            self._report(name, packed, seconds, resumed=True)
+        return {name: packed for name, (packed, _) in stored.items()}
 
     def _compress_unit(self, name: str, unit: Unit, given: Given) -> PackedWeight:
         size = unit.linear.weight.numel()
@@ -295,20 +247,10 @@ class _Run:
         if self._progress is not None:
             self._progress(name, self._done + more, self._total)
 
-    def _take(
-        self,
-        layer_name: str,
-        layer: nn.Module,
-        name: str,
-        packed: PackedWeight,
-        seconds: float,
-        *,
-        resumed: bool = False,
+    def _report(
+        self, name: str, packed: PackedWeight, seconds: float, *, resumed: bool = False
     ) -> None:
-        """A finished linear goes into the layer that the compressed stream runs through."""
         unit = self._plan.units[name]
-        weight = layer.get_parameter(f"{name.removeprefix(f'{layer_name}.')}.weight")
-        weight.copy_(packed.dequantize(weight.dtype))
         self.weights[name] = packed
         self.layers.append(layer_report(name, unit, packed, seconds, resumed=resumed))
         self._done += packed.shape[0] * packed.shape[1]
