@@ -9,9 +9,10 @@ is the process's, less what it held before, in copies of the weight.
 
 from __future__ import annotations
 
-import resource
+import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import harness
@@ -29,8 +30,11 @@ def seconds_of(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status(field: str) -> int:
+    """A size of this process that Linux keeps, in bytes: VmRSS now, VmHWM at most."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def measure(size: int, d: int, bits: int) -> dict[str, Any]:
@@ -46,9 +50,10 @@ def measure(size: int, d: int, bits: int) -> dict[str, Any]:
     codebook = torch.randn(2 ** (d * bits), d, generator=generator)
     shared = {"d": d, "bits": bits, "codebook": codebook / size**0.5}
     plain, nearest = seconds_of(lambda: vq_compress(weight, norms, **shared))
-    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+    before = status("VmRSS")
     whole, packed = seconds_of(lambda: vq_compress(weight, norms, **shared, hessian=hessian))
-    peak = (resident() - before) / weight.nbytes
+    peak = (status("VmHWM") - before) / weight.nbytes
     factor, points = seconds_of(lambda: shared_points(weight, hessian, d))
     assign, _ = seconds_of(lambda: points.assign(codebook))
     return {

@@ -21,8 +21,11 @@ from nowag_ext.vq import check_code
 
 SCOPES = ("model", "kind", "layer")
 
-# Weights to train a codebook on, rows of all layers: in fp32 a quarter of a gigabyte.
-_TRAINING_WEIGHTS = 1 << 26
+# Weights to train a codebook on, rows of all layers, and most iterations. More of both lowers the
+# error of the nearest entries, but hardly that which feedback and corrected targets leave: on
+# SmolLM2 half of the rows and 40 iterations end 2 % below an eighth of the rows and 12.
+_TRAINING_WEIGHTS = 1 << 25
+_TRAINING_ITERATIONS = 30
 
 # Windows whose Hessians entries are re-estimated under: the metric need not be exact.
 _WINDOWS = 8
@@ -89,7 +92,7 @@ class SharedCodebooks:
                 bits=settings.bits,
                 name=name,
                 share=min(1.0, _TRAINING_WEIGHTS / weights),
-                iters=settings.iters,
+                iters=min(settings.iters, _TRAINING_ITERATIONS),
                 init=settings.init,
                 seed=settings.seed,
                 progress=report,

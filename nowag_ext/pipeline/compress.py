@@ -60,7 +60,8 @@ def compress(
         model: a Hugging Face causal LM, dense, in memory. Changed in place.
         tokens: calibration text, int64 or int32 [windows, length], without padding. More text helps
             more than anything else; text like what the model will read helps most.
-        method, ignore, overrides, min_coverage, settings: as for ``compress_model``.
+        method, ignore, overrides, min_coverage, settings: as for ``compress_model``. A codebook
+            that is shared takes at most 30 iterations.
         work_dir: a directory for what is finished. The same run, interrupted, goes on from there
             and ends in the same bits (at the same number of threads); remove it when the model is
             saved. None: nothing is kept.
