@@ -20,6 +20,8 @@ from nowag_ext.normalize import half_norms, normalized_by
 # Columns that one call of the kernel settles: what lies before them comes in by a matrix product.
 _BLOCK_COLUMNS = 128
 
+_PART_ROWS = 256
+
 # Sums of a codebook's least squares have this many bits after the point, for a metric whose mean
 # diagonal is 1: with points of up to 2^10, 2^33 weights fit.
 _FRACTION_BITS = 18
@@ -60,7 +62,7 @@ class FeedbackPoints:
 
     def __init__(self, points: Tensor, hessian: Tensor, col_norms: Tensor, d: int) -> None:
         self.d = d
-        rows, inputs = points.shape
+        inputs = points.shape[1]
         positions = ops.code_positions(inputs, d)
         importance = hessian.diagonal().double() * col_norms.double().square()
         padded = torch.nn.functional.pad(importance, (0, positions * d - inputs))
@@ -71,9 +73,10 @@ class FeedbackPoints:
         self.damping = factor.damping
         self.added = factor.added
         self.upper = self._padded(factor.upper)
+        del factor
         self.mean = float(importance.mean())
-        self.points = points.new_zeros(rows, positions * d)
-        self.points[:, self._inside] = points[:, columns[self._inside]]
+        self.points = points[:, columns.clamp(max=inputs - 1)]
+        self.points[:, ~self._inside] = 0
         self.energy = energy(points, hessian, col_norms)
 
     def _padded(self, upper: Tensor) -> Tensor:
@@ -85,9 +88,14 @@ class FeedbackPoints:
         padded[inside[:, None], inside] = upper
         return padded
 
-    def assign(self, codebook: Tensor, sums: EntrySums | None = None) -> Assigned:
-        """Codes for a codebook, fp32 [K, d]; adds to ``sums`` what its next entries follow from."""
-        errors = self.points.clone()
+    def assign(
+        self, codebook: Tensor, sums: EntrySums | None = None, *, last: bool = False
+    ) -> Assigned:
+        """Codes for a codebook, fp32 [K, d]; adds to ``sums`` what its next entries follow from.
+
+        ``last`` says that the points are not needed again: it saves a copy of them.
+        """
+        errors = self.points if last else self.points.clone()
         rows, positions = len(errors), self.order.numel()
         codes = torch.empty(rows, positions, dtype=torch.int16, device=errors.device)
         scale = 1.0 if sums is None else sums.scale / self.mean
@@ -103,9 +111,10 @@ class FeedbackPoints:
                 scale, None if sums is None else sums.sums,
             )  # fmt: skip
             codes[:, here] = chosen.view(torch.int16)
-            total += float(carried.double().square().sum())
+            total += _squares(carried)
         # The damping belongs to the search, not to the error.
-        damped = self.added * float(errors[:, self._inside].double().square().sum())
+        errors[:, ~self._inside] = 0
+        damped = self.added * _squares(errors)
         error = max(0.0, total - damped)
         relative = error / self.energy if self.energy > 0 else 0.0
         return Assigned(codes.view(torch.uint16), relative)
@@ -116,6 +125,11 @@ def shared_points(weight: Tensor, hessian: Tensor, d: int) -> FeedbackPoints:
     _, row_norms, col_norms = ops.normalize(weight)
     norms = half_norms(row_norms / math.sqrt(weight.shape[1]), col_norms)
     return FeedbackPoints(normalized_by(weight, norms), hessian, norms[1].float(), d)
+
+
+def _squares(matrix: Tensor) -> float:
+    """The sum of squares in float64, a few rows at a time."""
+    return sum(float(rows.double().square().sum()) for rows in matrix.split(_PART_ROWS))
 
 
 class EntrySums:

@@ -28,6 +28,7 @@ _MOST_DOUBLINGS = 10
 
 # Rows, or columns, that a product takes at once: what it holds beside its operands is small.
 _PART_ROWS = 512
+_PART_ELEMENTS = 1 << 20
 _PART_COLUMNS = 512
 
 
@@ -64,7 +65,7 @@ def as_hessian(hessian: Any, in_features: int, device: torch.device) -> Tensor:
     if hessian.device != device:
         raise ValueError(f"hessian must be on W's device {device}, not on {hessian.device}.")
     hessian = hessian.detach().float()
-    if not torch.isfinite(hessian).all():
+    if not all(torch.isfinite(extreme) for extreme in hessian.aminmax()):  # NaN propagates
         bad = int((~torch.isfinite(hessian)).sum())
         raise ValueError(f"hessian must be finite, but {bad} of its elements are NaN or infinite.")
     diagonal = hessian.diagonal()
@@ -110,7 +111,7 @@ def corrected(weight: Tensor, extra: Any) -> Tensor:
             f"extra must have W's shape and device, {tuple(weight.shape)} on {weight.device}, "
             f"not {tuple(extra.shape)} on {extra.device}."
         )
-    if not torch.isfinite(extra).all():
+    if not all(torch.isfinite(extreme) for extreme in extra.aminmax()):  # NaN propagates
         bad = int((~torch.isfinite(extra)).sum())
         raise ValueError(f"extra must be finite, but {bad} of its elements are NaN or infinite.")
     return weight.float() + extra.detach().float()
@@ -131,25 +132,44 @@ def factorise(hessian: Tensor, scale: Tensor, order: Tensor, damping: float = DA
     """
     # Cholesky's factor is lower triangular; of the matrix in reverse order it is V in reverse.
     backwards = order.flip(0)
-    metric = hessian[backwards][:, backwards]
-    metric *= scale[backwards, None]
-    metric *= scale[backwards]
-    diagonal = metric.diagonal()
-    mean = float(diagonal.double().mean())
-    bare = diagonal.clone()
     for doublings in range(_MOST_DOUBLINGS):
+        metric = _gathered(hessian, scale, backwards)
+        diagonal = metric.diagonal()
+        mean = float(diagonal.double().mean())
         relative = damping * 2**doublings
-        diagonal.copy_(bare + relative * mean)
-        # LAPACK's matrices are column by column: the upper factor's transpose lies row by row.
-        upper, info = torch.linalg.cholesky_ex(metric, upper=True)
-        if int(info) == 0 and bool(torch.isfinite(upper.diagonal()).all()):
-            del metric, diagonal
-            return Factor(upper.mT.flip(0, 1).contiguous(), relative, relative * mean)
-        del upper
+        diagonal.add_(relative * mean)
+        # In place: LAPACK's matrices are column by column, and this one is symmetric.
+        columns = metric.mT
+        info = torch.empty((), dtype=torch.int32, device=metric.device)
+        torch.linalg.cholesky_ex(columns, upper=True, out=(columns, info))
+        if int(info) == 0 and bool(torch.isfinite(diagonal).all()):
+            _reverse(metric.view(-1))
+            return Factor(metric, relative, relative * mean)
     raise ValueError(
         "hessian must be positive semi-definite: it could not be factorised, even with "
         f"{relative:.3g} times the mean of its diagonal added."
     )
+
+
+def _gathered(hessian: Tensor, scale: Tensor, order: Tensor) -> Tensor:
+    """diag(scale) H diag(scale), rows and columns in an order, without another copy."""
+    metric = hessian[order]
+    for rows in metric.split(_PART_ROWS):
+        rows.copy_(rows[:, order])
+    metric *= scale[order, None]
+    metric *= scale[order]
+    return metric
+
+
+def _reverse(values: Tensor) -> None:
+    """The last of a vector's elements first, in place."""
+    count = len(values)
+    for first in range(0, count // 2, _PART_ELEMENTS):
+        end = min(first + _PART_ELEMENTS, count // 2)
+        front, back = values[first:end], values[count - end : count - first]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
 
 
 def energy(rows: Tensor, hessian: Tensor, scale: Tensor) -> float:

@@ -197,16 +197,19 @@ def vq_compress(
     elif codebook is not None:
         given = _given_codebook(codebook, 1 << code_bits, d, weight.device)
 
+    importance, wn = floored(normalized.importance), normalized.normalized
+
     def search(w: Tensor) -> Clustering:
-        points = Points([w], [floored(normalized.importance)], d)
+        points = Points([w], [importance], d)
         if given is not None:
             return points.finish(given, [])
         _check_count(points, 1 << code_bits, weight.shape)
         return _best_of(points, 1 << code_bits, iters, n_init, init, seed, progress)
 
     if hessian is None:
-        found = search(normalized.normalized if unit == 1 else normalized.normalized * unit)
+        found = search(wn if unit == 1 else wn * unit)
     else:
+        del normalized, wn  # as large as W each, and not needed for what follows
         found = _feed_back(normalized_by(weight, norms), hessian, norms[1], d, given, search)
     return VQWeight(
         ops.pack_codes(found.codes[0], code_bits),
@@ -254,15 +257,16 @@ def _feed_back(
     """
     layer = FeedbackPoints(points, hessian, col_norms.float(), d)
     if given is not None:
+        del points
         half = half_entries(given)
-        assigned = layer.assign(half.float())
+        assigned = layer.assign(half.float(), last=True)
         return Clustering([assigned.codes], half, assigned.relative_objective, [])
     first = search(points)
     sums = EntrySums(len(first.codebook), d, points.numel(), points.device)
     candidates = [(first.codebook, layer.assign(first.codebook.float(), sums))]
     again = sums.solve(first.codebook.float()).half()
     if torch.isfinite(again).all():
-        candidates.append((again, layer.assign(again.float())))
+        candidates.append((again, layer.assign(again.float(), last=True)))
     codebook, best = min(candidates, key=lambda candidate: candidate[1].relative_objective)
     return Clustering([best.codes], codebook, best.relative_objective, first.history)
 

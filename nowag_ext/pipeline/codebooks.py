@@ -134,7 +134,7 @@ class SharedCodebooks:
                     codebook = self._codebooks[self._names[linear]]
                     weight = units[linear].linear.weight.detach()
                     points = shared_points(weight, hessian, codebook.d)
-                    points.assign(codebook.entries.float(), sums[self._names[linear]])
+                    points.assign(codebook.entries.float(), sums[self._names[linear]], last=True)
         for name, codebook in self._codebooks.items():
             entries = sums[name].solve(codebook.entries.float()).half()
             if torch.isfinite(entries).all():
