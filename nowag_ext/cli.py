@@ -33,7 +33,7 @@ from nowag_ext.methods import LayerSettings
 from nowag_ext.model import compress_model
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
-from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table
+from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table, stages_text
 from nowag_ext.source import mixed_batches, open_dense_model, open_model, read_text
 from nowag_ext.version import __version__
 
@@ -217,6 +217,8 @@ def compress(
         shutil.rmtree(partial, ignore_errors=True)
     report = loaded.nowag_report
     _out.print(report_table(report))
+    if report.stages:
+        _out.print(stages_text(report), soft_wrap=True)
     if report.dead_inputs:
         layers = sum(layer.dead_inputs > 0 for layer in report.layers)
         _err.print(

@@ -104,7 +104,10 @@ Bits = Annotated[
     float | None,
     typer.Option(help="vq: bits per weight; d * bits is an integer up to 16 (default 2)."),
 ]
-Iters = Annotated[int | None, typer.Option(help="vq: most k-means iterations (default 100).")]
+Iters = Annotated[
+    int | None,
+    typer.Option(help="vq: most k-means iterations (default 100; a shared codebook takes 30)."),
+]
 NInit = Annotated[
     int | None, typer.Option(help="vq: starts, of which the best is kept (default 1).")
 ]

@@ -66,7 +66,10 @@ def report_table(report: ModelReport) -> Table:
         kind = layer.name.rpartition(".")[2] + _otherwise(layer, report)
         kinds.setdefault(kind, []).append(layer)
     rows = [_kind_row(kind, layers) for kind, layers in kinds.items()]
-    rows.append(_kind_row("all", report.layers))
+    shared = report.codebook_bytes
+    if shared:
+        rows.append(("shared codebooks", "", "", "", megabytes(shared), ""))
+    rows.append(_kind_row("all", report.layers, shared))
     columns = ("linears", "number", "relative objective", "bits/weight", "MB", "seconds")
     return table(f"{report.method}: {settings_text(report.settings)}", columns, rows)
 
@@ -79,9 +82,17 @@ def _otherwise(layer: LayerReport, report: ModelReport) -> str:
     return f" ({settings_text(other)})" if other else ""
 
 
-def _kind_row(kind: str, layers: Sequence[LayerReport]) -> tuple[str, ...]:
+def stages_text(report: ModelReport) -> str:
+    """Where the time of a run went, in one line; "" if it had no stages."""
+    if not report.stages:
+        return ""
+    parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
+    return f"{report.seconds:.1f} seconds in all: {parts}."
+
+
+def _kind_row(kind: str, layers: Sequence[LayerReport], shared: int = 0) -> tuple[str, ...]:
     weights = sum(layer.weights for layer in layers)
-    size = sum(layer.bytes for layer in layers)
+    size = sum(layer.bytes for layer in layers) + shared
     objective = sum(layer.relative_objective for layer in layers) / len(layers)
     seconds = sum(layer.seconds for layer in layers)
     return (

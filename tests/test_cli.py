@@ -138,6 +138,9 @@ def test_compress_block_by_block(work: Path, tmp_path: Path) -> None:
         assert torch.equal(stored.state_dict()[name], tensor), name
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["stages"]["forwards"] > 0
+    assert "seconds in all: activation norms" in one_line(result.output)
+    assert re.search(r"shared\s.*0\.0", result.output)
+    assert f"{report['bits_per_weight']:.3f}" in result.output
     assert not (tmp_path / "out.partial").exists()
 
 
