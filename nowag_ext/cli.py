@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 import signal
 import sys
 import warnings
@@ -34,6 +33,7 @@ from nowag_ext.model import compress_model
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
 from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table, stages_text
+from nowag_ext.resume import clear_store
 from nowag_ext.source import mixed_batches, open_dense_model, open_model, read_text
 from nowag_ext.version import __version__
 
@@ -214,7 +214,7 @@ def compress(
             compress_model(loaded, norms, method, left_dense, progress=progress, **common)
     save(loaded, tokenizer, output, overwrite=overwrite)
     if partial is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+        clear_store(partial)
     report = loaded.nowag_report
     _out.print(report_table(report))
     if report.stages:

@@ -20,7 +20,7 @@ from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import packed_linear
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.report import LayerReport, ModelReport, Progress
-from nowag_ext.resume import LayerStore, layer_key
+from nowag_ext.resume import LayerStore, layer_key, open_store
 from nowag_ext.version import __version__
 
 
@@ -69,8 +69,8 @@ def compress_model(
     plan = plan_compression(
         model, act_norms, (method, settings), ignore, overrides or {}, min_coverage
     )
-    store = None if work_dir is None else LayerStore(work_dir)
-    weights, layers = _compress(plan, store, progress)
+    with open_store(work_dir) as store:
+        weights, layers = _compress(plan, store, progress)
     install(model, plan, weights, layers, time.perf_counter() - start)
     return model
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +23,10 @@ from nowag_ext.files import atomic_file
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import METHODS, Settings
 from nowag_ext.version import __version__
+
+# What a store's files say they are, and the file that a run holds while it writes to the directory.
+_FORMAT = "nowag_ext finished layer"
+_LOCK = ".nowag_ext.lock"
 
 
 def layer_key(settings: Settings, weight: Tensor, act_norms: Tensor) -> str:
@@ -62,43 +68,110 @@ def run_key(settings: Mapping[str, Settings], weights: Mapping[str, Tensor], **r
     return digest.hexdigest()
 
 
+@contextmanager
+def open_store(directory: str | os.PathLike[str] | None) -> Iterator[LayerStore | None]:
+    """The store of a directory, which no other run writes to meanwhile; None for none.
+
+    Raises:
+        ValueError: another run has it open.
+        OSError: it cannot be made.
+    """
+    if directory is None:
+        yield None
+        return
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another run keeps its finished layers in {path}: wait for it, or choose another "
+            "directory."
+        ) from None
+    try:
+        yield LayerStore(path)
+    finally:
+        lock.release()
+
+
+def clear_store(directory: str | os.PathLike[str]) -> None:
+    """Removes what a store has written there, and the directory if nothing else is in it."""
+    path = Path(directory)
+    for file in path.glob("*.safetensors"):
+        if _metadata(file) is not None:
+            file.unlink()
+    (path / _LOCK).unlink(missing_ok=True)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of a file that a store has written, or None if it is none."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    return metadata if metadata.get("format") == _FORMAT else None
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class LayerStore:
     """A directory of finished layers, one safetensors file each, written whole or not at all.
 
-    A file counts only for the key it was written under: after a change of settings, weights or
-    calibration the layer is done again and the file replaced.
+    A file counts only for the key it was written under, and if its contents are what was written:
+    after a change of settings, weights or calibration, or damage, the layer is done again and the
+    file replaced. Other files in the directory are left alone.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
 
-    def put(self, name: str, key: str, weight: PackedWeight, seconds: float) -> None:
-        facts = {"weight": weight.facts(), "seconds": seconds}
-        metadata = {"key": key, "facts": json.dumps(facts)}
-        tensors = {part: tensor.cpu() for part, tensor in weight.tensors().items()}
+    def _write(self, name: str, key: str, tensors: dict[str, Tensor], facts: Any) -> None:
+        tensors = {part: tensor.cpu() for part, tensor in tensors.items()}
+        metadata = {
+            "format": _FORMAT, "key": key, "facts": json.dumps(facts),
+            "checksum": _checksum(tensors),
+        }  # fmt: skip
         with atomic_file(self._path(name)) as temporary:
             save_file(tensors, temporary, metadata)
 
+    def _read(self, name: str, key: str) -> tuple[dict[str, Any], Any] | None:
+        path = self._path(name)
+        metadata = _metadata(path)
+        if metadata is None or metadata.get("key") != key:
+            return None
+        with safe_open(path, framework="pt") as file:
+            tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
+        if _checksum(tensors) != metadata.get("checksum"):
+            return None
+        return tensors, json.loads(metadata["facts"])
+
+    def put(self, name: str, key: str, weight: PackedWeight, seconds: float) -> None:
+        """Keeps a finished layer, and how long it took."""
+        self._write(name, key, weight.tensors(), {"weight": weight.facts(), "seconds": seconds})
+
     def put_codebooks(self, key: str, codebooks: Mapping[str, Codebook]) -> None:
         """Keeps the codebooks that layers share."""
-        tensors = {name: codebook.entries.cpu() for name, codebook in codebooks.items()}
-        with atomic_file(self._path(OWNER)) as temporary:
-            save_file(tensors, temporary, {"key": key})
+        self._write(OWNER, key, {name: one.entries for name, one in codebooks.items()}, None)
 
     def get_codebooks(self, key: str, device: torch.device) -> dict[str, Codebook] | None:
         """The codebooks of this key, or None if they are to be trained."""
-        try:
-            with safe_open(self._path(OWNER), framework="pt") as file:
-                if (file.metadata() or {}).get("key") != key:
-                    return None
-                names = list(file.keys())
-                return {name: Codebook(file.get_tensor(name).to(device), name) for name in names}
-        except (FileNotFoundError, SafetensorError):
+        found = self._read(OWNER, key)
+        if found is None:
             return None
+        return {name: Codebook(entries.to(device), name) for name, entries in found[0].items()}
 
     def get(
         self, name: str, key: str, settings: Settings, like: Tensor
@@ -107,15 +180,10 @@ class LayerStore:
 
         ``like`` is the dense weight: its shape and device are the result's.
         """
-        try:
-            with safe_open(self._path(name), framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("key") != key:
-                    return None
-                tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
-        except (FileNotFoundError, SafetensorError):
+        found = self._read(name, key)
+        if found is None:
             return None
-        facts = json.loads(metadata["facts"])
+        tensors, facts = found
         weight = METHODS[settings.method].weight(
             **tensors, **facts["weight"], shape=(like.shape[0], like.shape[1])
         )

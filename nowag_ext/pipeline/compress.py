@@ -29,7 +29,7 @@ from nowag_ext.pipeline.statistics import GroupStatistics
 from nowag_ext.pipeline.streams import CompressedStream, DenseStream, Stream
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.report import LayerReport, Progress
-from nowag_ext.resume import LayerStore, run_key
+from nowag_ext.resume import LayerStore, open_store, run_key
 
 # Activation norms serve to train codebooks and to check; for that few windows will do.
 _NORM_WINDOWS = 4
@@ -93,16 +93,16 @@ def compress(
         if isinstance(unit.settings, VQSettings):
             check_device(unit.linear.weight.device)
     codebooks.assign(plan.units)
-    store = None if work_dir is None else LayerStore(work_dir)
-    key = "" if store is None else _key(plan, windows, codebook_scope)
-    if not codebooks.load(store, key, windows.device):
-        with stages("codebooks"):
-            codebooks.train(plan.units, progress)
-        with stages("re-estimation"):
-            codebooks.re_estimate(plan.units, blocks, windows, progress)
-        codebooks.save(store, key)
-    run = _Run(plan, blocks, codebooks, stages, progress, store, key)
-    run.through(windows)
+    with open_store(work_dir) as store:
+        key = "" if store is None else _key(plan, windows, codebook_scope)
+        if not codebooks.load(store, key, windows.device):
+            with stages("codebooks"):
+                codebooks.train(plan.units, progress)
+            with stages("re-estimation"):
+                codebooks.re_estimate(plan.units, blocks, windows, progress)
+            codebooks.save(store, key)
+        run = _Run(plan, blocks, codebooks, stages, progress, store, key)
+        run.through(windows)
     seconds = time.perf_counter() - start
     install(model, plan, run.weights, run.layers, seconds, stages.seconds)
     return model
