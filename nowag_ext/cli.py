@@ -43,8 +43,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compresses the linear layers of causal language models by NoWag, and runs the result.",
 )
-_out = Console(highlight=False)
-_err = Console(stderr=True, highlight=False)
+# Names of files, layers and models are printed as they are, brackets and all.
+_out = Console(highlight=False, markup=False)
+_err = Console(stderr=True, highlight=False, markup=False)
 _shown = {"traceback": False}
 
 # Windows of calibration text that each recipe reads unless told otherwise.
@@ -89,7 +90,7 @@ def _reported(command: Command) -> Command:
         except Exception as error:
             if _shown["traceback"]:
                 raise
-            _err.print(f"Error: {_one_sentence(error)}", markup=False, soft_wrap=True)
+            _err.print(f"Error: {_one_sentence(error)}", soft_wrap=True)
             raise typer.Exit(1) from None
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -334,7 +335,7 @@ def generate(
     loaded, tokenizer = open_model(model, dtype)
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     run = generate_text(loaded, tokenizer, ids, max_new_tokens=max_new_tokens)
-    _out.print(run.text, markup=False, soft_wrap=True)
+    _out.print(run.text, soft_wrap=True)
     _err.print(
         f"{run.tokens} tokens in {run.seconds:.2f} s: {run.tokens_per_second:.1f} tokens/s, "
         f"reading the {ids.shape[1]} of the prompt included; {dtype_name(loaded.dtype)}",
@@ -350,6 +351,6 @@ def env() -> None:
     for part in environment_tables(environment):
         _out.print(part)
     for sentence in environment.missing:
-        _out.print(f"- {sentence}", markup=False, soft_wrap=True)
+        _out.print(f"- {sentence}", soft_wrap=True)
     if not environment.missing:
         _out.print("Nothing is missing.")

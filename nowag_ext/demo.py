@@ -316,7 +316,7 @@ def _show(result: DemoResult, output: Path, out: Console) -> None:
         soft_wrap=True,
     )
     for row in result.rows:
-        out.print(f"\n[bold]{row.name}[/bold]", highlight=False)
+        out.print(f"\n{row.name}", style="bold", highlight=False)
         out.print(row.sample.strip(), markup=False, soft_wrap=True)
     out.print(
         f"\n{result.seconds:.0f} s in all. Checkpoints and {RESULT_FILE} are in {output}: "

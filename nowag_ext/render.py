@@ -28,7 +28,7 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     The bar vanishes when the block ends; where the console is no terminal nothing is drawn.
     """
     bar = Bars(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),

@@ -292,6 +292,22 @@ def test_compress_does_not_overwrite_unasked(work: Path, tmp_path: Path) -> None
                "--act-norms", work / "stats.safetensors", "--method", "prune")  # fmt: skip
 
 
+def test_names_are_printed_as_they_are(work: Path, tmp_path: Path) -> None:
+    """Square brackets are markup to rich, and a name of theirs was once an error at the end."""
+    output = tmp_path / "[/oops] [bold]out"
+    result = run("compress", work / "model", "-o", output, "--method", "prune",
+                 "--act-norms", work / "stats.safetensors")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "[/oops] [bold]out" in one_line(result.stdout)
+    statistics = tmp_path / "[red]stats[/nothing]"
+    result = run("calibrate", work / "model", "--text", work / "text.txt", "-o", statistics,
+                 "--length", 64, "--samples", 1)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "[red]stats[/nothing]" in one_line(result.stdout).replace(" ", "")
+    fails_with(r"there is no text file .*\[/x\]",
+               "eval", output, "--text", tmp_path / "[/x]")  # fmt: skip
+
+
 def test_traceback_on_request(work: Path) -> None:
     result = run("--traceback", "eval", work / "model", "--text", work / "missing")
     assert isinstance(result.exception, FileNotFoundError)
