@@ -214,8 +214,8 @@ float merge(const float* columns, int64_t entries, int64_t begin, int64_t end, c
 }
 
 template <int D>
-void rotate_to(const float* x, int64_t stride, int64_t points, int64_t columns,
-               const float* factor, int64_t factor_stride, float* y) {
+void rotate_to(const float* x, int64_t stride, int64_t points, int64_t columns, const float* factor,
+               int64_t factor_stride, float* y) {
     for (int64_t i = 0; i < points; i += Lanes::kWidth) {
         Float sum[D];
         for (int j = 0; j < D; ++j) sum[j] = Lanes::load(y + j * stride + i);
