@@ -48,6 +48,9 @@ _out = Console(highlight=False, markup=False)
 _err = Console(stderr=True, highlight=False, markup=False)
 _shown = {"traceback": False}
 
+# For each input of a layer; its Hessian follows the text by chance if there are fewer.
+_FEW_TOKENS = 8
+
 # Windows of calibration text that each recipe reads unless told otherwise.
 _SAMPLES = {"feedback": 16, "paper": 128}
 
@@ -220,6 +223,13 @@ def compress(
     _out.print(report_table(report))
     if report.stages:
         _out.print(stages_text(report), soft_wrap=True)
+    if 0 < report.tokens_per_input < _FEW_TOKENS:
+        _err.print(
+            f"The calibration text has {report.calibration_tokens} tokens, "
+            f"{report.tokens_per_input:.1f} for each input of the widest layer: with {_FEW_TOKENS} "
+            "or more the model will be better on text that it was not calibrated on.",
+            soft_wrap=True,
+        )
     if report.dead_inputs:
         layers = sum(layer.dead_inputs > 0 for layer in report.layers)
         _err.print(

@@ -82,6 +82,7 @@ def install(
     layers: Sequence[LayerReport],
     seconds: float,
     stages: Mapping[str, float] | None = None,
+    calibration_tokens: int = 0,
 ) -> None:
     """Puts the compressed weights of a plan into the model, and says so in config and report."""
     report = ModelReport(
@@ -93,6 +94,7 @@ def install(
         not_reached=plan.not_reached,
         seconds=seconds,
         stages=dict(stages or {}),
+        calibration_tokens=calibration_tokens,
         versions={
             "nowag_ext": __version__,
             "torch": str(torch.__version__),

@@ -65,6 +65,7 @@ class ModelReport:
         versions: of nowag_ext, torch and transformers.
         codebook_bytes: of the codebooks that layers share.
         stages: seconds by what was done, where the run goes through several.
+        calibration_tokens: that Hessians are means over; 0 where there are none.
     """
 
     method: str
@@ -77,6 +78,7 @@ class ModelReport:
     versions: dict[str, str]
     codebook_bytes: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    calibration_tokens: int = 0
 
     @property
     def compressed_weights(self) -> int:
@@ -100,6 +102,11 @@ class ModelReport:
     def mean_relative_objective(self) -> float:
         """Mean over the layers, each counting once."""
         return sum(layer.relative_objective for layer in self.layers) / len(self.layers)
+
+    @property
+    def tokens_per_input(self) -> float:
+        """Calibration tokens for each input of the widest layer: its Hessian's rank is no more."""
+        return self.calibration_tokens / max(layer.in_features for layer in self.layers)
 
     @property
     def dead_inputs(self) -> int:

@@ -139,6 +139,8 @@ def test_compress_block_by_block(work: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["stages"]["forwards"] > 0
     assert "seconds in all: activation norms" in one_line(result.output)
+    assert report["calibration_tokens"] == 6 * 64
+    assert "384 tokens, 4.0 for each input of the widest layer" in one_line(result.stderr)
     assert re.search(r"shared\s.*0\.0", result.output)
     assert f"{report['bits_per_weight']:.3f}" in result.output
     assert not (tmp_path / "out.partial").exists()
@@ -149,6 +151,7 @@ def test_codebook_a_layer(work: Path, tmp_path: Path) -> None:
                  "--text", work / "text.txt", "--codebook-scope", "layer")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "16 were asked for" not in result.stderr
+    assert "tokens, " not in result.stderr  # 1024, more than 8 for each of 96 inputs
     assert not hasattr(nowag_ext.load(tmp_path / "out").model, "nowag_codebooks")
 
 

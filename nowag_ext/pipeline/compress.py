@@ -104,7 +104,7 @@ def compress(
         run = _Run(plan, blocks, codebooks, stages, progress, store, key)
         run.through(windows)
     seconds = time.perf_counter() - start
-    install(model, plan, run.weights, run.layers, seconds, stages.seconds)
+    install(model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel())
     return model
 
 
