@@ -231,7 +231,7 @@ def collect_statistics(
     try:
         model.eval()
         for batch in token_batches:
-            ids, mask = _checked_batch(model, batch)
+            ids, mask = checked_batch(model, batch)
             gatherer.mask = None if mask is None or bool(mask.all()) else mask.bool()
             body(input_ids=ids, attention_mask=mask, use_cache=False)
             done += 1
@@ -257,7 +257,7 @@ def calibrate(
     return collect_statistics(model, token_batches, progress=progress).act_norms()
 
 
-def _checked_batch(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
+def checked_batch(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
     """input_ids and attention_mask on the device of the model's embeddings."""
     mapping = isinstance(batch, Mapping)
     ids = batch["input_ids"] if isinstance(batch, Mapping) else batch

@@ -65,6 +65,10 @@ class FeedbackPoints:
         inputs = points.shape[1]
         positions = ops.code_positions(inputs, d)
         importance = hessian.diagonal().double() * col_norms.double().square()
+        # By a power of two, which changes no bit, to where float32 neither vanishes nor overflows.
+        mean = float(importance.mean())
+        unit = 2.0 ** -round(math.log2(mean) / 2) if mean > 0 else 1.0
+        col_norms, importance = col_norms * unit, importance * unit**2
         padded = torch.nn.functional.pad(importance, (0, positions * d - inputs))
         self.order = torch.argsort(padded.view(positions, d).sum(1), descending=True, stable=True)
         columns = (self.order[:, None] * d + torch.arange(d, device=points.device)).flatten()

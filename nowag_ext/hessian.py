@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from nowag_ext.normalize import as_tensor
 
 # Added to the diagonal, relative to its mean, before factorising; 0.03 to 0.3 end alike.
 DAMPING = 0.1
@@ -49,12 +50,7 @@ class Factor:
 
 def as_hessian(hessian: Any, in_features: int, device: torch.device) -> Tensor:
     """E[x x^T] of a layer's inputs as fp32 [in_features, in_features]; raises if it is unfit."""
-    if isinstance(hessian, np.ndarray):
-        hessian = torch.from_numpy(np.ascontiguousarray(hessian))
-    if not isinstance(hessian, Tensor):
-        raise TypeError(
-            f"hessian must be a torch.Tensor or a numpy.ndarray, not {type(hessian).__name__}."
-        )
+    hessian = as_tensor(hessian, "hessian")
     if hessian.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"hessian must be of dtype float32 or float64, not {hessian.dtype}.")
     if tuple(hessian.shape) != (in_features, in_features):
@@ -101,11 +97,9 @@ def corrected(weight: Tensor, extra: Any) -> Tensor:
     """
     if extra is None:
         return weight.float()
-    if isinstance(extra, np.ndarray):
-        extra = torch.from_numpy(np.ascontiguousarray(extra))
-    if not isinstance(extra, Tensor) or not extra.is_floating_point():
-        kind = extra.dtype if isinstance(extra, Tensor) else type(extra).__name__
-        raise TypeError(f"extra must be a floating-point tensor or array, not {kind}.")
+    extra = as_tensor(extra, "extra")
+    if not extra.is_floating_point():
+        raise TypeError(f"extra must be a floating-point tensor or array, not {extra.dtype}.")
     if extra.shape != weight.shape or extra.device != weight.device:
         raise ValueError(
             f"extra must have W's shape and device, {tuple(weight.shape)} on {weight.device}, "

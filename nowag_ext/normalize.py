@@ -34,16 +34,22 @@ class NormalizedWeight:
     importance: Tensor
 
 
+def as_tensor(value: Any, name: str) -> Tensor:
+    """An operand that may be a NumPy array as a tensor; raises TypeError for anything else."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(np.ascontiguousarray(value))
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{name} must be a torch.Tensor or a numpy.ndarray, not {type(value).__name__}."
+        )
+    return value
+
+
 def as_weight(weight: Any) -> Tensor:
     """A torch or NumPy matrix as a tensor, its dtype unchanged; raises if it is unfit."""
-    if isinstance(weight, np.ndarray):
-        if weight.dtype not in _NUMPY_DTYPES:
-            raise TypeError(f"W must be float32 or float16 in NumPy, not {weight.dtype}.")
-        weight = torch.from_numpy(np.ascontiguousarray(weight))
-    if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"W must be a torch.Tensor or a numpy.ndarray, not {type(weight).__name__}."
-        )
+    if isinstance(weight, np.ndarray) and weight.dtype not in _NUMPY_DTYPES:
+        raise TypeError(f"W must be float32 or float16 in NumPy, not {weight.dtype}.")
+    weight = as_tensor(weight, "W")
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"W must be float32, float16 or bfloat16, not {weight.dtype}.")
     if weight.dim() != 2 or weight.numel() == 0:
@@ -56,12 +62,7 @@ def as_weight(weight: Any) -> Tensor:
 
 def as_importance(act_norms: Any, in_features: int, device: torch.device) -> Tensor:
     """h = act_norms^2 / mean(act_norms^2), fp32 [in_features]; raises if act_norms are unfit."""
-    if isinstance(act_norms, np.ndarray):
-        act_norms = torch.from_numpy(np.ascontiguousarray(act_norms))
-    if not isinstance(act_norms, Tensor):
-        raise TypeError(
-            f"act_norms must be a torch.Tensor or a numpy.ndarray, not {type(act_norms).__name__}."
-        )
+    act_norms = as_tensor(act_norms, "act_norms")
     if not act_norms.is_floating_point():
         raise TypeError(f"act_norms must be of a floating-point dtype, not {act_norms.dtype}.")
     if tuple(act_norms.shape) != (in_features,):

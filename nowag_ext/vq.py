@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from nowag_ext.feedback import EntrySums, FeedbackPoints, check_device
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.hessian import as_hessian, corrected
 from nowag_ext.kmeans import Clustering, Points, half_entries
-from nowag_ext.normalize import as_weight, half_norms, normalize_weight, normalized_by
+from nowag_ext.normalize import as_tensor, as_weight, half_norms, normalize_weight, normalized_by
 
 Progress = Callable[[int, int, float], None]
 
@@ -319,12 +318,7 @@ def check_iterations(iters: int, n_init: int, init: str, seed: int) -> None:
 
 def _given_codebook(codebook: Any, entries: int, d: int, device: torch.device) -> Tensor:
     """A user's codebook as fp32 [entries, d]; raises if it is unfit."""
-    if isinstance(codebook, np.ndarray):
-        codebook = torch.from_numpy(np.ascontiguousarray(codebook))
-    if not isinstance(codebook, Tensor):
-        raise TypeError(
-            f"codebook must be a torch.Tensor or a numpy.ndarray, not {type(codebook).__name__}."
-        )
+    codebook = as_tensor(codebook, "codebook")
     if not codebook.is_floating_point():
         raise TypeError(f"codebook must be of a floating-point dtype, not {codebook.dtype}.")
     if tuple(codebook.shape) != (entries, d):

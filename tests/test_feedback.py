@@ -102,6 +102,17 @@ def test_given_and_shared_codebooks_are_kept() -> None:
     assert taken.relative_objective == pytest.approx(own.relative_objective, rel=0.05)
 
 
+@pytest.mark.parametrize("exponent", [-90, -30, 90])
+def test_a_factor_of_the_hessian_does_not_matter(exponent: int) -> None:
+    weight, act_norms, hessian = layer(32, 26)
+    one, other = (
+        vq_compress(weight, act_norms, d=3, bits=2, iters=5, hessian=h)
+        for h in (hessian, hessian * 2.0**exponent)
+    )
+    assert_same_bits(other.codes, one.codes)
+    assert other.relative_objective == pytest.approx(one.relative_objective, rel=1e-6)
+
+
 def test_correction_moves_the_target() -> None:
     weight, act_norms, hessian = layer(32, 24)
     extra = 0.3 * torch.randn(32, 24)

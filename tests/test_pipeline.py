@@ -196,10 +196,19 @@ def test_progress_ends_where_all_is_done() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
-        ({"tokens": [1, 2]}, TypeError, "tokens must be a tensor of int64 or int32, not list"),
+        ({"tokens": [1, 2]}, TypeError, "token batch must be a tensor of int64 or int32, not list"),
         ({"tokens": torch.zeros(4)}, TypeError, "not torch.float32"),
-        ({"tokens": torch.zeros(4, dtype=torch.int64)}, ValueError, r"\[windows, length\]"),
+        (
+            {"tokens": torch.zeros(4, dtype=torch.int64)},
+            ValueError,
+            r"must have shape \[batch, tokens\]",
+        ),
         ({"tokens": torch.full((1, 8), VOCABULARY)}, ValueError, "token ids must be in"),
+        (
+            {"tokens": torch.cat([windows(), torch.full((1, 32), -1)])},
+            ValueError,
+            "token ids must be in .*but the batch holds -1",
+        ),
         ({"codebook_scope": "world"}, ValueError, "codebook_scope must be one of model, kind"),
         ({"bits": 1.3}, ValueError, r"d \* bits must be an integer"),
         ({"method": "prune"}, TypeError, "method 'prune' has no setting"),
@@ -212,6 +221,10 @@ def test_refusals_come_first(
     model = tiny_model()
     before = parameters(model)
     arguments: dict[str, Any] = {"tokens": windows(), **SETTINGS, **changes}
+    calls: list[Any] = []
     with pytest.raises(error, match=sentence):
-        compress(model, arguments.pop("tokens"), **arguments)
+        compress(
+            model, arguments.pop("tokens"), progress=lambda *call: calls.append(call), **arguments
+        )
     assert_unchanged(model, before)
+    assert not calls, "work had begun"

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nowag_ext.calibrate import collect_statistics
+from nowag_ext.calibrate import checked_batch, collect_statistics
+from nowag_ext.decoder import decoder_linears
 from nowag_ext.feedback import check_device
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.linear import PackedWeight
@@ -79,21 +80,28 @@ def compress(
     """
     start = time.perf_counter()
     stages = Stages()
-    windows = check_tokens(tokens)
     codebooks = SharedCodebooks(codebook_scope)
-    blocks = Blocks(model, windows.shape[1])
-    with stages("activation norms"):
-        first = list(windows[:_NORM_WINDOWS, None])
-        norms = collect_statistics(model, first, progress=progress).act_norms()
-    plan = plan_compression(
-        model, norms, (method, settings), ignore, overrides or {}, min_coverage,
-        shared_codebooks=codebook_scope != "layer",
-    )  # fmt: skip
+
+    def plan_with(norms: Mapping[str, Tensor]) -> Plan:
+        return plan_compression(
+            model, norms, (method, settings), ignore, overrides or {}, min_coverage,
+            shared_codebooks=codebook_scope != "layer",
+        )  # fmt: skip
+
+    # Everything that is not of the norms is found out before they are measured.
+    linears = decoder_linears(model).items()
+    plan = plan_with({name: torch.ones(linear.in_features) for name, linear in linears})
     for unit in plan.units.values():
         if isinstance(unit.settings, VQSettings):
             check_device(unit.linear.weight.device)
-    codebooks.assign(plan.units)
+    windows, _ = checked_batch(model, tokens)
+    blocks = Blocks(model, windows.shape[1])
     with open_store(work_dir) as store:
+        with stages("activation norms"):
+            first = list(windows[:_NORM_WINDOWS, None])
+            norms = collect_statistics(model, first, progress=progress).act_norms()
+        plan = plan_with(norms)
+        codebooks.assign(plan.units)
         key = "" if store is None else _key(plan, windows, codebook_scope)
         if not codebooks.load(store, key, windows.device):
             with stages("codebooks"):
@@ -106,16 +114,6 @@ def compress(
     seconds = time.perf_counter() - start
     install(model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel())
     return model
-
-
-def check_tokens(tokens: Any) -> Tensor:
-    """Calibration windows [windows, length]; raises if they are unfit."""
-    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
-        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens must be a tensor of int64 or int32, not {kind}.")
-    if tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(f"tokens must have shape [windows, length], not {tuple(tokens.shape)}.")
-    return tokens
 
 
 def _key(plan: Plan, windows: Tensor, codebook_scope: str) -> str:
