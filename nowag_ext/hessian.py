@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,9 +98,11 @@ def corrected(weight: Tensor, extra: Any) -> Tensor:
     """
     if extra is None:
         return weight.float()
-    extra = as_tensor(extra, "extra")
-    if not extra.is_floating_point():
-        raise TypeError(f"extra must be a floating-point tensor or array, not {extra.dtype}.")
+    if isinstance(extra, np.ndarray):
+        extra = torch.from_numpy(np.ascontiguousarray(extra))
+    if not isinstance(extra, Tensor) or not extra.is_floating_point():
+        kind = extra.dtype if isinstance(extra, Tensor) else type(extra).__name__
+        raise TypeError(f"extra must be a floating-point tensor or array, not {kind}.")
     if extra.shape != weight.shape or extra.device != weight.device:
         raise ValueError(
             f"extra must have W's shape and device, {tuple(weight.shape)} on {weight.device}, "
