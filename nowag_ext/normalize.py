@@ -134,6 +134,6 @@ def half_norms(row_norms: Tensor, col_norms: Tensor) -> tuple[Tensor, Tensor]:
 def normalized_by(weight: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
     """Wn of these very norms, so that nothing is lost to their rounding; 0 where one is 0."""
     row_norms, col_norms = (norm.float() for norm in norms)
-    points = weight.float() / col_norms
+    points = weight.float().contiguous() / col_norms
     points /= row_norms[:, None]
     return points.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)

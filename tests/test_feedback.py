@@ -113,6 +113,18 @@ def test_a_factor_of_the_hessian_does_not_matter(exponent: int) -> None:
     assert other.relative_objective == pytest.approx(one.relative_objective, rel=1e-6)
 
 
+def test_strides_do_not_matter() -> None:
+    weight, act_norms, hessian = layer(32, 26)
+    wanted = vq_compress(weight, act_norms, d=3, bits=2, iters=5, hessian=hessian)
+    wide = torch.zeros(52, 52)
+    wide[::2, ::2] = hessian
+    got = vq_compress(
+        weight.T.contiguous().T, act_norms, d=3, bits=2, iters=5, hessian=wide[::2, ::2]
+    )
+    assert_same_bits(got.codes, wanted.codes)
+    assert_same_bits(got.codebook, wanted.codebook)
+
+
 def test_correction_moves_the_target() -> None:
     weight, act_norms, hessian = layer(32, 24)
     extra = 0.3 * torch.randn(32, 24)

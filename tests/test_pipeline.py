@@ -118,6 +118,24 @@ def test_same_again() -> None:
         assert_same_bits(one, two, name)
 
 
+@pytest.mark.parametrize("method", ["vq", "prune"])
+def test_default_dtype_and_grad_mode_do_not_matter(method: str) -> None:
+    settings = SETTINGS if method == "vq" else {"pattern": "2:4"}
+    wanted, model = tiny_model(), tiny_model()
+    compress(wanted, windows(), method, **settings)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.inference_mode():
+            compress(model, windows(), method, **settings)
+    finally:
+        torch.set_default_dtype(before)
+    for (name, one), two in zip(
+        model.state_dict().items(), wanted.state_dict().values(), strict=True
+    ):
+        assert_same_bits(one, two, name)
+
+
 def test_half_precision_models_go_through_in_float32() -> None:
     """The same weights in bf16 and fp32 end alike: nothing but norms and heads differ."""
     rounded = tiny_model().bfloat16()

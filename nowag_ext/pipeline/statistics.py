@@ -24,7 +24,8 @@ class GroupStatistics:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
-        self._upper = torch.zeros(in_features, in_features, device=device)  # of sum x~ x~^T
+        # Right of the diagonal and on it: sum x~ x~^T.
+        self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._drift: Tensor | None = None  # sum of x~ (x - x~)^T, where a linear needs it
         self._lacks: dict[str, Tensor] = {}  # sum of x~ D^T by linear, where it is added up
         self._paired = True
