@@ -29,17 +29,25 @@ find_package(CUDAToolkit 12 REQUIRED)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 
-pybind11_add_module(_cuda NO_EXTRAS csrc/bindings/cuda_module.cpp ${NOWAG_CUDA_SOURCES})
-target_include_directories(_cuda PRIVATE csrc/include csrc)
-target_link_libraries(_cuda PRIVATE CUDA::cudart_static)
-set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CXX)
+# As for the CPU: the kernels' objects know no Python.
+add_library(cuda_settings INTERFACE)
+target_include_directories(cuda_settings INTERFACE csrc/include csrc)
+target_link_libraries(cuda_settings INTERFACE CUDA::cudart_static)
 # --fmad=false: only the fused multiply-adds that a header asks for (include/nowag/kmeans.h).
-target_compile_options(_cuda PRIVATE
+target_compile_options(cuda_settings INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra -Wshadow -fvisibility=hidden>
   $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false -Xcompiler=-Wall,-Wextra,-fvisibility=hidden>)
 if(NOWAG_WERROR)
-  target_compile_options(_cuda PRIVATE
+  target_compile_options(cuda_settings INTERFACE
     $<$<COMPILE_LANGUAGE:CXX>:-Werror> $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
 endif()
+
+add_library(cuda_kernels OBJECT ${NOWAG_CUDA_SOURCES})
+target_link_libraries(cuda_kernels PRIVATE cuda_settings)
+set_target_properties(cuda_kernels PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+
+pybind11_add_module(_cuda NO_EXTRAS csrc/bindings/cuda_module.cpp)
+target_link_libraries(_cuda PRIVATE cuda_settings cuda_kernels)
+set_target_properties(_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static LINKER_LANGUAGE CXX)
 
 install(TARGETS _cuda LIBRARY DESTINATION .)
