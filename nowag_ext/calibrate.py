@@ -172,13 +172,7 @@ class _Gatherer:
             if last is inputs and version == inputs._version:
                 return squares, tokens
         rows = self._counted_rows(name, inputs)
-        squares = _column_squares(rows)
-        if not torch.isfinite(squares).all():
-            raise ValueError(
-                f"the inputs of {name} must be finite, but input "
-                f"{int((~torch.isfinite(squares)).nonzero()[0])} is NaN or infinite on this text: "
-                "run the model in bfloat16 or float32."
-            )
+        squares = column_squares(name, rows)
         self._sums = (inputs, inputs._version, squares, len(rows))
         return squares, len(rows)
 
@@ -195,11 +189,23 @@ class _Gatherer:
         return rows[self.mask.to(rows.device).reshape(-1)]
 
 
-def _column_squares(rows: Tensor) -> Tensor:
-    """Sums of squares down the columns, float64; in pieces whose float64 copies stay in cache."""
+def column_squares(name: str, rows: Tensor) -> Tensor:
+    """Sums of squares, float64 [in_features], of what the linear ``name`` reads.
+
+    In pieces whose float64 copies stay in cache.
+
+    Raises:
+        ValueError: rows [tokens, in_features] holds a NaN or an infinity.
+    """
     squares = rows.new_zeros(rows.shape[1], dtype=torch.float64)
     for piece in rows.split(max(1, _PIECE_ELEMENTS // rows.shape[1])):
         squares += piece.double().square().sum(0)
+    if not torch.isfinite(squares).all():
+        raise ValueError(
+            f"the inputs of {name} must be finite, but input "
+            f"{int((~torch.isfinite(squares)).nonzero()[0])} is NaN or infinite on this text: "
+            "run the model in bfloat16 or float32."
+        )
     return squares
 
 

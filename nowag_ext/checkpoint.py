@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nowag_ext.files import atomic_directory, check_vacant, require_space
 from nowag_ext.integrations.transformers import QUANT_METHOD, replace_by_dense
 from nowag_ext.methods import METHODS
+from nowag_ext.offload import layers_on_disk
 from nowag_ext.report import ModelReport, settings_text
 
 REPORT_FILE = "report.json"
@@ -49,12 +50,20 @@ def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:
 
 
 def load_dense_model(
-    path_or_id: str | os.PathLike[str], dtype: torch.dtype | str = "auto", **kwargs: Any
+    path_or_id: str | os.PathLike[str],
+    dtype: torch.dtype | str = "auto",
+    *,
+    offload_folder: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
 ) -> tuple[Any, Any]:
     """A dense model, in eval mode, and its tokenizer: from a directory, the hub or a .gguf file.
 
     A GGUF file's weights are dequantised to ``dtype`` ("auto": float32), and the model is an
     ordinary one. The tokenizer is None where there is none.
+
+    With an ``offload_folder`` the decoder layers stay on disk, and are read when they are needed
+    (offload.py): from the checkpoint itself, or, where transformers converts its tensors, from that
+    directory, which must outlive the model. Those of a GGUF file are in memory all the same.
 
     Raises:
         OSError: nothing is found under that name.
@@ -65,6 +74,13 @@ def load_dense_model(
     if path.suffix == ".gguf":
         return _load_gguf(path, torch.float32 if dtype == "auto" else dtype, kwargs)
     _check_config(path_or_id)
+    if offload_folder is not None:
+        config = AutoConfig.from_pretrained(path_or_id)
+        with torch.device("meta"):
+            shape = AutoModelForCausalLM.from_config(config)
+        kwargs = {
+            "device_map": layers_on_disk(shape), "offload_folder": offload_folder, **kwargs
+        }  # fmt: skip
     model = _load_complete(path_or_id, dtype=dtype, **kwargs)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(
@@ -199,7 +215,10 @@ def _save(
 
 def _model_bytes(model: Any) -> int:
     """Bytes of all tensors to be written, those that share memory counted once."""
-    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    sizes = {
+        name if tensor.is_meta else tensor.data_ptr(): tensor.nbytes
+        for name, tensor in model.state_dict().items()
+    }
     return sum(sizes.values())
 
 

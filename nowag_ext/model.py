@@ -18,6 +18,7 @@ from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.integrations.transformers import NowagConfig, attach, format_group
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import packed_linear
+from nowag_ext.offload import bias_of
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.report import LayerReport, ModelReport, Progress
 from nowag_ext.resume import LayerStore, layer_key, open_store
@@ -116,10 +117,10 @@ def _compress(
 ) -> tuple[dict[str, PackedWeight], list[LayerReport]]:
     weights: dict[str, PackedWeight] = {}
     reports: list[LayerReport] = []
-    total = float(sum(unit.linear.weight.numel() for unit in plan.units.values()))
+    total = float(sum(unit.size for unit in plan.units.values()))
     done = 0.0
     for name, unit in plan.units.items():
-        size = unit.linear.weight.numel()
+        size = unit.size
 
         def tell(share: float, name: str = name, size: int = size, done: float = done) -> None:
             if progress is not None:
@@ -138,9 +139,9 @@ def _compress_unit(
     name: str, unit: Unit, store: LayerStore | None, tell: Callable[[float], None]
 ) -> tuple[PackedWeight, LayerReport]:
     start = time.perf_counter()
-    dense = unit.linear.weight.detach()
+    dense = unit.weight
     key = "" if store is None else layer_key(unit.settings, dense, unit.act_norms)
-    stored = None if store is None else store.get(name, key, unit.settings, dense)
+    stored = None if store is None else store.get(name, key, unit)
     if stored is not None:
         weight, seconds = stored
     else:
@@ -181,9 +182,7 @@ def _config(plan: Plan, weights: Mapping[str, PackedWeight]) -> NowagConfig:
     groups: list[dict[str, Any]] = []
     for name, unit in plan.units.items():
         form = {**unit.settings.form(), **weights[name].shared}
-        group = format_group(
-            unit.settings.method, form, unit.linear.weight.dtype, asdict(unit.settings), []
-        )
+        group = format_group(unit.settings.method, form, unit.dtype, asdict(unit.settings), [])
         same = [known for known in groups if {**known, "modules": []} == group]
         if not same:
             groups.append(group)
@@ -195,7 +194,7 @@ def _replace(model: nn.Module, plan: Plan, weights: Mapping[str, PackedWeight]) 
     """Builds every module, then puts them in place: nothing that can fail comes in between."""
     modules = {}
     for name, unit in plan.units.items():
-        module = packed_linear(unit.settings.method, weights[name], unit.linear.bias)
+        module = packed_linear(unit.settings.method, weights[name], bias_of(unit.linear))
         modules[name] = module.train(unit.linear.training)
     for name, module in modules.items():
         model.set_submodule(name, module)

@@ -12,17 +12,38 @@ from torch import Tensor, nn
 from nowag_ext.decoder import check_patterns, decoder_linears, decoder_weights, matches
 from nowag_ext.methods import LayerSettings, Settings
 from nowag_ext.normalize import as_importance, as_weight
+from nowag_ext.offload import device_of, weight_of
 
 _SHOWN = 3  # names in a sentence about many
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One linear to compress, checked."""
+    """One linear to compress, checked; its weight may be on disk until it is asked for."""
 
     linear: nn.Linear
     act_norms: Tensor
     settings: Settings
+
+    @property
+    def weight(self) -> Tensor:
+        return weight_of(self.linear)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.linear.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return device_of(self.linear)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.linear.out_features, self.linear.in_features
+
+    @property
+    def size(self) -> int:
+        return self.linear.weight.numel()
 
 
 @dataclass(frozen=True)
@@ -136,9 +157,9 @@ def _check_layer(
     shared_codebooks: bool,
 ) -> Unit:
     """The layer with its act_norms on its weight's device; raises if anything is unfit."""
-    weight = linear.weight
+    weight = weight_of(linear)
     if weight.is_meta:
-        raise ValueError(f"{name} is offloaded: its weight must be in memory to be compressed.")
+        raise ValueError(f"{name} has no weight: the model is on the meta device, without data.")
     norms = act_norms.get(name)
     if norms is None:
         raise ValueError(

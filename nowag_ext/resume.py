@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from nowag_ext.codebook import OWNER, Codebook
 from nowag_ext.files import atomic_file
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import METHODS, Settings
+from nowag_ext.plan import Unit
 from nowag_ext.version import __version__
 
 # What a store's files say they are, and the file that a run holds while it writes to the directory.
@@ -45,11 +47,11 @@ def layer_key(settings: Settings, weight: Tensor, act_norms: Tensor) -> str:
     return digest.hexdigest()
 
 
-def run_key(settings: Mapping[str, Settings], weights: Mapping[str, Tensor], **rest: Any) -> str:
+def run_key(units: Mapping[str, Unit], **rest: Any) -> str:
     """A digest of all that the results of a whole run follow from, whatever order it goes in.
 
     Args:
-        settings, weights: by layer.
+        units: by layer.
         rest: what else matters, as JSON can say it, or tensors.
     """
     tensors = {name: value for name, value in rest.items() if isinstance(value, Tensor)}
@@ -58,11 +60,14 @@ def run_key(settings: Mapping[str, Settings], weights: Mapping[str, Tensor], **r
         "format_version": ops.FORMAT_VERSION,
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
-        "layers": {name: [one.method, asdict(one)] for name, one in settings.items()},
+        "layers": {
+            name: [unit.settings.method, asdict(unit.settings)] for name, unit in units.items()
+        },
         **{name: value for name, value in rest.items() if name not in tensors},
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for name, tensor in {**weights, **tensors}.items():
+    weights = ((name, unit.weight) for name, unit in units.items())
+    for name, tensor in chain(weights, tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -173,18 +178,16 @@ class LayerStore:
             return None
         return {name: Codebook(entries.to(device), name) for name, entries in found[0].items()}
 
-    def get(
-        self, name: str, key: str, settings: Settings, like: Tensor
-    ) -> tuple[PackedWeight, float] | None:
+    def get(self, name: str, key: str, unit: Unit) -> tuple[PackedWeight, float] | None:
         """The layer's compressed weight and the seconds it took, or None if it is to be done.
 
-        ``like`` is the dense weight: its shape and device are the result's.
+        On the CPU its tensors are the file's, mapped into memory.
         """
         found = self._read(name, key)
         if found is None:
             return None
         tensors, facts = found
-        weight = METHODS[settings.method].weight(
-            **tensors, **facts["weight"], shape=(like.shape[0], like.shape[1])
+        weight = METHODS[unit.settings.method].weight(
+            **tensors, **facts["weight"], shape=unit.shape
         )
-        return weight.to(like.device), facts["seconds"]
+        return weight.to(unit.device), facts["seconds"]

@@ -54,7 +54,7 @@ def test_compressed_stream_adds_what_changed(
 ) -> None:
     """Its last linear changed after it was looked at: as if the layer had run with it."""
     room_for(kept, monkeypatch)
-    blocks, layer = Blocks(model, LENGTH).copied(0)
+    blocks = Blocks(model, LENGTH).copied(0)
     hidden = blocks.embed(tiny_tokens(WINDOWS, LENGTH))
     stream = streams.CompressedStream(hidden.clone())
     stream.blocks = blocks
@@ -67,7 +67,7 @@ def test_compressed_stream_adds_what_changed(
             for window in range(WINDOWS):
                 stream.taps(0, window, group)
         for name in group.names:
-            weight = layer.get_parameter(f"{name.removeprefix('model.layers.0.')}.weight")
+            weight = blocks.weights(0)[name]
             stream.replace(name, weight, weight + 0.1 * torch.randn_like(weight))
     stream.advance(0)
     for window in range(WINDOWS):
@@ -77,7 +77,7 @@ def test_compressed_stream_adds_what_changed(
 
 
 def test_layers_that_are_not_changed_as_a_whole_are_run(model: Any) -> None:
-    blocks, layer = Blocks(model, LENGTH).copied(0)
+    blocks = Blocks(model, LENGTH).copied(0)
     hidden = blocks.embed(tiny_tokens(WINDOWS, LENGTH))
     stream = streams.CompressedStream(hidden.clone())
     stream.blocks = blocks
@@ -86,7 +86,7 @@ def test_layers_that_are_not_changed_as_a_whole_are_run(model: Any) -> None:
     stream.enter(0, groups, units)
     for window in range(WINDOWS):
         stream.taps(0, window, groups[-1])
-    layer.get_parameter("mlp.down_proj.weight").mul_(2)
+    blocks.weights(0)["model.layers.0.mlp.down_proj"].mul_(2)
     stream.advance(0)
     for window in range(WINDOWS):
         assert_same_bits(stream.hidden[window, None], blocks.run(0, hidden[window, None]), window)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nowag_ext.decoder import decoder_layers
 from nowag_ext.grad_mode import ordinary_tensors
+from nowag_ext.offload import copied, device_of
 from nowag_ext.pipeline.capture import (
     Call,
     Stop,
@@ -88,15 +89,12 @@ class Blocks:
         self._embeddings: nn.Module = model.get_input_embeddings()
         self.layers: tuple[str, ...] = tuple(self._layers)
         self.length = length
-        vocabulary = self._weight.shape[0]
-        ids = torch.arange(length, device=self._weight.device)
+        self._device = device_of(self._embeddings)
+        vocabulary = self._embeddings.get_parameter("weight").shape[0]
+        ids = torch.arange(length, device=self._device)
         one, two, three = ((ids + shift) % vocabulary for shift in range(3))
         self._calls: dict[str, Call] = self._record(one[None])
         check_calls(self._calls, self._record(torch.stack([two, three])))
-
-    @property
-    def _weight(self) -> Tensor:
-        return self._embeddings.get_parameter("weight")
 
     def _record(self, ids: Tensor) -> dict[str, Call]:
         with evaluating(self._body):
@@ -109,18 +107,18 @@ class Blocks:
             raise ValueError(
                 f"token ids must have shape [windows, {self.length}], not {tuple(ids.shape)}."
             )
-        body = partial(self._body, input_ids=ids.to(self._weight.device), use_cache=False)
+        body = partial(self._body, input_ids=ids.to(self._device), use_cache=False)
         with evaluating(self._body):
             return first_hidden(self.layers[0], self._first, body)
 
-    def copied(self, index: int) -> tuple[Blocks, nn.Module]:
-        """The same blocks with a copy of one layer in fp32, and that copy, free to be changed."""
+    def copied(self, index: int) -> Blocks:
+        """The same blocks with a copy of one layer, in fp32 and in memory, free to be changed."""
         name = self.layers[index]
-        layer = copy.deepcopy(self._layers[name]).float().requires_grad_(False)
+        layer = copied(self._layers[name]).float().requires_grad_(False)
         other = copy.copy(self)
         other._layers = {**self._layers, name: layer}
         other._calls = {**self._calls, name: self._calls[name].to(torch.float32)}
-        return other, layer
+        return other
 
     def run(
         self, index: int, hidden: Tensor, looks: Mapping[str, Look] = MappingProxyType({})
@@ -135,6 +133,11 @@ class Blocks:
         """Full names of all modules of these types in the layer, in the model's order."""
         parts = self._parts(index)
         return tuple(name for name, part in parts if isinstance(part, kinds))
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """By full name, the weights of the layer's linears themselves."""
+        parts = self._parts(index)
+        return {name: part.weight for name, part in parts if isinstance(part, nn.Linear)}
 
     def _parts(self, index: int) -> Iterator[tuple[str, nn.Module]]:
         """The layer and its submodules by their full names."""

@@ -14,6 +14,7 @@ from nowag_ext.feedback import EntrySums, shared_points
 from nowag_ext.methods import VQSettings
 from nowag_ext.pipeline.blocks import Blocks, Group
 from nowag_ext.pipeline.statistics import GroupStatistics
+from nowag_ext.pipeline.streams import embedded
 from nowag_ext.plan import Unit
 from nowag_ext.report import Progress
 from nowag_ext.resume import LayerStore
@@ -80,14 +81,14 @@ class SharedCodebooks:
         """Trains the codebooks on the weights, under the activation norms."""
         for name, settings in self._forms.items():
             served = [unit for linear, unit in units.items() if self._names.get(linear) == name]
-            weights = sum(unit.linear.weight.numel() for unit in served)
+            weights = sum(unit.size for unit in served)
 
             def report(iteration: int, iters: int, _objective: float, name: str = name) -> None:
                 if progress is not None:
                     progress(f"codebook {name}", iteration, iters)
 
             self._codebooks[name] = train_codebook(
-                ((unit.linear.weight.detach(), unit.act_norms) for unit in served),
+                ((unit.weight, unit.act_norms) for unit in served),
                 d=settings.d,
                 bits=settings.bits,
                 name=name,
@@ -116,12 +117,12 @@ class SharedCodebooks:
         """
         if not self._codebooks:
             return
-        weights = sum(units[linear].linear.weight.numel() for linear in self._names)
+        weights = sum(units[linear].size for linear in self._names)
         sums = {
             name: EntrySums(len(codebook.entries), codebook.d, weights, codebook.entries.device)
             for name, codebook in self._codebooks.items()
         }
-        hidden = blocks.embed(windows[:_WINDOWS]).float()
+        hidden = embedded(blocks, windows[:_WINDOWS])
         for index in range(len(blocks.layers)):
             if progress is not None:
                 progress("codebook re-estimated", index, len(blocks.layers))
@@ -132,7 +133,7 @@ class SharedCodebooks:
                 hessian = statistics.hessian()
                 for linear in served:
                     codebook = self._codebooks[self._names[linear]]
-                    weight = units[linear].linear.weight.detach()
+                    weight = units[linear].weight
                     points = shared_points(weight, hessian, codebook.d)
                     points.assign(codebook.entries.float(), sums[self._names[linear]], last=True)
         for name, codebook in self._codebooks.items():
@@ -143,7 +144,7 @@ class SharedCodebooks:
 
 def _advance(blocks: Blocks, index: int, hidden: Tensor) -> list[tuple[Group, GroupStatistics]]:
     """Runs a layer on all windows, in place; the Hessians of its groups."""
-    blocks, _ = blocks.copied(index)
+    blocks = blocks.copied(index)
     groups = blocks.groups(index, hidden[:1])
     gathered = [GroupStatistics(group.in_features, hidden.device) for group in groups]
 

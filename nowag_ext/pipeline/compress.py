@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nowag_ext.calibrate import checked_batch, collect_statistics
+from nowag_ext.calibrate import checked_batch
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.feedback import check_device
 from nowag_ext.grad_mode import ordinary_tensors
@@ -25,9 +25,10 @@ from nowag_ext.methods import Given, VQSettings
 from nowag_ext.model import install, layer_report
 from nowag_ext.pipeline.blocks import Blocks, Group
 from nowag_ext.pipeline.codebooks import SharedCodebooks
+from nowag_ext.pipeline.norms import activation_norms
 from nowag_ext.pipeline.stages import Stages
 from nowag_ext.pipeline.statistics import GroupStatistics
-from nowag_ext.pipeline.streams import CompressedStream, DenseStream, Stream
+from nowag_ext.pipeline.streams import CompressedStream, DenseStream, Stream, embedded
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.report import LayerReport, Progress
 from nowag_ext.resume import LayerStore, open_store, run_key
@@ -47,6 +48,7 @@ def compress(
     codebook_scope: str = "model",
     min_coverage: float = 0.8,
     work_dir: str | os.PathLike[str] | None = None,
+    offload_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **settings: Any,
 ) -> Any:
@@ -58,7 +60,8 @@ def compress(
     as it was.
 
     Args:
-        model: a Hugging Face causal LM, dense, in memory. Changed in place.
+        model: a Hugging Face causal LM, dense. Changed in place. Layers that ``from_pretrained``
+            has left on disk (its device_map) are read one at a time, and stay there.
         tokens: calibration text, int64 or int32 [windows, length], without padding. More text helps
             more than anything else; text like what the model will read helps most.
         method, ignore, overrides, min_coverage, settings: as for ``compress_model``. A codebook
@@ -66,6 +69,8 @@ def compress(
         work_dir: a directory for what is finished. The same run, interrupted, goes on from there
             and ends in the same bits (at the same number of threads); remove it when the model is
             saved. None: nothing is kept.
+        offload_dir: a directory for the hidden states of the calibration text, twice 4 bytes a
+            token and hidden unit, which are otherwise in memory. They leave nothing there.
         codebook_scope: which linears of method "vq" share a codebook: "model", all of them; "kind",
             those of one name (all down_proj, say); "layer", none.
         progress: called with (what is done, weights done, weights in all).
@@ -93,13 +98,12 @@ def compress(
     plan = plan_with({name: torch.ones(linear.in_features) for name, linear in linears})
     for unit in plan.units.values():
         if isinstance(unit.settings, VQSettings):
-            check_device(unit.linear.weight.device)
+            check_device(unit.device)
     windows, _ = checked_batch(model, tokens)
     blocks = Blocks(model, windows.shape[1])
     with open_store(work_dir) as store:
         with stages("activation norms"):
-            first = list(windows[:_NORM_WINDOWS, None])
-            norms = collect_statistics(model, first, progress=progress).act_norms()
+            norms = activation_norms(blocks, windows[:_NORM_WINDOWS], progress)
         plan = plan_with(norms)
         codebooks.assign(plan.units)
         key = "" if store is None else _key(plan, windows, codebook_scope)
@@ -109,7 +113,7 @@ def compress(
             with stages("re-estimation"):
                 codebooks.re_estimate(plan.units, blocks, windows, progress)
             codebooks.save(store, key)
-        run = _Run(plan, blocks, codebooks, stages, progress, store, key)
+        run = _Run(plan, blocks, codebooks, stages, progress, store, key, offload_dir)
         run.through(windows)
     seconds = time.perf_counter() - start
     install(model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel())
@@ -119,8 +123,7 @@ def compress(
 def _key(plan: Plan, windows: Tensor, codebook_scope: str) -> str:
     """A digest of all that the run's results follow from."""
     return run_key(
-        {name: unit.settings for name, unit in plan.units.items()},
-        {name: unit.linear.weight for name, unit in plan.units.items()},
+        plan.units,
         windows=windows,
         codebook_scope=codebook_scope,
     )
@@ -138,52 +141,58 @@ class _Run:
         progress: Progress | None,
         store: LayerStore | None,
         key: str,
+        offload_dir: str | os.PathLike[str] | None,
     ) -> None:
         self.weights: dict[str, PackedWeight] = {}
         self.layers: list[LayerReport] = []
         self._plan, self._blocks = plan, blocks
         self._codebooks, self._stages, self._progress = codebooks, stages, progress
         self._store, self._key = store, key
-        self._total = float(sum(unit.linear.weight.numel() for unit in plan.units.values()))
+        self._offload_dir = offload_dir
+        self._total = float(sum(unit.size for unit in plan.units.values()))
         self._done = 0.0
 
     def through(self, windows: Tensor) -> None:
         """Compresses every unit of the plan."""
         with self._stages("forwards"):
-            hidden = self._blocks.embed(windows).float()
-        dense, compressed = DenseStream(hidden), CompressedStream(hidden.clone())
-        for index, name in enumerate(self._blocks.layers):
-            dense.blocks, _ = self._blocks.copied(index)
-            compressed.blocks, layer = self._blocks.copied(index)
-            groups = dense.blocks.groups(index, dense.hidden[:1])
-            compressed.enter(index, groups, self._plan.units)
-            with self._stages("forwards"):
-                dense.enter(index, groups)
-            for group in groups:
-                units = {
-                    name: self._plan.units[name] for name in group.names if name in self._plan.units
-                }
-                if not units:
-                    continue
-                finished = self._finished(units)
-                if finished is None:
-                    statistics = self._gather(index, group, dense, compressed)
-                    finished = self._compress(units, statistics)
-                else:
-                    with self._stages("forwards"):
-                        compressed.look(index, group)
-                for linear, packed in finished.items():
-                    local = linear.removeprefix(f"{name}.")
-                    weight = layer.get_parameter(f"{local}.weight")
-                    compressed.replace(linear, weight, packed.dequantize(weight.dtype))
-            self._finish(name)
-            with self._stages("forwards"):
-                for stream in (dense, compressed):
-                    stream.advance(index)
+            dense = DenseStream(embedded(self._blocks, windows, self._offload_dir))
+            compressed = CompressedStream(embedded(self._blocks, windows, self._offload_dir))
+        for index in range(len(self._blocks.layers)):
+            self._layer(index, dense, compressed)
 
-    def _gather(
-        self, index: int, group: Group, dense: Stream, compressed: Stream
-    ) -> GroupStatistics:
+    def _layer(self, index: int, dense: DenseStream, compressed: CompressedStream) -> None:
+        dense.blocks, compressed.blocks = (self._blocks.copied(index) for _ in range(2))
+        weights = compressed.blocks.weights(index)
+        groups = dense.blocks.groups(index, dense.hidden[:1])
+        compressed.enter(index, groups, self._plan.units)
+        with self._stages("forwards"):
+            dense.enter(index, groups)
+        for group in groups:
+            here = {name: weights[name] for name in group.names if name in self._plan.units}
+            if not here:
+                continue
+            finished = self._finished(here)
+            if finished is None:
+                finished = self._compress(self._given(index, group, here, dense, compressed))
+            else:
+                with self._stages("forwards"):
+                    compressed.look(index, group)
+            for name, packed in finished.items():
+                compressed.replace(name, weights[name], packed.dequantize(torch.float32))
+        self._check_reached(weights)
+        with self._stages("forwards"):
+            for stream in (dense, compressed):
+                stream.advance(index)
+
+    def _given(
+        self,
+        index: int,
+        group: Group,
+        weights: Mapping[str, Tensor],
+        dense: Stream,
+        compressed: Stream,
+    ) -> dict[str, Given]:
+        """What the linears of a group are compressed under, from both streams."""
         statistics = GroupStatistics(group.in_features, dense.hidden.device)
         for window in range(len(dense.hidden)):
             with self._stages("forwards"):
@@ -193,33 +202,37 @@ class _Run:
                 statistics.add_pair(
                     wanted, given, wanted_sums, given_sums, all_summed=None not in group.taps
                 )
-        return statistics
-
-    def _compress(
-        self, units: Mapping[str, Unit], statistics: GroupStatistics
-    ) -> dict[str, PackedWeight]:
         with self._stages("statistics"):
             hessian = statistics.hessian()
-            weights = {name: unit.linear.weight.detach() for name, unit in units.items()}
             corrections = statistics.corrections(weights)
+        return {
+            name: Given(hessian, corrections.get(name), self._codebooks.of(name))
+            for name in weights
+        }
+
+    def _compress(self, given: Mapping[str, Given]) -> dict[str, PackedWeight]:
         finished = {}
-        for name, unit in units.items():
-            given = Given(hessian, corrections.get(name), self._codebooks.of(name))
+        for name, one in given.items():
+            unit = self._plan.units[name]
             began = time.perf_counter()
-            finished[name] = self._compress_unit(name, unit, given)
+            packed = self._compress_unit(name, unit, one)
             seconds = time.perf_counter() - began
+            finished[name] = packed
             if self._store is not None:
-                self._store.put(name, self._key, finished[name], seconds)
-            self._report(name, finished[name], seconds)
+                self._store.put(name, self._key, packed, seconds)
+                # From the file, whose pages need not stay in memory.
+                stored = self._store.get(name, self._key, unit)
+                finished[name] = packed if stored is None else stored[0]
+            self._report(name, packed, seconds)
         return finished
 
-    def _finished(self, units: Mapping[str, Unit]) -> dict[str, PackedWeight] | None:
+    def _finished(self, names: Iterable[str]) -> dict[str, PackedWeight] | None:
         """A group's weights from an interrupted run, if all of them are there."""
         if self._store is None:
             return None
         stored = {}
-        for name, unit in units.items():
-            one = self._store.get(name, self._key, unit.settings, unit.linear.weight)
+        for name in names:
+            one = self._store.get(name, self._key, self._plan.units[name])
             if one is None:
                 return None
             stored[name] = one
@@ -228,13 +241,13 @@ class _Run:
         return {name: packed for name, (packed, _) in stored.items()}
 
     def _compress_unit(self, name: str, unit: Unit, given: Given) -> PackedWeight:
-        size = unit.linear.weight.numel()
+        size = unit.size
         assert given.hessian is not None
         norms = given.hessian.diagonal().clamp(min=0).sqrt()
         try:
             with self._stages("compression"):
                 return unit.settings.compress(
-                    unit.linear.weight.detach(), norms,
+                    unit.weight, norms,
                     lambda share: self._tell(name, share * size), given,
                 )  # fmt: skip
         except Exception as error:
@@ -255,13 +268,10 @@ class _Run:
         self._done += packed.shape[0] * packed.shape[1]
         self._tell(name, 0.0)
 
-    def _finish(self, layer_name: str) -> None:
+    def _check_reached(self, linears: Iterable[str]) -> None:
         """Raises for a linear that is in no group: experts that no token is routed to."""
-        missing = [
-            name
-            for name in self._plan.units
-            if name.startswith(f"{layer_name}.") and name not in self.weights
-        ]
+        units = self._plan.units
+        missing = [name for name in linears if name in units and name not in self.weights]
         if missing:
             raise RuntimeError(
                 f"{missing[0]} was not reached by the calibration text, and the model is "

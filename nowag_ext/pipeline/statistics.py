@@ -24,11 +24,12 @@ class GroupStatistics:
 
     def __init__(self, in_features: int, device: torch.device) -> None:
         self.tokens = 0
-        # Right of the diagonal and on it: sum x~ x~^T.
+        # Right of the diagonal and on it: sum x~ x~^T. In the end: E[x~ x~^T].
         self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._drift: Tensor | None = None  # sum of x~ (x - x~)^T, where a linear needs it
         self._lacks: dict[str, Tensor] = {}  # sum of x~ D^T by linear, where it is added up
         self._paired = True
+        self._ended = False
 
     def add(self, inputs: Tensor) -> None:
         """One stream alone: inputs [tokens, in_features], fp32."""
@@ -66,9 +67,17 @@ class GroupStatistics:
             self._lacks[name].addmm_(compressed.T, lack)
 
     def hessian(self) -> Tensor:
-        """E[x~ x~^T], exactly symmetric."""
-        upper = self._upper.triu() / self.tokens
-        return upper + upper.triu(1).T
+        """E[x~ x~^T], exactly symmetric. Ends the sums, in whose memory it is."""
+        if not self._ended:
+            self._upper /= self.tokens
+            size = len(self._upper)
+            for first in range(0, size, _BLOCK_COLUMNS):
+                end = min(first + _BLOCK_COLUMNS, size)
+                square = self._upper[first:end, first:end]
+                square.copy_(square.triu() + square.triu(1).T)
+                self._upper[end:, first:end] = self._upper[first:end, end:].T
+            self._ended = True
+        return self._upper
 
     def corrections(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By linear, what to add to its weight W, fp32 [out_features, in_features].
@@ -77,9 +86,12 @@ class GroupStatistics:
         """
         if not self._paired:
             return {}
-        damped = self.hessian()
-        damped.diagonal().add_(DAMPING * float(damped.diagonal().mean()))
-        lower, info = torch.linalg.cholesky_ex(damped)
+        lower = self.hessian().clone()
+        lower.diagonal().add_(DAMPING * float(lower.diagonal().mean()))
+        # In place: LAPACK's matrices are column by column, and this one is symmetric.
+        lower = lower.mT
+        info = torch.empty((), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) != 0:
             return {}
         corrections = {}

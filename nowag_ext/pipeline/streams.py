@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nowag_ext.pipeline.blocks import Blocks, Group, Taps
 
 # What each stream may keep of a layer while that is worked on; the rest is run again.
-_SEEN_BYTES = 1 << 30
+_SEEN_BYTES = 1 << 29
+
+
+def embedded(
+    blocks: Blocks, windows: Tensor, directory: str | os.PathLike[str] | None = None
+) -> Tensor:
+    """What the first layer receives, fp32 [windows, length, hidden_size].
+
+    In a file of ``directory`` if there is one, mapped into memory. It has no name, so that the disk
+    has its space back whenever and however the process ends.
+    """
+    states: Tensor | None = None
+    for index, window in enumerate(windows.split(1)):
+        hidden = blocks.embed(window).float()
+        if states is None:
+            states = _allocated((len(windows), *hidden.shape[1:]), directory, hidden.device)
+        states[index] = hidden[0]
+    assert states is not None
+    return states
+
+
+def _allocated(
+    shape: tuple[int, ...], directory: str | os.PathLike[str] | None, device: torch.device
+) -> Tensor:
+    if directory is None:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    if device.type != "cpu":
+        raise ValueError(f"offload_dir is for a model on the CPU, not on {device}.")
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="nowag-states-") as file:
+        # Allocated now: a disk that is full later would end the process at a write to memory.
+        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * 4)
+        return torch.from_file(
+            file.name, shared=True, size=math.prod(shape), dtype=torch.float32
+        ).view(shape)
 
 
 class Stream:
@@ -96,7 +132,7 @@ class CompressedStream(Stream):
             for window in range(min(self._room, len(self.hidden))):
                 self.taps(index, window, group)
 
-    def replace(self, name: str, weight: nn.Parameter, changed: Tensor) -> None:
+    def replace(self, name: str, weight: Tensor, changed: Tensor) -> None:
         """Puts another weight into the layer."""
         if self._last is not None and name in self._last.names:
             self._changes[name] = changed - weight

@@ -1,0 +1,140 @@
+"""Models whose decoder layers stay on disk: the same results, one layer in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_same_bits
+from tiny_models import ARCHITECTURES, logits, random_act_norms, tiny_model, tiny_tokens
+from torch import Tensor, nn
+
+import nowag_ext
+from nowag_ext import compress, compress_model
+from nowag_ext.checkpoint import load_dense_model, save_compressed, save_dense
+from nowag_ext.decoder import decoder_linears
+from nowag_ext.offload import bias_of, bring_in, copied, weight_of
+
+SETTINGS: dict[str, Any] = {"d": 4, "bits": 1, "iters": 5}
+
+
+def on_disk(directory: Path, architecture: str = "llama", dtype: str = "auto") -> Any:
+    """A tiny model saved in several files, and loaded with its decoder layers left there."""
+    source = directory / "dense"
+    tiny_model(architecture).save_pretrained(source, max_shard_size="50KB")
+    assert len(list(source.glob("*.safetensors"))) > 2
+    model, _ = load_dense_model(source, dtype, offload_folder=directory / "converted")
+    return model
+
+
+def held(model: nn.Module) -> set[str]:
+    """Parameters in memory."""
+    return {name for name, parameter in model.named_parameters() if not parameter.is_meta}
+
+
+def assert_same_state(one: Any, two: Any) -> None:
+    first, second = one.state_dict(), two.state_dict()
+    assert list(first) == list(second)
+    for name, tensor in first.items():
+        assert_same_bits(tensor, second[name], name)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_are_left_on_disk_and_read(architecture: str, tmp_path: Path) -> None:
+    model, dense = on_disk(tmp_path, architecture), tiny_model(architecture)
+    before = held(model)
+    assert not any("layers" in name for name in before)
+    assert any("embed_tokens" in name for name in before)
+    for name, linear in decoder_linears(dense).items():
+        assert_same_bits(weight_of(model.get_submodule(name)), linear.weight, name)
+        bias = bias_of(model.get_submodule(name))
+        assert (bias is None) == (linear.bias is None)
+        if bias is not None:
+            assert_same_bits(bias, linear.bias, name)
+    assert_same_bits(logits(model), logits(dense))
+    layer = copied(model.model.layers[1])
+    assert not any("forward" in vars(part) or hasattr(part, "_hf_hook") for part in layer.modules())
+    assert_same_state(layer, dense.model.layers[1])
+    assert held(model) == before
+    bring_in(model)
+    assert_same_state(model, dense)
+    assert not any("forward" in vars(part) or hasattr(part, "_hf_hook") for part in model.modules())
+    assert_same_bits(logits(model), logits(dense))
+    assert not any(file.is_file() for file in tmp_path.glob("converted/*"))
+
+
+def test_is_compressed_to_the_same_bits(tmp_path: Path) -> None:
+    disk, memory = on_disk(tmp_path), tiny_model()
+    tokens = tiny_tokens(8, 16)
+    ignored = ("lm_head", "v_proj")
+    compress(memory, tokens, ignore=ignored, **SETTINGS)
+    compress(disk, tokens, ignore=ignored, work_dir=tmp_path / "work", **SETTINGS)
+    assert "model.layers.0.self_attn.v_proj.weight" not in held(disk)
+    assert "model.layers.0.input_layernorm.weight" not in held(disk)
+    save_compressed(disk, None, tmp_path / "out")
+    save_compressed(memory, None, tmp_path / "wanted")
+    assert_same_state(nowag_ext.load(tmp_path / "out"), nowag_ext.load(tmp_path / "wanted"))
+    assert_same_bits(logits(disk), logits(memory))
+    bring_in(disk)
+    assert_same_state(disk, memory)
+
+
+def test_by_the_published_method_too(tmp_path: Path) -> None:
+    disk, memory = on_disk(tmp_path), tiny_model()
+    norms = random_act_norms(memory)
+    for model in (disk, memory):
+        compress_model(model, norms, "prune", pattern="2:4")
+    save_compressed(disk, None, tmp_path / "out")
+    assert_same_state(nowag_ext.load(tmp_path / "out"), memory)
+    save_dense(disk, None, tmp_path / "dense again")
+    again, _ = load_dense_model(tmp_path / "dense again")
+    assert_same_bits(logits(again), logits(memory.dequantize()))
+
+
+def test_another_dtype(tmp_path: Path) -> None:
+    model = on_disk(tmp_path, dtype=torch.bfloat16)
+    linear = model.model.layers[0].mlp.up_proj
+    assert linear.weight.dtype == weight_of(linear).dtype == torch.bfloat16
+    compress(model, tiny_tokens(8, 16), **SETTINGS)
+    save_compressed(model, None, tmp_path / "out")
+    assert nowag_ext.load(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_files_that_hold_no_safetensors(tmp_path: Path) -> None:
+    """What cannot be read in pieces from where it is goes to the folder given, as safetensors."""
+    dense = tiny_model()
+    dense.config.save_pretrained(tmp_path / "dense")
+    torch.save(dense.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
+    model, _ = load_dense_model(tmp_path / "dense", offload_folder=tmp_path / "converted")
+    assert list((tmp_path / "converted").glob("*layers.0*.safetensors"))
+    assert not any("layers" in name for name in held(model))
+    assert_same_bits(logits(model), logits(dense))
+
+
+def test_what_is_interrupted_is_as_it_was(tmp_path: Path) -> None:
+    model = on_disk(tmp_path)
+    before = held(model)
+
+    def interrupt(name: str, done: float, total: float) -> None:
+        if name.startswith("model.layers.1"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, tiny_tokens(8, 16), progress=interrupt, **SETTINGS)
+    assert held(model) == before
+    assert_same_bits(logits(model), logits(tiny_model()))
+
+
+def test_hidden_states_on_disk(tmp_path: Path) -> None:
+    def states() -> list[Path]:
+        return list((tmp_path / "states").iterdir())
+
+    (tmp_path / "states").mkdir()
+    memory, disk = tiny_model(), tiny_model()
+    tokens: Tensor = tiny_tokens(8, 16)
+    compress(memory, tokens, **SETTINGS)
+    compress(disk, tokens, offload_dir=tmp_path / "states", **SETTINGS)
+    assert_same_state(disk, memory)
+    assert states() == []
