@@ -40,7 +40,7 @@ class Effort:
 
     window: int = 1024
     calibration_windows: int = 8
-    held_out_windows: int = 8
+    held_out_windows: int = 4
     iters: int = 30
     new_tokens: int = 32
     rounds: int = 3
