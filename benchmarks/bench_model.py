@@ -28,7 +28,8 @@ import nowag_ext
 from nowag_ext import evaluate
 from nowag_ext.generate import encode_prompt, tokens_per_second
 from nowag_ext.linear import SparseLinear, VQLinear
-from nowag_ext.source import open_dense_model, read_text
+from nowag_ext.source import open_dense_model
+from nowag_ext.text import read_text
 
 DEFAULT = ("vq:d=4,bits=2", "vq:d=2,bits=3", "prune:sparsity=0.5", "prune:pattern=2:4")
 PROMPT = "The history of the city begins with"

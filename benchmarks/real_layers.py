@@ -14,7 +14,8 @@ from torch import Tensor
 import nowag_ext
 from nowag_ext import evaluate
 from nowag_ext.demo_model import demo_model
-from nowag_ext.source import calibration_batches, open_dense_model, read_text
+from nowag_ext.source import calibration_batches, open_dense_model
+from nowag_ext.text import read_text
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 CALIBRATION, TEST = "wikitext2-valid.tokens.txt", "wikitext2-test.raw.txt"

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from nowag_ext.decoder import decoder_linears
-from nowag_ext.files import atomic_file
+from nowag_ext.files import atomic_file, check_file
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.report import Progress
 from nowag_ext.version import __version__
@@ -75,17 +75,26 @@ class CalibrationStatistics:
                 merged.add(name, squares, statistics.tokens[name])
         return merged
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file: ``<module>.sum_squares`` fp64, ``<module>.tokens`` int64."""
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored: ``<module>.sum_squares`` fp64, ``<module>.tokens`` int64."""
         tensors: dict[str, Tensor] = {}
         for name, squares in self.sum_squares.items():
             tensors[name + _SQUARES] = squares.cpu().contiguous()
             tensors[name + _TOKENS] = torch.tensor(
                 self.tokens[name], dtype=torch.int64, device="cpu"
             )
+        return tensors
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file of ``tensors()``.
+
+        Raises:
+            OSError: ``check_statistics_file`` refuses, or there is no room.
+        """
+        check_statistics_file(path)
         metadata = {"format": FILE_FORMAT, "format_version": FILE_VERSION, "nowag": __version__}
         with atomic_file(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            temporary.write_bytes(save(self.tensors(), metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationStatistics:
@@ -105,12 +114,13 @@ class CalibrationStatistics:
             raise ValueError(
                 f"{os.fspath(path)} is truncated or no safetensors file ({error})."
             ) from error
-        return cls._from_tensors(path, tensors)
+        return cls.of_tensors(path, tensors)
 
     @classmethod
-    def _from_tensors(
-        cls, path: str | os.PathLike[str], tensors: dict[str, Tensor]
+    def of_tensors(
+        cls, path: str | os.PathLike[str], tensors: Mapping[str, Tensor]
     ) -> CalibrationStatistics:
+        """The inverse of ``tensors``; raises ValueError, with the path they are from."""
         statistics = cls()
         for key, squares in tensors.items():
             if key.endswith(_TOKENS):
@@ -121,6 +131,28 @@ class CalibrationStatistics:
                 raise ValueError(f"{os.fspath(path)} has no complete statistics of {name}.")
             statistics.add(name, squares, int(tokens))
         return statistics
+
+
+def check_statistics_file(path: str | os.PathLike[str]) -> Path:
+    """Where ``CalibrationStatistics.save`` will write: ``path`` with symbolic links followed.
+
+    Raises:
+        FileExistsError: there is a file that is none of statistics.
+        OSError: it is a directory, a pipe or a device, or nothing can be written there.
+    """
+    target = check_file(path)
+    if target.is_file() and target.stat().st_size > 0:
+        try:
+            with safe_open(target, framework="pt") as file:
+                found = (file.metadata() or {}).get("format")
+        except (OSError, SafetensorError):
+            found = None
+        if found != FILE_FORMAT:
+            raise FileExistsError(
+                f"{os.fspath(path)} exists and is no file of calibration statistics: choose "
+                "another name."
+            )
+    return target
 
 
 def _check_metadata(path: str | os.PathLike[str], metadata: dict[str, str]) -> None:
@@ -144,8 +176,8 @@ def load_act_norms(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 class _Gatherer:
     """Forward pre-hooks that add each linear's inputs to the statistics."""
 
-    def __init__(self, linears: Mapping[str, nn.Linear]) -> None:
-        self.statistics = CalibrationStatistics()
+    def __init__(self, linears: Mapping[str, nn.Linear], statistics: CalibrationStatistics) -> None:
+        self.statistics = statistics
         self.mask: Tensor | None = None
         self._sums: tuple[Tensor, int, Tensor, int] | None = None
         self._handles = [
@@ -211,7 +243,11 @@ def column_squares(name: str, rows: Tensor) -> Tensor:
 
 @ordinary_tensors
 def collect_statistics(
-    model: nn.Module, token_batches: Iterable[TokenBatch], *, progress: Progress | None = None
+    model: nn.Module,
+    token_batches: Iterable[TokenBatch],
+    *,
+    statistics: CalibrationStatistics | None = None,
+    progress: Progress | None = None,
 ) -> CalibrationStatistics:
     """Runs the model over calibration text and sums the squares of every linear's inputs.
 
@@ -219,6 +255,7 @@ def collect_statistics(
         model: a Hugging Face causal LM; run in eval mode without gradients, left as it was.
         token_batches: token ids, int64 or int32 [batch, tokens], or mappings with ``input_ids`` and
             ``attention_mask`` (0 where a position does not count), as tokenizers give them.
+        statistics: of earlier batches, to which these are added; None for none.
         progress: called after each batch with ("calibrate", batches done, batches in all or 0).
 
     Raises:
@@ -232,7 +269,7 @@ def collect_statistics(
     body = getattr(model, "base_model", model)  # without the lm_head, whose inputs nobody needs
     modes = [(module, module.training) for module in model.modules()]
     total = float(len(token_batches)) if isinstance(token_batches, Sized) else 0.0
-    gatherer = _Gatherer(linears)
+    gatherer = _Gatherer(linears, statistics or CalibrationStatistics())
     done = 0
     try:
         model.eval()

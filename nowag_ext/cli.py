@@ -4,49 +4,79 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
+import re
+import shlex
 import signal
-import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import torch
 import transformers
 import typer
+import typer.core
 from rich.console import Console
 from torch import Tensor
 
 from nowag_ext import cli_options as options
-from nowag_ext.calibrate import CalibrationStatistics, collect_statistics, load_act_norms
+from nowag_ext.calibrate import (
+    CalibrationStatistics,
+    check_statistics_file,
+    collect_statistics,
+    load_act_norms,
+)
 from nowag_ext.checkpoint import save_compressed, save_dense
 from nowag_ext.decoder import check_patterns, decoder_linears, matches
 from nowag_ext.demo import Effort, run_demo
 from nowag_ext.environment import describe_environment
-from nowag_ext.evaluate import perplexity, tokenize
-from nowag_ext.files import check_vacant
+from nowag_ext.evaluate import perplexity
+from nowag_ext.files import check_apart, check_vacant, require_space
+from nowag_ext.forecast import skeleton, written_bytes
 from nowag_ext.gemm import gemm_dtype
-from nowag_ext.generate import encode_prompt
+from nowag_ext.generate import check_generation, encode_prompt
 from nowag_ext.generate import generate as generate_text
 from nowag_ext.methods import LayerSettings
 from nowag_ext.model import compress_model
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
-from nowag_ext.render import dtype_name, environment_tables, progress_bar, report_table, stages_text
-from nowag_ext.resume import clear_store
-from nowag_ext.source import mixed_batches, open_dense_model, open_model, read_text
+from nowag_ext.plan import plan_compression
+from nowag_ext.render import (
+    dtype_name,
+    environment_tables,
+    loading,
+    progress_bar,
+    report_table,
+    stages_text,
+)
+from nowag_ext.resume import LayerStore, open_store, run_key, work_directory
+from nowag_ext.source import mixed_batches, named_dtype, open_dense_model, open_model
+from nowag_ext.text import Text
 from nowag_ext.version import __version__
 
+
+class _Commands(typer.core.TyperGroup):
+    """Remembers the command line, to say how to go on after an interruption."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _shown["command"] = shlex.join([*(ctx.info_name or "nowag-ext").split(), *args])
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Compresses the linear layers of causal language models by NoWag, and runs the result.",
 )
 # Names of files, layers and models are printed as they are, brackets and all.
 _out = Console(highlight=False, markup=False)
 _err = Console(stderr=True, highlight=False, markup=False)
-_shown = {"traceback": False}
+_shown: dict[str, Any] = {"traceback": False, "command": ""}
 
 # For each input of a layer; its Hessian follows the text by chance if there are fewer.
 _FEW_TOKENS = 8
@@ -85,15 +115,16 @@ def _reported(command: Command) -> Command:
         try:
             _quiet_libraries()
             return command(*args, **kwargs)
-        except KeyboardInterrupt:
-            _err.print("Interrupted.")
-            raise typer.Exit(130) from None
+        except (KeyboardInterrupt, _Terminated) as stop:
+            terminated = isinstance(stop, _Terminated)
+            _say(f"{'Terminated' if terminated else 'Interrupted'}.{_how_to_go_on(stop)}")
+            raise typer.Exit(143 if terminated else 130) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
             if _shown["traceback"]:
                 raise
-            _err.print(f"Error: {_one_sentence(error)}", soft_wrap=True)
+            _say(f"Error: {_one_sentence(error)}{_how_to_go_on(error)}")
             raise typer.Exit(1) from None
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -101,13 +132,72 @@ def _reported(command: Command) -> Command:
     return run  # type: ignore[return-value]
 
 
-def _on_terminate(number: int, _frame: Any) -> NoReturn:
-    """Unwinds as an interrupt does, so that what is half-written goes."""
-    sys.exit(128 + number)
+class _Terminated(BaseException):
+    """SIGTERM: unwinds as an interrupt does, so that what is half-written goes."""
+
+
+def _on_terminate(_number: int, _frame: Any) -> NoReturn:
+    raise _Terminated
+
+
+def _say(sentence: str) -> None:
+    _err.print(sentence, soft_wrap=True)
+
+
+@contextmanager
+def _option(name: str) -> Iterator[None]:
+    """What is refused in here is said to be of this option."""
+    try:
+        yield
+    except Exception as error:
+        error.option = name  # type: ignore[attr-defined]
+        raise
+
+
+@contextmanager
+def _kept(output: Path, resume: bool) -> Iterator[LayerStore]:
+    """Where what is finished is kept until the output is whole, held by this run alone."""
+    directory = work_directory(output)
+    with open_store(directory) as store:
+        assert store is not None
+        try:
+            if not resume:
+                store.clear()
+            yield store
+        except BaseException as stop:
+            if store.keeps_something():
+                stop.kept = directory  # type: ignore[attr-defined]
+            raise
+
+
+def _how_to_go_on(stop: BaseException) -> str:
+    directory = getattr(stop, "kept", None)
+    if directory is None:
+        return ""
+    return f" What is finished is kept in {directory}; go on with: {_shown['command']}"
+
+
+# Of Python's arguments those that a sentence may begin with or that can be nothing else.
+_ARGUMENTS = re.compile(
+    r"^(bits|codebook_scope|d|dtype|format|ignore|init|iters|max_new_tokens|method|min_coverage|n_init"
+    r"|pattern|recipe|seed|sparsity|temperature)(?= must | names )"
+    r"|\b(codebook_scope|max_new_tokens|min_coverage|n_init)\b"
+)
+_LONGEST = 400  # characters of a refusal; libraries list all models that they know
 
 
 def _one_sentence(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
+    # Of a long list of what there could be the beginning of the sentence before it is enough.
+    text = text.partition(" Model type should be one of ")[0]
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}... (all of it: nowag-ext --traceback)"
+    text = _ARGUMENTS.sub(lambda m: f"--{m.group().replace('_', '-')}", text)
+    option = getattr(error, "option", None)
+    if option is not None and not text.startswith(option):
+        text = f"{option}: {text}"
     expected = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
     return text if text and expected else f"{type(error).__name__}: {text}"
 
@@ -140,12 +230,20 @@ def calibrate(
     length: options.Length = 1024,
     seed: options.SampleSeed = None,
     dtype: options.Dtype = "auto",
+    resume: options.Resume = True,
 ) -> None:
     """Measures activation norms on text, once for all later compressions of the model."""
-    documents = [read_text(path) for path in text]
-    loaded, tokenizer = open_dense_model(model, dtype)
-    statistics = _calibrate(loaded, _windows(tokenizer, documents, samples, length, seed))
-    statistics.save(output)
+    with _option("--output"):
+        target = check_statistics_file(output)
+    with _kept(target, resume) as store:
+        texts = _open_texts(text)
+        store.begin(_made_with(model, dtype, texts, samples, length, seed))
+        with loading(_err, model):
+            loaded, tokenizer = open_dense_model(model, dtype)
+        windows = _windows(tokenizer, texts, samples, length, seed)
+        statistics = _calibrate(loaded, windows, store)
+        statistics.save(target)
+        store.clear()
     _out.print(f"The statistics of {len(statistics.tokens)} linear layers are in {output}.")
 
 
@@ -172,7 +270,7 @@ def compress(
     min_coverage: options.MinCoverage = 0.8,
     checkpoint_format: options.Format = "nowag",
     dtype: options.Dtype = "auto",
-    resume: options.Resume = False,
+    resume: options.Resume = True,
     overwrite: options.Overwrite = False,
     samples: options.CompressSamples = None,
     length: options.Length = 1024,
@@ -186,39 +284,71 @@ def compress(
     )  # fmt: skip
     overrides = options.parse_overrides(override or ())
     by_layer = LayerSettings(method, settings, overrides)
-    check_vacant(output, overwrite=overwrite)
     recipe = _recipe(recipe, act_norms, text)
     if recipe == "paper" and codebook_scope not in (None, "layer"):
         raise ValueError("--codebook-scope belongs to --recipe feedback: paper has one a layer.")
     scope = SharedCodebooks(codebook_scope or ("model" if recipe == "feedback" else "layer")).scope
-    norms = None if act_norms is None else load_act_norms(act_norms)
-    documents = [read_text(path) for path in text or ()]
-    loaded, tokenizer = open_dense_model(model, dtype)
     left_dense = ("lm_head", *(ignore or ()))
-    check_patterns(loaded, left_dense, "ignore")
-    check_patterns(loaded, list(overrides), "overrides")
-    _check_layers(loaded, by_layer, left_dense, shared_codebook=scope != "layer")
-    windows: list[Tensor] = []
-    if documents:
+    with _option("--output"):
+        target = check_vacant(output, overwrite=overwrite)
+        check_apart(target, model)
+    with _kept(target, resume) as store:
+        norms = None
+        if act_norms is not None:
+            with _option("--act-norms"):
+                norms = load_act_norms(act_norms)
+        texts = _open_texts(text or ())
         samples = samples or _SAMPLES[recipe]
-        windows = _windows(tokenizer, documents, samples, length, sample_seed)
-    partial = output.with_name(f"{output.name}.partial") if resume else None
-    common: dict[str, Any] = {
-        "overrides": overrides, "min_coverage": min_coverage, "work_dir": partial, **settings,
-    }  # fmt: skip
-    if recipe == "paper" and norms is None:
-        norms = _calibrate(loaded, windows).act_norms()
-    with progress_bar(_err) as progress:
-        if norms is None:
-            compress_blocks(
-                loaded, torch.cat(windows), method, left_dense, codebook_scope=scope,
-                progress=progress, **common,
+        store.begin(
+            {
+                **_made_with(model, dtype, texts, samples, length, sample_seed),
+                "--act-norms": None if act_norms is None else str(act_norms),
+                "--recipe": recipe, "--codebook-scope": scope, "--method": method,
+                **{f"--{name}": value for name, value in asdict(by_layer.default).items()},
+                "--override": overrides, "--ignore": left_dense[1:],
+            }
+        )  # fmt: skip
+
+        def check(subject: Any) -> None:
+            """Raises for what does not fit the model, before anything takes its time."""
+            check_patterns(subject, left_dense, "ignore")
+            check_patterns(subject, list(overrides), "overrides")
+            _check_layers(subject, by_layer, left_dense, shared_codebook=scope != "layer")
+            size = written_bytes(
+                subject, by_layer, left_dense, shared_codebook=scope != "layer",
+                dense=checkpoint_format == "dense",
             )  # fmt: skip
-        else:
-            compress_model(loaded, norms, method, left_dense, progress=progress, **common)
-    save(loaded, tokenizer, output, overwrite=overwrite)
-    if partial is not None:
-        clear_store(partial)
+            with _option("--output"):
+                require_space(target, size - store.nbytes())
+
+        outline = skeleton(model, named_dtype(dtype))
+        if outline is not None:
+            check(outline)
+        with loading(_err, model):
+            loaded, tokenizer = open_dense_model(model, dtype)
+        if outline is None:
+            check(loaded)
+        windows: list[Tensor] = []
+        if texts:
+            windows = _windows(tokenizer, texts, samples, length, sample_seed)
+        common: dict[str, Any] = {
+            "overrides": overrides, "min_coverage": min_coverage, "work_dir": store, **settings,
+        }  # fmt: skip
+        if recipe == "paper" and norms is None:
+            every = decoder_linears(loaded).items()
+            ones = {name: torch.ones(linear.in_features) for name, linear in every}
+            plan_compression(loaded, ones, (method, settings), left_dense, overrides, min_coverage)
+            norms = _calibrate(loaded, windows, store).act_norms()
+        with progress_bar(_err) as progress:
+            if norms is None:
+                compress_blocks(
+                    loaded, torch.cat(windows), method, left_dense, codebook_scope=scope,
+                    progress=progress, **common,
+                )  # fmt: skip
+            else:
+                compress_model(loaded, norms, method, left_dense, progress=progress, **common)
+        save(loaded, tokenizer, target, overwrite=overwrite)
+        store.clear()
     report = loaded.nowag_report
     _out.print(report_table(report))
     if report.stages:
@@ -243,7 +373,9 @@ def compress(
 def _writer(checkpoint_format: str) -> Callable[..., None]:
     writers = {"nowag": save_compressed, "dense": save_dense}
     if checkpoint_format not in writers:
-        raise ValueError(f"format must be one of {', '.join(writers)}, not {checkpoint_format!r}.")
+        raise ValueError(
+            f"--format must be one of {', '.join(writers)}, not {checkpoint_format!r}."
+        )
     return writers[checkpoint_format]
 
 
@@ -272,7 +404,7 @@ def _check_layers(
 def _recipe(recipe: str | None, act_norms: Path | None, text: Sequence[Path] | None) -> str:
     """Which recipe it is; raises unless there is what it needs."""
     if recipe is not None and recipe not in _SAMPLES:
-        raise ValueError(f"recipe must be one of {', '.join(_SAMPLES)}, not {recipe!r}.")
+        raise ValueError(f"--recipe must be one of {', '.join(_SAMPLES)}, not {recipe!r}.")
     if (act_norms is None) == (not text):
         raise ValueError(
             "give either --text FILE, or --act-norms FILE (see `nowag-ext calibrate`)."
@@ -282,12 +414,38 @@ def _recipe(recipe: str | None, act_norms: Path | None, text: Sequence[Path] | N
     return recipe or ("paper" if act_norms is not None else "feedback")
 
 
+def _open_texts(paths: Sequence[Path]) -> list[Text]:
+    with _option("--text"):
+        return [Text(path) for path in paths]
+
+
+def _made_with(
+    model: str, dtype: str, texts: Sequence[Text], samples: int, length: int, seed: int | None
+) -> dict[str, Any]:
+    """What the results of a run follow from, by what the command line calls it."""
+    made_with: dict[str, Any] = {
+        "MODEL": os.path.realpath(model) if Path(model).exists() else model,
+        "--dtype": dtype,
+        "nowag_ext": __version__,
+    }
+    if texts:
+        made_with |= {
+            "--text": [f"of SHA-256 {text.digest}..." for text in texts],
+            "--samples": samples, "--length": length, "--sample-seed": seed,
+            "OMP_NUM_THREADS": torch.get_num_threads(), "torch": str(torch.__version__),
+        }  # fmt: skip
+    return made_with
+
+
 def _windows(
-    tokenizer: Any, documents: Sequence[str], samples: int, length: int, seed: int | None
+    tokenizer: Any, texts: Sequence[Text], samples: int, length: int, seed: int | None
 ) -> list[Tensor]:
-    """Windows of the documents, as many of each, and says so."""
-    texts = [tokenize(tokenizer, document) for document in documents]
-    windows = mixed_batches(texts, samples=samples, length=length, seed=seed)
+    """Windows of the texts, as many of each, and says so."""
+    # Windows at random are of the whole text.
+    enough = samples * length if seed is None else None
+    with _option("--text"):
+        tokens = [text.tokens(tokenizer, enough) for text in texts]
+    windows = mixed_batches(tokens, samples=samples, length=length, seed=seed)
     which = "the first of the text" if seed is None else f"taken at random (seed {seed})"
     of = "" if len(texts) == 1 else f", from {len(texts)} texts in turn"
     _out.print(f"Calibrating on {len(windows)} windows of {length} tokens, {which}{of}.")
@@ -296,10 +454,26 @@ def _windows(
     return windows
 
 
-def _calibrate(model: Any, windows: Sequence[Tensor]) -> CalibrationStatistics:
+# What keeping the statistics so far may cost, as a share of the time that measuring them takes.
+_KEEPING = 0.05
+
+
+def _calibrate(model: Any, windows: Sequence[Tensor], store: LayerStore) -> CalibrationStatistics:
+    """The statistics of the windows, from where an earlier run was; kept now and then."""
     _advise_dtype(model, "nowag-ext calibrate --dtype float32")
+    key = run_key({}, dict(model.named_parameters()), windows=torch.cat(list(windows)))
+    statistics, done = store.get_statistics(key)
+    kept, took = time.monotonic(), 0.0
     with progress_bar(_err) as progress:
-        return collect_statistics(model, windows, progress=progress)
+        for number, window in enumerate(windows[done:], done + 1):
+            collect_statistics(model, [window], statistics=statistics)
+            progress("calibrate", number, len(windows))
+            now = time.monotonic()
+            if number == len(windows) or took <= _KEEPING * (now - kept):
+                store.put_statistics(key, statistics, number)
+                kept = time.monotonic()
+                took = kept - now
+    return statistics
 
 
 def _advise_dtype(model: Any, command: str) -> None:
@@ -322,10 +496,12 @@ def evaluate(
     dtype: options.Dtype = "auto",
 ) -> None:
     """Perplexity of a model, compressed or dense, on a text file."""
-    document = read_text(text)
-    loaded, tokenizer = open_model(model, dtype)
+    (document,) = _open_texts([text])
+    with loading(_err, model):
+        loaded, tokenizer = open_model(model, dtype)
     _advise_dtype(loaded, "nowag-ext eval --dtype float32")
-    tokens = tokenize(tokenizer, document)
+    with _option("--text"):
+        tokens = document.tokens(tokenizer, None if windows is None else windows * window)
     with progress_bar(_err) as progress:
         result = perplexity(loaded, tokens, window=window, windows=windows, progress=progress)
     _out.print(f"perplexity {result.perplexity:.4f}")
@@ -339,12 +515,18 @@ def generate(
     prompt: options.Prompt,
     max_new_tokens: options.MaxNewTokens = 64,
     chat: options.Chat = False,
+    temperature: options.Temperature = 0.0,
+    seed: options.GenerationSeed = 0,
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Greedy text from a model, compressed or dense, and its speed."""
-    loaded, tokenizer = open_model(model, dtype)
+    """Text from a model, compressed or dense, and its speed."""
+    check_generation(max_new_tokens, temperature)
+    with loading(_err, model):
+        loaded, tokenizer = open_model(model, dtype)
     ids = encode_prompt(tokenizer, prompt, chat=chat)
-    run = generate_text(loaded, tokenizer, ids, max_new_tokens=max_new_tokens)
+    run = generate_text(
+        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+    )
     _out.print(run.text, soft_wrap=True)
     _err.print(
         f"{run.tokens} tokens in {run.seconds:.2f} s: {run.tokens_per_second:.1f} tokens/s, "

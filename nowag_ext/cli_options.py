@@ -40,10 +40,16 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 MODEL_HELP = "A directory, a hub id or a .gguf file."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
-Text = Annotated[Path, typer.Option(help="UTF-8 text file.", show_default=False)]
+Text = Annotated[
+    Path, typer.Option(help="UTF-8 text file, - for standard input.", show_default=False)
+]
 Texts = Annotated[
     list[Path],
-    typer.Option("--text", help="UTF-8 text file; repeatable, mixed evenly.", show_default=False),
+    typer.Option(
+        "--text",
+        help="UTF-8 text file, - for standard input; repeatable, mixed evenly.",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[
     str,
@@ -141,10 +147,14 @@ Format = Annotated[
 Resume = Annotated[
     bool,
     typer.Option(
-        "--resume", help="Keep finished layers in OUTPUT.partial; go on from those there."
+        help="Go on from what an earlier run has left in OUTPUT.partial, where finished work is "
+        "kept until the output is whole; --no-resume removes it first."
     ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace OUTPUT, if nowag_ext wrote all that is in it."),
+]
 
 # Evaluation and generation
 Window = Annotated[int, typer.Option(help="Tokens a window.")]
@@ -152,6 +162,10 @@ Windows = Annotated[
     int | None, typer.Option(help="Windows to read from the start of the text; without it, all.")
 ]
 Prompt = Annotated[str, typer.Option(help="Text to go on from.", show_default=False)]
+Temperature = Annotated[
+    float, typer.Option(help="Tokens are drawn at it; at 0 each is the most likely one.")
+]
+GenerationSeed = Annotated[int, typer.Option("--seed", help="Of what is drawn.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Stop after so many tokens.")]
 Chat = Annotated[
     bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")

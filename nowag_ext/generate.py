@@ -1,7 +1,8 @@
-"""Greedy generation with a causal LM, and how fast it goes."""
+"""Generation with a causal LM, and how fast it goes."""
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -55,8 +56,10 @@ def generate(
     *,
     max_new_tokens: int = 64,
     fixed_length: bool = False,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Generation:
-    """Greedy text of at most ``max_new_tokens`` tokens.
+    """Text of at most ``max_new_tokens`` tokens.
 
     Args:
         model: a Hugging Face causal LM.
@@ -64,9 +67,16 @@ def generate(
         prompt: int64 [1, n] from ``encode_prompt``.
         max_new_tokens: at least 1.
         fixed_length: go on past the end-of-text token, so that speeds compare.
+        temperature: tokens are drawn at it, from all of the vocabulary; at 0 each is the most
+            likely one.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: a number out of range.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    check_generation(max_new_tokens, temperature)
+    if temperature > 0:
+        torch.manual_seed(seed)
     ids = prompt.to(next(model.parameters()).device)
     start = time.perf_counter()
     output = model.generate(  # type: ignore[operator]
@@ -74,15 +84,23 @@ def generate(
         attention_mask=torch.ones_like(ids),
         max_new_tokens=max_new_tokens,
         min_new_tokens=max_new_tokens if fixed_length else None,
-        do_sample=False,
-        temperature=None,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
         top_p=None,
-        top_k=None,
+        top_k=0 if temperature > 0 else None,
         pad_token_id=_pad_token(model, tokenizer),
     )
     new = output[0, ids.shape[1] :].tolist()
     seconds = time.perf_counter() - start
     return Generation(tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
+
+
+def check_generation(max_new_tokens: int, temperature: float) -> None:
+    """Raises ValueError for numbers that ``generate`` refuses."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or a positive number, not {temperature}.")
 
 
 def tokens_per_second(

@@ -4,36 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
     TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from nowag_ext.environment import Environment
 from nowag_ext.report import LayerReport, ModelReport, Progress, settings_text
+
+
+class _Times(ProgressColumn):
+    """ "0:01:30 elapsed, 0:00:30 left": at the mean speed since the stage began."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        elapsed = task.elapsed or 0.0
+        text = f"{timedelta(seconds=int(elapsed))} elapsed"
+        gone = task.completed - task.fields.get("begun_at", 0.0)
+        if task.total and gone > 0:
+            left = elapsed * max(0.0, task.total - task.completed) / gone
+            text += f", {timedelta(seconds=int(left))} left"
+        return Text(text, style="progress.remaining")
 
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Progress]:
     """Yields a callback (stage, done, total) that draws one bar, with the time left.
 
-    The bar vanishes when the block ends; where the console is no terminal nothing is drawn.
+    The bar vanishes when the block ends; where the console is no terminal nothing is drawn. Where
+    the total changes or less is done than before, another stage has begun.
     """
     bar = Bars(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _Times(),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -41,10 +59,28 @@ def progress_bar(console: Console) -> Iterator[Progress]:
     task = bar.add_task("", total=None)
 
     def show(stage: str, done: float, total: float) -> None:
-        bar.update(task, description=stage, completed=done, total=total or None)
+        now = bar.tasks[0]
+        if now.total != (total or None) or done < now.completed:
+            # What is done at once, from an earlier run, took no time.
+            bar.reset(task, total=total or None, completed=int(done), begun_at=done)
+        bar.update(task, description=stage, completed=done)
 
     with bar:
         yield show
+
+
+@contextmanager
+def loading(console: Console, source: str) -> Iterator[None]:
+    """Says that a model is being loaded, and for how long; nothing where there is no terminal."""
+    bar = Bars(
+        SpinnerColumn(), TextColumn("{task.description}", markup=False), _Times(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    path = Path(source)
+    size = f" ({megabytes(path.stat().st_size)} MB)" if path.is_file() else ""
+    bar.add_task(f"loading {source}{size}", total=None)
+    with bar:
+        yield
 
 
 def table(

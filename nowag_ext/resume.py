@@ -1,4 +1,4 @@
-"""Finished layers of a compression, on disk, so that an interrupted run goes on where it was."""
+"""What a run has finished, on disk, so that it goes on where it was after an interruption."""
 
 from __future__ import annotations
 
@@ -15,20 +15,24 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from nowag_ext import ops
+from nowag_ext.calibrate import CalibrationStatistics
 from nowag_ext.codebook import OWNER, Codebook
-from nowag_ext.files import atomic_file
+from nowag_ext.files import MARK, atomic_file, directories
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import METHODS, Settings
 from nowag_ext.plan import Unit
 from nowag_ext.version import __version__
 
-# What a store's files say they are, and the file that a run holds while it writes to the directory.
+# What a store's files say they are, the file that a run holds while it writes to the directory, and
+# that which says what run it is.
 _FORMAT = "nowag_ext finished layer"
-_LOCK = ".nowag_ext.lock"
+_LOCK = f"{MARK}lock"
+_MADE_WITH = f"{MARK}made_with.json"
+_STATISTICS = "statistics"
 
 
 def layer_key(settings: Settings, weight: Tensor, act_norms: Tensor) -> str:
@@ -73,40 +77,57 @@ def run_key(units: Mapping[str, Unit], **rest: Any) -> str:
     return digest.hexdigest()
 
 
+def work_directory(output: Path) -> Path:
+    """Where what is finished of an output is kept until that is whole: beside it, on one disk.
+
+    In it, hidden, if it is a mounted disk's root or nothing can be written beside it.
+    """
+    inside = os.path.ismount(output) or not os.access(output.parent, os.W_OK)
+    if output.is_dir() and inside:
+        return output / f"{MARK}partial"
+    return output.with_name(f"{output.name}.partial")
+
+
 @contextmanager
-def open_store(directory: str | os.PathLike[str] | None) -> Iterator[LayerStore | None]:
+def open_store(
+    directory: str | os.PathLike[str] | LayerStore | None,
+) -> Iterator[LayerStore | None]:
     """The store of a directory, which no other run writes to meanwhile; None for none.
+
+    One that is open already stays as it is. At the end a directory that keeps nothing goes.
 
     Raises:
         ValueError: another run has it open.
         OSError: it cannot be made.
     """
-    if directory is None:
-        yield None
+    if directory is None or isinstance(directory, LayerStore):
+        yield directory
         return
     path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path / _LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"another run keeps its finished layers in {path}: wait for it, or choose another "
-            "directory."
-        ) from None
-    try:
-        yield LayerStore(path)
-    finally:
-        lock.release()
+    with directories(path):
+        lock = FileLock(path / _LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"another run keeps its finished layers in {path}: wait for it, or choose another "
+                "directory."
+            ) from None
+        store = LayerStore(path)
+        try:
+            yield store
+        finally:
+            if not store.keeps_something():
+                clear_store(path)
+            lock.release()
 
 
 def clear_store(directory: str | os.PathLike[str]) -> None:
     """Removes what a store has written there, and the directory if nothing else is in it."""
     path = Path(directory)
-    for file in path.glob("*.safetensors"):
-        if _metadata(file) is not None:
-            file.unlink()
-    (path / _LOCK).unlink(missing_ok=True)
+    for file in (*path.glob("*.safetensors"), *path.glob(f"{MARK}*")):
+        if file.name.startswith(MARK) or _metadata(file) is not None:
+            file.unlink(missing_ok=True)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
 
@@ -119,6 +140,10 @@ def _metadata(path: Path) -> dict[str, str] | None:
     except (OSError, SafetensorError):
         return None
     return metadata if metadata.get("format") == _FORMAT else None
+
+
+def _shown(value: Any) -> str:
+    return "not given" if value is None else str(value)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -140,6 +165,42 @@ class LayerStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
+    def keeps_something(self) -> bool:
+        """Whether there is anything to go on from."""
+        return any(_metadata(file) is not None for file in self.directory.glob("*.safetensors"))
+
+    def clear(self) -> None:
+        """Forgets what is kept; the directory stays this run's."""
+        for file in self.directory.glob("*.safetensors"):
+            if _metadata(file) is not None:
+                file.unlink(missing_ok=True)
+
+    def nbytes(self) -> int:
+        """Bytes of its files."""
+        return sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
+
+    def begin(self, made_with: Mapping[str, Any]) -> None:
+        """Notes what the run is made with, by the names of its options.
+
+        Raises:
+            ValueError: what is kept was made with something else; the sentence names it.
+        """
+        file = self.directory / _MADE_WITH
+        wanted: dict[str, Any] = json.loads(json.dumps(made_with))
+        if self.keeps_something() and file.is_file():
+            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            other = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+            if other:
+                raise ValueError(
+                    f"{self.directory} was made with "
+                    + ", ".join(f"{name} {_shown(known.get(name))}" for name in other)
+                    + ", not "
+                    + ", ".join(f"{name} {_shown(wanted.get(name))}" for name in other)
+                    + f": pass the same, remove {self.directory}, or start anew with --no-resume."
+                )
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"
 
@@ -150,7 +211,7 @@ class LayerStore:
             "checksum": _checksum(tensors),
         }  # fmt: skip
         with atomic_file(self._path(name)) as temporary:
-            save_file(tensors, temporary, metadata)
+            temporary.write_bytes(save(tensors, metadata))
 
     def _read(self, name: str, key: str) -> tuple[dict[str, Any], Any] | None:
         path = self._path(name)
@@ -166,6 +227,17 @@ class LayerStore:
     def put(self, name: str, key: str, weight: PackedWeight, seconds: float) -> None:
         """Keeps a finished layer, and how long it took."""
         self._write(name, key, weight.tensors(), {"weight": weight.facts(), "seconds": seconds})
+
+    def put_statistics(self, key: str, statistics: CalibrationStatistics, windows: int) -> None:
+        """Keeps calibration statistics of the first windows."""
+        self._write(_STATISTICS, key, statistics.tensors(), windows)
+
+    def get_statistics(self, key: str) -> tuple[CalibrationStatistics, int]:
+        """The statistics of this key, and of how many windows they are."""
+        found = self._read(_STATISTICS, key)
+        if found is None:
+            return CalibrationStatistics(), 0
+        return CalibrationStatistics.of_tensors(self._path(_STATISTICS), found[0]), found[1]
 
     def put_codebooks(self, key: str, codebooks: Mapping[str, Codebook]) -> None:
         """Keeps the codebooks that layers share."""

@@ -1,4 +1,4 @@
-"""What commands read: models of any kind, text files, windows of text for calibration."""
+"""What commands read: models of any kind, windows of text for calibration."""
 
 from __future__ import annotations
 
@@ -55,17 +55,6 @@ def open_model(source: str | os.PathLike[str], dtype: str = "auto") -> tuple[Any
         return open_dense_model(source, dtype)
     model = load(source, dtype=named_dtype(dtype))
     return model, _require_tokenizer(source, load_tokenizer(source))
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """A UTF-8 text file; raises OSError or ValueError with the file's name."""
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no text file {file}.")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}.") from None
 
 
 def calibration_batches(

@@ -254,7 +254,7 @@ def test_eval_refuses_text_that_is_not(work: Path, tmp_path: Path) -> None:
             "--codebook-scope belongs to --recipe feedback",
             ["--codebook-scope", "model", "--act-norms", "{w}/stats.safetensors"],
         ),
-        ("codebook_scope must be one of", ["--codebook-scope", "all", "--text", "{w}/text.txt"]),
+        ("--codebook-scope must be one of", ["--codebook-scope", "all", "--text", "{w}/text.txt"]),
         ("less than one window of 1000000", ["--length", "1000000", "--text", "{w}/text.txt"]),
         ("no calibration file", ["--act-norms", "{w}/nothing"]),
         ("not a file of calibration", ["--act-norms", "{w}/model/model.safetensors"]),
@@ -289,8 +289,13 @@ def test_compress_does_not_overwrite_unasked(work: Path, tmp_path: Path) -> None
                  "--act-norms", work / "stats.safetensors"]  # fmt: skip
     fails_with("exists and is not empty", *arguments)
     assert (tmp_path / "mine").read_text() == "precious"
-    assert run(*arguments, "--overwrite").exit_code == 0
-    assert not (tmp_path / "mine").exists()
+    fails_with("mine in it was not written by nowag_ext", *arguments, "--overwrite")
+    assert (tmp_path / "mine").read_text() == "precious"
+    (tmp_path / "mine").unlink()
+    assert run(*arguments).exit_code == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert run(*arguments, "--pattern", "2:4", "--overwrite").exit_code == 0
+    assert (tmp_path / "model.safetensors").read_bytes() != before
     fails_with("compressed|quantised", "compress", tmp_path, "-o", tmp_path / "again",
                "--act-norms", work / "stats.safetensors", "--method", "prune")  # fmt: skip
 
@@ -335,7 +340,8 @@ def test_env_says_that_a_level_was_forced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "said"), [(signal.SIGINT, 130, "Interrupted."), (signal.SIGTERM, 143, "")]
+    ("number", "status", "said"),
+    [(signal.SIGINT, 130, "Interrupted."), (signal.SIGTERM, 143, "Terminated.")],
 )
 def test_interrupt_leaves_nothing(
     work: Path, tmp_path: Path, number: signal.Signals, status: int, said: str

@@ -1,0 +1,70 @@
+"""What a run will write, from the model's configuration alone: before weights are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from nowag_ext.decoder import decoder_linears, matches
+from nowag_ext.methods import METHODS, LayerSettings
+
+
+def skeleton(source: str | os.PathLike[str], dtype: torch.dtype | str) -> Any:
+    """The model without its weights, on the meta device.
+
+    None where only loading it tells: GGUF files, and models that bring their own code.
+
+    Raises:
+        OSError, ValueError: there is no such model, or transformers knows none of its kind.
+    """
+    if Path(source).is_file():
+        return None
+    config, _ = PretrainedConfig.get_config_dict(source)
+    if "auto_map" in config or "model_type" not in config or "quantization_config" in config:
+        return None
+    config = AutoConfig.from_pretrained(source)
+    if dtype == "auto":
+        # Where the configuration names none the weights do: no more than they may take is told.
+        dtype = getattr(config, "dtype", None) or torch.float16
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def written_bytes(
+    model: Any,
+    settings: LayerSettings,
+    ignore: Sequence[str],
+    *,
+    shared_codebook: bool,
+    dense: bool,
+) -> int:
+    """Bytes of the tensors on disk when a compression ends: finished layers and the checkpoint."""
+    own = {id(parameter): parameter.nbytes for parameter in model.parameters()}
+    total = sum(own.values())
+    layers = 0
+    for name, linear in decoder_linears(model).items():
+        if matches(name, ignore):
+            continue
+        layers += _packed_bytes(linear, settings, name, shared_codebook)
+        if not dense:
+            total -= own[id(linear.weight)]
+    return total + layers + (0 if dense else layers)
+
+
+def _packed_bytes(
+    linear: nn.Linear, settings: LayerSettings, name: str, shared_codebook: bool
+) -> int:
+    one = settings.of(name)
+    form = one.form()
+    if shared_codebook and one.method == "vq":
+        form["codebook"] = "shared"
+    module = METHODS[one.method].empty(
+        form, linear.in_features, linear.out_features, linear.weight.dtype, torch.device("meta")
+    )
+    return sum(parameter.nbytes for parameter in module.parameters())
