@@ -58,6 +58,12 @@ class CMakeBuild(build_ext):
         subprocess.run(
             ["cmake", "--install", str(build_dir), "--prefix", str(package_dir)], check=True
         )
+        cuda = any(package_dir.glob("_cuda*.so"))
+        print(
+            "nowag_ext: built the CPU kernels "
+            + ("and the CUDA kernels." if cuda else "alone: no nvcc was found, or wanted."),
+            flush=True,
+        )
 
     @staticmethod
     def _pybind11_cmake_dir() -> str:

@@ -367,7 +367,7 @@ def compress(
             "give more or more varied text if they matter.",
             soft_wrap=True,
         )
-    _out.print(f"The checkpoint, report.json and layers.csv are in {output}.", soft_wrap=True)
+    _out.print(f"The checkpoint, report.json and layers.csv are in {target}.", soft_wrap=True)
 
 
 def _writer(checkpoint_format: str) -> Callable[..., None]:
@@ -461,7 +461,7 @@ _KEEPING = 0.05
 def _calibrate(model: Any, windows: Sequence[Tensor], store: LayerStore) -> CalibrationStatistics:
     """The statistics of the windows, from where an earlier run was; kept now and then."""
     _advise_dtype(model, "nowag-ext calibrate --dtype float32")
-    key = run_key({}, dict(model.named_parameters()), windows=torch.cat(list(windows)))
+    key = run_key({}, windows=torch.cat(list(windows)), **dict(model.named_parameters()))
     statistics, done = store.get_statistics(key)
     kept, took = time.monotonic(), 0.0
     with progress_bar(_err) as progress:

@@ -21,11 +21,11 @@ from nowag_ext.demo_model import demo_model
 from nowag_ext.demo_text import demo_text
 from nowag_ext.environment import describe_environment
 from nowag_ext.evaluate import Perplexity, perplexity, tokenize
-from nowag_ext.files import atomic_directory
+from nowag_ext.files import atomic_directory, check_apart, require_space
 from nowag_ext.gemm import gemm_dtype
 from nowag_ext.generate import encode_prompt, generate, tokens_per_second
 from nowag_ext.model import compress_model
-from nowag_ext.render import dtype_name, megabytes, progress_bar, table
+from nowag_ext.render import dtype_name, loading, megabytes, progress_bar, table
 from nowag_ext.report import settings_text
 from nowag_ext.source import calibration_batches, open_dense_model
 
@@ -136,9 +136,10 @@ def run_demo(
         OSError: the model cannot be had, or ``output`` holds something else.
         ValueError: a layer cannot be compressed this way; the sentence names it.
     """
-    source = str(demo_model()) if model is None else model
     overwrite = (output / RESULT_FILE).is_file()
     with atomic_directory(output, overwrite=overwrite) as directory:
+        source = str(demo_model()) if model is None else model
+        check_apart(output.resolve(), source)
         result = _Demo(source, directory, effort, err).run()
         (directory / RESULT_FILE).write_text(json.dumps(asdict(result), indent=2) + "\n")
     _show(result, output, out)
@@ -185,7 +186,11 @@ class _Demo:
 
     def _store_dense(self) -> None:
         """Writes the model in bf16: what the others start from and are compared with."""
-        dense, tokenizer = open_dense_model(self.source, dtype_name(STORED))
+        with loading(self.err, self.source):
+            dense, tokenizer = open_dense_model(self.source, dtype_name(STORED))
+        # This one and four compressed, of which the pruned are the largest, over half of it.
+        size = sum(parameter.nbytes for parameter in dense.parameters())
+        require_space(self.directory, 3 * size)
         dense.save_pretrained(self.directory / "dense")
         tokenizer.save_pretrained(self.directory / "dense")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -15,14 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 from fresh_process import fresh_python
+from rich.console import Console
+from rich.progress import Progress as Bars
 from tiny_model import TEXT, save_tiny, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import nowag_ext
-from nowag_ext import _cpu, gemm
+from nowag_ext import _cpu, cli, gemm, render
 from nowag_ext.cli import app
 from nowag_ext.evaluate import perplexity, tokenize
+from nowag_ext.forecast import written_bytes
+from nowag_ext.methods import LayerSettings
 from nowag_ext.source import calibration_batches
 
 VQ = ["--d", "4", "--bits", "2", "--iters", "3"]
@@ -296,7 +302,8 @@ def test_compress_does_not_overwrite_unasked(work: Path, tmp_path: Path) -> None
     before = (tmp_path / "model.safetensors").read_bytes()
     assert run(*arguments, "--pattern", "2:4", "--overwrite").exit_code == 0
     assert (tmp_path / "model.safetensors").read_bytes() != before
-    fails_with("compressed|quantised", "compress", tmp_path, "-o", tmp_path / "again",
+    again = tmp_path.with_name(f"{tmp_path.name}-again")
+    fails_with("compressed|quantised", "compress", tmp_path, "-o", again,
                "--act-norms", work / "stats.safetensors", "--method", "prune")  # fmt: skip
 
 
@@ -391,3 +398,117 @@ def test_compress_with_overrides(work: Path, tmp_path: Path) -> None:
     assert methods["down_proj"] == "prune"
     assert methods["up_proj"] == "vq"
     fails_with("override 'up_proj': d must be", *common, "--override", "up_proj d=9")
+
+
+def test_refusals_name_options(work: Path, tmp_path: Path) -> None:
+    compress = ["compress", work / "model", "-o", tmp_path / "out"]
+    with_norms = [*compress, "--act-norms", work / "stats.safetensors"]
+    fails_with("Error: --iters must be", *with_norms, "--iters", 0)
+    fails_with("Error: --n-init must be", *with_norms, "--n-init", 0)
+    fails_with(r"Error: --d must be an integer from 1", *with_norms, "--d", 9)
+    fails_with("Error: --dtype must be one of", *with_norms, "--dtype", "int3")
+    fails_with("Error: --text: there is no text file", *compress, "--text", tmp_path / "missing")
+    fails_with("Error: --text: .* is a directory", *compress, "--text", tmp_path)
+    fails_with("Error: --act-norms: there is no calib", *compress, "--act-norms", tmp_path / "no")
+    fails_with("Error: --temperature must be 0 or a positive number",
+               "generate", work / "model", "--prompt", "x", "--temperature", "nan")  # fmt: skip
+    for output, sentence in {
+        work / "model": "must not hold each other|exists and is not empty",
+        work / "model" / "new": "must not hold each other",
+        work / "text.txt": "is a file: a directory is needed",
+        "/dev/null": "is a device: a directory is needed",
+        "/proc/nowag": "cannot be written",
+        "/": "exists and is not empty",
+    }.items():
+        for more in ([], ["--overwrite"]):
+            result = run(*with_norms, *more, "-o", output)
+            assert result.exit_code == 1
+            assert re.match(f"Error: --output: .*({sentence})", result.stderr), result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calibrate_replaces_only_statistics(work: Path, tmp_path: Path) -> None:
+    common = ["calibrate", work / "model", "--text", work / "text.txt", "--length", 64,
+              "--samples", 1]  # fmt: skip
+    text = (work / "text.txt").read_bytes()
+    model = (work / "model" / "model.safetensors").read_bytes()
+    for file in (work / "text.txt", work / "model" / "model.safetensors"):
+        fails_with("--output: .* is no file of calibration statistics", *common, "-o", file)
+    fails_with("--output: /dev/null: is a device: a regular file", *common, "-o", "/dev/null")
+    assert (work / "text.txt").read_bytes() == text
+    assert (work / "model" / "model.safetensors").read_bytes() == model
+    (tmp_path / "link").symlink_to("stats")
+    for _ in range(2):
+        assert run(*common, "-o", tmp_path / "link").exit_code == 0
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["link", "stats"]
+
+
+def test_room_is_looked_for_before_the_model_is_read(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The configuration alone says how much will be written."""
+    needed = written_bytes(
+        tiny_llama(), LayerSettings("vq", {"d": 4, "bits": 2}, {}), ["lm_head"],
+        shared_codebook=False, dense=False,
+    )  # fmt: skip
+    arguments = ["compress", work / "model", "-o", tmp_path / "out", *VQ,
+                 "--act-norms", work / "stats.safetensors"]  # fmt: skip
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=needed - 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "open_dense_model", None)
+        fails_with("--output: .*0.2 MB are needed but the disk has 0.2 MB free", *arguments)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    model = tiny_llama()
+    norms = nowag_ext.load_act_norms(work / "stats.safetensors")
+    nowag_ext.compress_model(model, norms, d=4, bits=2, iters=1)
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    assert needed == sum(tensors.values()) + model.nowag_report.bytes
+
+
+def test_a_model_of_another_kind_is_refused_briefly(tmp_path: Path) -> None:
+    """transformers lists all models that it has; one sentence is enough."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "smolvlm"}')
+    for command in ("eval", "compress"):
+        text = [command, tmp_path / "model", "--text", "/dev/null"]
+        more = ["-o", tmp_path / "out"] if command == "compress" else []
+        result = run(*text, *more)
+        assert result.exit_code == 1
+        assert "SmolVLMConfig" in result.stderr
+        assert len(result.stderr) < 500
+        assert result.stderr.count("\n") == 1
+
+
+def test_temperature(work: Path) -> None:
+    common = ["generate", work / "model", "--prompt", "It was", "--max-new-tokens", 12]
+    texts = [
+        run(*common, *more).stdout
+        for more in (
+            [], ["--temperature", 0], ["--temperature", 3], ["--temperature", 3, "--seed", 0],
+            ["--temperature", 3, "--seed", 1],
+        )
+    ]  # fmt: skip
+    assert texts[0] == texts[1] != texts[2] == texts[3] != texts[4]
+
+
+def test_completion_can_be_installed() -> None:
+    assert "--install-completion" in run("--help").output
+
+
+def test_progress_counts_from_where_a_stage_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither an earlier stage nor what an earlier run finished makes the estimate wrong."""
+    now = [0.0]
+    console = Console(file=io.StringIO(), force_terminal=True, get_time=lambda: now[0])
+    seen = []
+    monkeypatch.setattr(Bars, "__exit__", lambda self, *_: (seen.append(self), self.stop())[1])
+    times = render._Times()
+    with render.progress_bar(console) as progress:
+        progress("calibrate", 8, 8)
+        now[0] = 100.0
+        progress("one", 50, 100)
+        now[0] = 110.0
+        progress("two", 60, 100)
+    assert str(times.render(seen[0].tasks[0])) == "0:00:10 elapsed, 0:00:40 left"
