@@ -158,6 +158,10 @@ def _option(name: str) -> Iterator[None]:
 def _kept(output: Path, resume: bool) -> Iterator[LayerStore]:
     """Where what is finished is kept until the output is whole, held by this run alone."""
     directory = work_directory(output)
+    if os.path.lexists(directory) and not directory.is_dir():
+        raise FileExistsError(
+            f"--output: {directory}, where finished work is to be kept, exists and is no directory."
+        )
     with open_store(directory) as store:
         assert store is not None
         try:

@@ -350,9 +350,12 @@ def atomic_directory(path: str | os.PathLike[str], *, overwrite: bool = False) -
 
 
 def _fill(target: Path, temporary: Path) -> None:
-    """Moves what is in ``temporary`` into ``target``, in the place of what an earlier one wrote."""
-    before = {name.partition(os.sep)[0] for name in _listed(target)}
-    new = sorted(os.listdir(temporary), key=lambda name: (name == "config.json", name))
+    """Moves what is in ``temporary`` into ``target``, in the place of what an earlier one wrote.
+
+    The list is replaced at once: whenever this is killed, there is one of what is there.
+    """
+    before = {name.partition(os.sep)[0] for name in _listed(target)} - {LIST_FILE}
+    new = set(os.listdir(temporary)) - {LIST_FILE}
     moved: list[tuple[Path, Path]] = []
 
     def move(source: Path, to: Path) -> None:
@@ -360,16 +363,21 @@ def _fill(target: Path, temporary: Path) -> None:
         os.rename(source, to)
 
     with _temporary(target, target.name, directory=True) as aside:
+        if (target / LIST_FILE).exists():
+            shutil.copy(target / LIST_FILE, aside)
         try:
-            for name in sorted(before, key=lambda name: (name != "config.json", name)):
+            for name in sorted(before, key=lambda name: name != "config.json"):
                 if os.path.lexists(target / name):
                     move(target / name, aside / name)
-            for name in new:
+            move(temporary / LIST_FILE, target / LIST_FILE)
+            for name in sorted(new, key=lambda name: name == "config.json"):
                 move(temporary / name, target / name)
         except BaseException:
             for source, to in reversed(moved):
                 if os.path.lexists(to) and not os.path.lexists(source):
                     os.rename(to, source)
+            if (aside / LIST_FILE).exists():
+                os.rename(aside / LIST_FILE, target / LIST_FILE)
             raise
 
 

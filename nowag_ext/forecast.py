@@ -21,12 +21,15 @@ def skeleton(source: str | os.PathLike[str], dtype: torch.dtype | str) -> Any:
     None where only loading it tells: GGUF files, and models that bring their own code.
 
     Raises:
-        OSError, ValueError: there is no such model, or transformers knows none of its kind.
+        OSError: there is no such model.
+        ValueError: it is quantised, or transformers knows none of its kind.
     """
     if Path(source).is_file():
         return None
     config, _ = PretrainedConfig.get_config_dict(source)
-    if "auto_map" in config or "model_type" not in config or "quantization_config" in config:
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{os.fspath(source)} is already quantised: a dense model is needed.")
+    if "auto_map" in config or "model_type" not in config:
         return None
     config = AutoConfig.from_pretrained(source)
     if dtype == "auto":

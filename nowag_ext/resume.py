@@ -187,8 +187,8 @@ class LayerStore:
         """
         file = self.directory / _MADE_WITH
         wanted: dict[str, Any] = json.loads(json.dumps(made_with))
-        if self.keeps_something() and file.is_file():
-            known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        known = self._made_with() if self.keeps_something() else None
+        if known is not None:
             other = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
             if other:
                 raise ValueError(
@@ -200,6 +200,13 @@ class LayerStore:
                 )
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+    def _made_with(self) -> dict[str, Any] | None:
+        try:
+            known = json.loads((self.directory / _MADE_WITH).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return known if isinstance(known, dict) else None
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.safetensors"

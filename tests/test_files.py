@@ -214,14 +214,17 @@ def test_only_what_was_written_here_is_replaced(tmp_path: Path) -> None:
         check_vacant(out, overwrite=True)
 
 
-def test_a_swap_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moves", range(5))
+def test_a_swap_that_fails_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
     out = tmp_path / "out"
     fill(out, text="old")
-    rename, calls = os.rename, []
+    before = (out / LIST_FILE).read_text()
+    rename, left = os.rename, iter(range(moves))
 
     def failing(source: Path, to: Path) -> None:
-        calls.append(source)
-        if len(calls) == 5:
+        if next(left, None) is None and "KeyboardInterrupt" not in str(sys.exc_info()):
             raise KeyboardInterrupt
         rename(source, to)
 
@@ -230,6 +233,42 @@ def test_a_swap_that_fails_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyP
         fill(out, text="new", overwrite=True)
     assert names(out) == WHOLE
     assert (out / "config.json").read_text() == (out / "below/config.json").read_text() == "old"
+    assert (out / LIST_FILE).read_text() == before
+
+
+SWAPS = """
+import os, sys
+from pathlib import Path
+from nowag_ext.files import atomic_directory
+rename = os.rename
+for moves in range(5):
+    out = Path(sys.argv[1]) / str(moves)
+    for text in ("old", "killed", "new"):
+        if os.fork():
+            os.wait()
+            continue
+        left = [moves]
+        def killed(*args):
+            if left[0] == 0:
+                os._exit(9)
+            left[0] -= 1
+            rename(*args)
+        if text == "killed":
+            os.rename = killed
+        with atomic_directory(out, overwrite=True) as directory:
+            for name in ("config.json", text):
+                (directory / name).write_text(text)
+        os._exit(0)
+"""
+
+
+def test_a_swap_that_is_killed_can_be_done_again(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", SWAPS, str(tmp_path)], env=environment, check=True)
+    for out in tmp_path.iterdir():
+        assert names(out) == [LIST_FILE, "config.json", "new"]
+        assert (out / "config.json").read_text() == "new"
+    assert len(names(tmp_path)) == 5
 
 
 def test_a_model_and_an_output_do_not_hold_each_other(tmp_path: Path) -> None:

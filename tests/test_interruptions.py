@@ -180,6 +180,24 @@ def test_what_matters_not_may_differ(
     assert '"resumed": true' in (tmp_path / "out" / "report.json").read_text()
 
 
+def test_a_damaged_record_and_what_is_in_the_way(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = arguments(work, tmp_path / "out", "paper")
+    partial = tmp_path / "out.partial"
+    partial.write_text("mine")
+    result = run(given)
+    assert result.exit_code == 1
+    assert "--output: " in result.stderr
+    assert "out.partial, where finished work is to be kept, exists" in result.stderr
+    partial.unlink()
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3, KeyboardInterrupt())
+        assert run(given).exit_code == 130
+    (partial / resume._MADE_WITH).write_text('{"--iters": ')
+    assert run(given).exit_code == 0
+
+
 def test_a_second_run_is_refused(work: Path, tmp_path: Path) -> None:
     for command in COMMANDS:
         with resume.open_store(tmp_path / "out.partial"):
