@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nowag_ext.files import atomic_directory, check_vacant, require_space
-from nowag_ext.integrations.transformers import QUANT_METHOD, replace_by_dense
+from nowag_ext.integrations.transformers import QUANT_METHOD, NowagConfig, replace_by_dense
 from nowag_ext.methods import METHODS
 from nowag_ext.offload import layers_on_disk
 from nowag_ext.report import ModelReport, settings_text
+from nowag_ext.stored import check_no_adapter, checked_config, shown
 
 REPORT_FILE = "report.json"
 LAYERS_FILE = "layers.csv"
@@ -27,26 +29,35 @@ _OTHER_BYTES = 32 << 20
 def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:
     """A compressed model from a directory or the hub, in eval mode.
 
+    What the checkpoint holds is checked: nothing but safetensors files of its own folder is read,
+    every tensor is there, and finite.
+
     Args:
         path_or_id: a directory that ``save_compressed`` or ``save_pretrained`` wrote, or a hub id.
         kwargs: for ``AutoModelForCausalLM.from_pretrained``: dtype, device_map, revision, ...
+            Code that the checkpoint brings is run with trust_remote_code=True only; nobody is
+            asked.
 
     Raises:
         ValueError: the checkpoint is not a nowag one, of a format_version this release does not
-            read, truncated, incomplete, or its tensors do not fit its configuration.
+            read, truncated, incomplete, needs code of its own, or its tensors do not fit its
+            configuration.
         OSError: nothing is found under that name.
     """
     _check_exists(path_or_id)
-    _check_config(path_or_id)
-    model = AutoModelForCausalLM.from_pretrained(path_or_id, **kwargs)
-    loaded = model[0] if isinstance(model, tuple) else model
-    if getattr(loaded, "quantization_method", None) != QUANT_METHOD:
+    config = checked_config(path_or_id, **kwargs)
+    quantization = _quantization(config)
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise ValueError(
             f"{os.fspath(path_or_id)} is not a checkpoint compressed by nowag_ext: its config.json "
             f'has no quantization_config of quant_method "{QUANT_METHOD}". Load it with '
             "transformers."
         )
-    return model
+    for name in ("load_in_8bit", "load_in_4bit"):  # either makes another method of it
+        if name in quantization:
+            raise ValueError(f"quantization_config.{name} of config.json is not of nowag_ext.")
+    NowagConfig.from_dict(quantization)
+    return _load_complete(path_or_id, **kwargs)
 
 
 def load_dense_model(
@@ -59,7 +70,8 @@ def load_dense_model(
     """A dense model, in eval mode, and its tokenizer: from a directory, the hub or a .gguf file.
 
     A GGUF file's weights are dequantised to ``dtype`` ("auto": float32), and the model is an
-    ordinary one. The tokenizer is None where there is none.
+    ordinary one. The tokenizer is None where there is none. Weights are read from safetensors and
+    GGUF files alone. kwargs are those of ``load``.
 
     With an ``offload_folder`` the decoder layers stay on disk, and are read when they are needed
     (offload.py): from the checkpoint itself, or, where transformers converts its tensors, from that
@@ -67,44 +79,80 @@ def load_dense_model(
 
     Raises:
         OSError: nothing is found under that name.
-        ValueError: the checkpoint is already quantised, incomplete or damaged.
+        ValueError: the checkpoint is already quantised, incomplete or damaged, or needs code of its
+            own.
     """
     _check_exists(path_or_id)
     path = Path(path_or_id)
     if path.suffix == ".gguf":
         return _load_gguf(path, torch.float32 if dtype == "auto" else dtype, kwargs)
-    _check_config(path_or_id)
+    quantization = _quantization(checked_config(path_or_id, **kwargs))
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise ValueError(
+            f"{os.fspath(path_or_id)} is already quantised ({shown(method)}): a dense model is "
+            "needed."
+        )
     if offload_folder is not None:
-        config = AutoConfig.from_pretrained(path_or_id)
-        with torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(config)
+        with _explained(path_or_id), torch.device("meta"):
+            trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+            config = AutoConfig.from_pretrained(path_or_id, **trust)
+            shape = AutoModelForCausalLM.from_config(config, **trust)
         kwargs = {
             "device_map": layers_on_disk(shape), "offload_folder": offload_folder, **kwargs
         }  # fmt: skip
     model = _load_complete(path_or_id, dtype=dtype, **kwargs)
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ValueError(
-            f"{os.fspath(path_or_id)} is already quantised "
-            f"({getattr(model, 'quantization_method', 'unknown method')}): a dense model is needed."
-        )
-    return model, load_tokenizer(path_or_id)
+    return model, load_tokenizer(path_or_id, **kwargs)
 
 
-def load_tokenizer(path_or_id: str | os.PathLike[str]) -> Any:
-    """The tokenizer beside a model, or None where there is none."""
+def is_compressed(path_or_id: str | os.PathLike[str]) -> bool:
+    """Whether a directory or hub id is a checkpoint compressed by nowag_ext.
+
+    Raises:
+        OSError, ValueError: as ``load`` does, for what is no model or a damaged one.
+    """
+    if Path(path_or_id).is_file():
+        return False
+    quantization = _quantization(checked_config(path_or_id))
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def load_tokenizer(
+    path_or_id: str | os.PathLike[str], *, trust_remote_code: bool = False, **_others: Any
+) -> Any:
+    """The tokenizer beside a model, or None where there is none.
+
+    Raises:
+        ValueError: there is one, but it is damaged or needs code of its own.
+    """
     path = Path(path_or_id)
-    if path.suffix == ".gguf":
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    try:
-        return AutoTokenizer.from_pretrained(path_or_id)
-    except (OSError, ValueError):
-        return None
+    with _explained(path_or_id, "the tokenizer of "):
+        if path.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=trust_remote_code
+            )
+        try:
+            return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError):
+            if any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+                raise
+            return None
+
+
+def _quantization(config: Mapping[str, Any]) -> Any:
+    """The quantization_config of a configuration, or of its language model's."""
+    quantization = config.get("quantization_config")
+    text = config.get("text_config")
+    if quantization is None and isinstance(text, dict):
+        quantization = text.get("quantization_config")
+    return quantization
 
 
 def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
+    check_no_adapter(path.parent)
     try:
         # Where transformers can keep GGUF blocks packed, it must be told to unpack them.
         from transformers import GgufConfig
@@ -123,18 +171,49 @@ def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> 
 
 
 def _load_complete(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """A model of transformers all of whose weights come from the checkpoint, none from chance."""
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path_or_id, output_loading_info=True, **kwargs
-    )
+    """A model of transformers all of whose weights come from the checkpoint, none from chance.
+
+    With its loading info, if that is asked for.
+    """
+    wanted = kwargs.pop("output_loading_info", False)
+    safe = {} if "gguf_file" in kwargs else {"use_safetensors": True}
+    with _explained(path_or_id):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path_or_id,
+            output_loading_info=True,
+            **{"trust_remote_code": False, **safe, **kwargs},
+        )
     model, info = loaded
-    missing = sorted(info["missing_keys"])
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = sorted(set(info["missing_keys"]) - set(tied)) or sorted(info["missing_keys"])
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"{os.fspath(path_or_id)} is incomplete: it has no tensor {missing[0]}{more}."
         )
-    return model
+    return loaded if wanted else model
+
+
+@contextmanager
+def _explained(path_or_id: str | os.PathLike[str], what: str = "") -> Iterator[None]:
+    """One sentence with the model's name, whatever transformers stumbled over in it."""
+    name = what + os.fspath(path_or_id)
+    try:
+        yield
+    except (OSError, MemoryError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name} brings Python code of its own (auto_map), which is not run unless you say "
+                "so: read it, then give trust_remote_code=True (--trust-remote-code)."
+            ) from None
+        if isinstance(error, ValueError):
+            raise
+        text = " ".join(str(error).split())
+        raise ValueError(
+            f"{name} cannot be loaded, damaged or unknown here: {type(error).__name__}: {text}"
+        ) from error
 
 
 def save_compressed(
@@ -228,20 +307,6 @@ def _check_exists(path_or_id: str | os.PathLike[str]) -> None:
     local = isinstance(path_or_id, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
     if (local or name.endswith(".gguf")) and not Path(name).exists():
         raise FileNotFoundError(f"there is no model at {name}.")
-
-
-def _check_config(path_or_id: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a local directory whose config.json is missing or broken."""
-    directory = Path(path_or_id)
-    if not directory.is_dir():
-        return
-    config = directory / "config.json"
-    if not config.is_file():
-        raise FileNotFoundError(f"{directory} has no config.json: it is no model's directory.")
-    try:
-        json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config} is truncated or damaged: {error}.") from error
 
 
 _CARD = """---

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nowag_ext import ops
-from nowag_ext.codebook import Codebook
+from nowag_ext.codebook import Codebook, check_name
 from nowag_ext.decoder import matches
 from nowag_ext.linear import PackedLinear, PackedWeight, SparseLinear, VQLinear
 from nowag_ext.prune import SparseWeight, kept_weights, prune
@@ -40,6 +40,8 @@ class Given:
 
 
 NOTHING = Given()
+
+_LONGEST_PATTERN = 16  # characters of "N:M"
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Method:
         weight: the class of its packed weight.
         module: the class of the linear layer of such a weight.
         forms: the sets of fields that a checkpoint's group may have.
+        check_form: raises ValueError for values of those fields that no layer has.
         empty: (form, in_features, out_features, dtype of the dense weight, device) -> a module to
             load such a weight into, without bias; raises ValueError for a form that cannot be.
     """
@@ -179,7 +182,27 @@ class Method:
     weight: type[PackedWeight]
     module: type[PackedLinear]
     forms: tuple[frozenset[str], ...]
+    check_form: Callable[[Mapping[str, Any]], None]
     empty: Callable[[Mapping[str, Any], int, int, torch.dtype, torch.device], PackedLinear]
+
+
+def _check_vq(form: Mapping[str, Any]) -> None:
+    limits = {"d": ops.MAX_SUBVECTOR, "code_bits": ops.MAX_CODE_BITS}
+    for name, most in limits.items():
+        value = form[name]
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name} must be an integer from 1 to {most}, not {value!r:.80}.")
+    if "codebook" in form:
+        check_name(form["codebook"])
+
+
+def _check_sparse(form: Mapping[str, Any]) -> None:
+    sparsity, pattern = form.get("sparsity"), form.get("pattern")
+    if "sparsity" in form and type(sparsity) not in (int, float):
+        raise ValueError(f"sparsity must be a number, not {sparsity!r:.80}.")
+    if "pattern" in form and (type(pattern) is not str or len(pattern) > _LONGEST_PATTERN):
+        raise ValueError(f'pattern must be "N:M", not {pattern!r:.80}.')
+    PruneSettings(sparsity, pattern).check()
 
 
 def _empty_vq(
@@ -189,14 +212,11 @@ def _empty_vq(
     _dtype: torch.dtype,
     device: torch.device,
 ) -> VQLinear:
-    d, code_bits = form["d"], form["code_bits"]
-    if type(d) is not int or d < 1 or type(code_bits) is not int:
-        raise ValueError(f"d and code_bits must be positive integers, not {d!r} and {code_bits!r}.")
     return VQLinear(
         in_features,
         out_features,
-        d=d,
-        bits=bits_of(d, code_bits),
+        d=form["d"],
+        bits=bits_of(form["d"], form["code_bits"]),
         device=device,
         codebook_name=form.get("codebook"),
     )
@@ -229,6 +249,7 @@ METHODS: dict[str, Method] = {
             weight=VQWeight,
             module=VQLinear,
             forms=(frozenset({"d", "code_bits"}), frozenset({"d", "code_bits", "codebook"})),
+            check_form=_check_vq,
             empty=_empty_vq,
         ),
         Method(
@@ -238,6 +259,7 @@ METHODS: dict[str, Method] = {
             weight=SparseWeight,
             module=SparseLinear,
             forms=(frozenset({"sparsity"}), frozenset({"pattern"})),
+            check_form=_check_sparse,
             empty=_empty_sparse,
         ),
     )

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from nowag_ext.codebook import adopt_codebooks
 from nowag_ext.grad_mode import ordinary_tensors
-from nowag_ext.integrations.transformers import NowagConfig, attach, format_group
+from nowag_ext.groups import format_group
+from nowag_ext.integrations.transformers import NowagConfig, attach
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import packed_linear
 from nowag_ext.offload import bias_of

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nowag_ext.checkpoint import load, load_dense_model, load_tokenizer
+from nowag_ext.checkpoint import is_compressed, load, load_dense_model, load_tokenizer
 from nowag_ext.evaluate import split_windows
-from nowag_ext.integrations.transformers import QUANT_METHOD
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -51,7 +50,7 @@ def open_model(source: str | os.PathLike[str], dtype: str = "auto") -> tuple[Any
         ValueError: it has no tokenizer, or is damaged.
     """
     _check_found(source)
-    if not _is_compressed(source):
+    if not is_compressed(source):
         return open_dense_model(source, dtype)
     model = load(source, dtype=named_dtype(dtype))
     return model, _require_tokenizer(source, load_tokenizer(source))
@@ -103,14 +102,6 @@ def _check_found(source: str | os.PathLike[str]) -> None:
             f"there is no model {os.fspath(source)}: no directory or .gguf file of this name "
             "exists, and the hub (or its cache here) gave no model of this name."
         ) from None
-
-
-def _is_compressed(source: str | os.PathLike[str]) -> bool:
-    path = Path(source)
-    if path.is_file() or (path.is_dir() and not (path / "config.json").is_file()):
-        return False
-    config, _ = PretrainedConfig.get_config_dict(source)
-    return (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
 
 
 def _require_tokenizer(source: str | os.PathLike[str], tokenizer: Any) -> Any:

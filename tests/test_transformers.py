@@ -22,7 +22,12 @@ from tiny_models import (
     tiny_tokens,
 )
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 import nowag_ext
 from nowag_ext import SparseLinear, VQLinear, compress_model
@@ -142,6 +147,51 @@ def test_body_without_its_head(tmp_path: Path) -> None:
         assert torch.equal(body(tiny_tokens()).last_hidden_state, want)
 
 
+def test_heads_are_fresh_as_of_a_dense_model(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "dense")
+    compressed().save_pretrained(tmp_path / "packed")
+    for kind, labels in (
+        (AutoModelForSequenceClassification, {"num_labels": 3}),
+        (AutoModelForTokenClassification, {}),
+        (AutoModel, {}),
+        (AutoModelForCausalLM, {}),
+    ):
+        infos = []
+        for name in ("dense", "packed"):
+            model, info = kind.from_pretrained(tmp_path / name, output_loading_info=True, **labels)
+            infos.append(info)
+        assert infos[0] == infos[1], kind
+        assert len(packed_modules(model)) == LINEARS
+    assert infos[0]["missing_keys"] == set()
+
+
+def test_a_classifier_that_was_compressed(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "dense")
+    kind = AutoModelForSequenceClassification
+    model = kind.from_pretrained(tmp_path / "dense", num_labels=3, pad_token_id=0)
+    compress_model(model, random_act_norms(model), "prune")
+    model.save_pretrained(tmp_path / "packed")
+    again = kind.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(again), logits(model))
+    other, info = kind.from_pretrained(
+        tmp_path / "packed", num_labels=2, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert other.score.weight.shape[0] == 2
+    assert {key[0] for key in info["mismatched_keys"]} == {"score.weight"}
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", output_loading_info=True)
+    assert info["unexpected_keys"] == {"score.weight"}
+
+
+def test_a_body_gets_a_head(tmp_path: Path) -> None:
+    tiny_model().model.save_pretrained(tmp_path / "dense")
+    body = AutoModel.from_pretrained(tmp_path / "dense")
+    compress_model(body, random_act_norms(body), **METHODS["vq"])
+    body.save_pretrained(tmp_path / "packed")
+    loaded = nowag_ext.load(tmp_path / "packed")
+    assert len(packed_modules(loaded)) == LINEARS
+    assert torch.equal(loaded.model.embed_tokens.weight, body.embed_tokens.weight)
+
+
 def test_ignored_linears_stay_dense(tmp_path: Path) -> None:
     model = tiny_model()
     compress_model(model, random_act_norms(model), "prune", ["o_proj", r"re:layers\.0\..*down"])
@@ -241,6 +291,21 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
     "offsets that do not fit": (
         "half", _set(f"{UP}.row_offsets", _bumped), rf"{UP} .* row_offsets must be the running"
     ),
+    "integers for values": (
+        "half", _set(f"{UP}.values", lambda t: t.int()), rf"{UP}\.values in .* is I32, but .* F32"
+    ),
+    "integers for a bias": (
+        "vq",
+        _set("model.layers.0.self_attn.q_proj.bias", lambda t: t.int()),
+        r"q_proj\.bias in .* is I32, but a floating-point dtype must be there",
+    ),
+    "integers for a norm": (
+        "vq", _set("model.norm.weight", lambda t: t.to(torch.int8)), r"model\.norm\.weight .* I8,"
+    ),
+    "NaN in the embedding": (
+        "vq", _set("model.embed_tokens.weight", _nan),
+        r"model\.embed_tokens\.weight in the checkpoint is damaged: it holds a NaN",
+    ),
     "bits past the inputs": (
         "2:4",
         _set("model.layers.0.mlp.down_proj.bitmap", lambda t: t | 0x80),
@@ -286,15 +351,41 @@ def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
         nowag_ext.load(tmp_path)
 
 
+VQ_GROUP = {"method": "vq", "modules": [UP], "d": 4, "code_bits": 6, "weight_dtype": "float32"}
+PRUNE_GROUP = {"method": "prune", "modules": [UP], "sparsity": 0.5, "weight_dtype": "float32"}
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "future": ({"format_version": 3, "nowag_ext": "7.0"}, r"format_version 3, written by .* 7\.0"),
     "method": ({"groups": [{"method": "magic"}]}, "must be vq or prune, not 'magic'"),
     "no group": ({"groups": ["all"]}, "a group of quantization_config must be an object"),
     "fields": (
         {"groups": [{"method": "vq", "modules": [], "d": 4}]},
-        r"groups of config\.json is malformed",
+        r"groups\[0\] of config\.json is malformed",
     ),
     "no list": ({"groups": 3}, r"groups of config\.json must be a list"),
+    "fractional version": ({"format_version": 2.0}, r"has format_version 2\.0, written"),
+    "release": ({"nowag_ext": ["0.1"]}, r"quantization_config\.nowag_ext of config\.json must be"),
+    "no modules": (
+        {"groups": [VQ_GROUP | {"modules": {}}]}, r"modules in .*groups\[0\] of .* must be a list"
+    ),
+    "twice": (
+        {"groups": [VQ_GROUP, VQ_GROUP]}, rf"groups\[1\] of config\.json names {UP}, as does"
+    ),
+    "dtype": (
+        {"groups": [VQ_GROUP | {"weight_dtype": "int8"}]}, r"weight_dtype in .* one of .* 'int8'"
+    ),
+    "settings": (
+        {"groups": [VQ_GROUP | {"settings": {"bits": [[2]]}}]}, r"settings in .* number or a string"
+    ),
+    "list for d": ({"groups": [VQ_GROUP | {"d": [4]}]}, r"d in .*groups\[0\] .* cannot be \[4\]"),
+    "sparsity": (
+        {"groups": [PRUNE_GROUP | {"sparsity": "0.5"}]}, r"\[0\].*: sparsity must be a number"
+    ),
+    "infinite sparsity": (
+        {"groups": [PRUNE_GROUP | {"sparsity": 1e308}]}, r"\[0\].*: sparsity must be in \[0, 1\)"
+    ),
+    "tied": (
+        {"groups": [PRUNE_GROUP | {"modules": ["lm_head"]}]}, r"lm_head of .* shares its weight"
+    ),
     "unknown module": (
         {"groups": [{"method": "vq", "modules": ["model.nowhere"], "d": 4, "code_bits": 6,
                      "weight_dtype": "float32"}]},
@@ -308,7 +399,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "d": (
         {"groups": [{"method": "vq", "modules": [UP], "d": 9, "code_bits": 9,
                      "weight_dtype": "float32"}]},
-        rf"{UP} of quantization_config: d must be an integer from 1 to 8, not 9",
+        r"groups\[0\] of config\.json: d must be an integer from 1 to 8, not 9",
     ),
 }  # fmt: skip
 

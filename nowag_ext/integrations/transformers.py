@@ -22,7 +22,6 @@ A shared codebook is stored once, as ``nowag_codebooks.<name>`` of the base mode
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,13 +33,22 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nowag_ext import ops
-from nowag_ext.codebook import OWNER, adopt_codebooks, disown_codebooks, tie_codebooks
+from nowag_ext.codebook import (
+    OWNER,
+    Codebooks,
+    adopt_codebooks,
+    disown_codebooks,
+    tie_codebooks,
+)
+from nowag_ext.groups import DTYPES, checked_groups
 from nowag_ext.linear import PackedLinear
 from nowag_ext.methods import METHODS
+from nowag_ext.plan import check_finite
+from nowag_ext.stored import check_files, shown
 from nowag_ext.version import __version__
+from nowag_ext.weight_reads import weight_readers, weight_readers_text
 
 QUANT_METHOD = "nowag"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What safetensors calls the dtypes of the packed forms.
 _STORED_DTYPES = {
     torch.uint8: "U8",
@@ -50,24 +58,7 @@ _STORED_DTYPES = {
     torch.bfloat16: "BF16",
 }
 _READS = (1, 2)  # format versions
-
-
-def format_group(
-    method: str,
-    form: Mapping[str, Any],
-    dtype: torch.dtype,
-    settings: Mapping[str, Any],
-    modules: Sequence[str],
-) -> dict[str, Any]:
-    """One entry of a config's ``groups`` (see the module's text)."""
-    name = str(dtype).removeprefix("torch.")
-    return {
-        "method": method,
-        **form,
-        "weight_dtype": name,
-        "settings": dict(settings),
-        "modules": list(modules),
-    }
+_FIELDS = ("groups", "format_version", "nowag_ext", "method", "settings")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -87,22 +78,29 @@ class NowagConfig(QuantizationConfigMixin):
         settings: Mapping[str, Any] | None = None,
         **_unknown: Any,
     ) -> None:
-        if format_version not in _READS:
+        if not isinstance(nowag_ext, str):
             raise ValueError(
-                f"the checkpoint has format_version {format_version}, written by nowag_ext "
-                f"{nowag_ext}, but this nowag_ext {__version__} reads versions "
+                f"quantization_config.nowag_ext of config.json must be a release, "
+                f"not {shown(nowag_ext)}."
+            )
+        if type(format_version) is not int or format_version not in _READS:
+            raise ValueError(
+                f"the checkpoint has format_version {shown(format_version)}, written by nowag_ext "
+                f"{nowag_ext:.40}, but this nowag_ext {__version__} reads versions "
                 f"{' and '.join(map(str, _READS))}: install the release that wrote it."
             )
-        if not isinstance(groups, list | tuple):
-            raise ValueError("quantization_config.groups of config.json must be a list.")
-        if format_version == 1:
-            groups = [_from_version_1(group, method, settings) for group in groups]
-        for group in groups:
-            _check_group(group)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
         self.format_version = ops.FORMAT_VERSION
-        self.groups = list(groups)
+        self.groups = checked_groups(groups, format_version, method, settings)
         self.nowag_ext = nowag_ext
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The configuration of a ``quantization_config``, whose other fields are passed over."""
+        known = {name: config_dict[name] for name in _FIELDS if name in config_dict}
+        return super().from_dict(known, return_unused_kwargs, **kwargs)
 
     def build(self, group: Mapping[str, Any], linear: nn.Linear) -> PackedLinear:
         """An empty module for ``linear``'s place, on its device, with its bias."""
@@ -110,48 +108,11 @@ class NowagConfig(QuantizationConfigMixin):
             group,
             linear.in_features,
             linear.out_features,
-            _DTYPES[group["weight_dtype"]],
+            DTYPES[group["weight_dtype"]],
             linear.weight.device,
         )
         module.bias = linear.bias
         return module
-
-
-def _from_version_1(
-    group: Any, method: str | None, settings: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    if not isinstance(group, dict):
-        raise ValueError(f"a group of quantization_config must be an object, not {group!r:.200}.")
-    return {**group, "method": method, "settings": dict(settings or {})}
-
-
-_EVERY_GROUP = {"method", "weight_dtype", "modules", "settings"}
-
-
-def _check_group(group: Any) -> None:
-    """Raises ValueError for a group that no release writes."""
-    if not isinstance(group, dict):
-        raise ValueError(f"a group of quantization_config must be an object, not {group!r:.200}.")
-    method = group.get("method")
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(
-            f"the method of a group of quantization_config must be {' or '.join(METHODS)}, "
-            f"not {method!r:.200}."
-        )
-    if not _is_group(group):
-        raise ValueError(
-            f"quantization_config.groups of config.json is malformed: it holds {group!r:.200}."
-        )
-
-
-def _is_group(group: Mapping[str, Any]) -> bool:
-    return (
-        set(group) - _EVERY_GROUP in METHODS[group["method"]].forms
-        and str(group.get("weight_dtype")) in _DTYPES
-        and isinstance(group.get("settings", {}), dict)
-        and isinstance(group.get("modules"), list)
-        and all(isinstance(name, str) for name in group["modules"])
-    )
 
 
 @register_quantizer(QUANT_METHOD)
@@ -171,6 +132,30 @@ class NowagHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **_kwargs: Any
     ) -> Any:
+        if model.dtype not in DTYPES.values():
+            raise ValueError(
+                f"a nowag model is loaded in {', '.join(DTYPES)}, not in "
+                f"{str(model.dtype).removeprefix('torch.')}."
+            )
+        files = checkpoint_files or ()
+        check_files(files, model.config.name_or_path)
+        self._put_in_place(model)
+        adopt_codebooks(model)
+        _check_headers(model, files)
+        readers = weight_readers(model, _packed(model))
+        if readers:
+            raise ValueError(f"{weight_readers_text(readers)}: it must be left dense.")
+        for module in _packed(model).values():
+            # transformers has models initialise weights that they do not look at first; those that
+            # are flagged it leaves alone.
+            weight = torch.empty(module.out_features, module.in_features, device="meta")
+            weight._is_hf_initialized = True  # type: ignore[attr-defined]
+            module.__dict__["weight"] = weight
+        return model
+
+    def _put_in_place(self, model: Any) -> None:
+        """Replaces the linears that the configuration names by empty packed modules."""
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
         for group in self.quantization_config.groups:
             for stored_name in group["modules"]:
                 name = _local_name(model, stored_name)
@@ -180,26 +165,32 @@ class NowagHfQuantizer(HfQuantizer):
                         f"{stored_name} of quantization_config is a {type(linear).__name__} in "
                         "this model, not an nn.Linear: config.json does not fit it."
                     )
+                if f"{name}.weight" in {*tied, *tied.values()}:
+                    raise ValueError(
+                        f"{stored_name} of quantization_config shares its weight with another "
+                        "module of this model: config.json does not fit it."
+                    )
                 try:
                     module = self.quantization_config.build(group, linear)
                 except ValueError as error:
                     raise ValueError(f"{stored_name} of quantization_config: {error}") from None
                 model.set_submodule(name, module)
-        adopt_codebooks(model)
-        _check_headers(model, checkpoint_files or ())
-        return model
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         _check_all_loaded(model)
         tie_codebooks(model)
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLinear):
-                for parameter in module.packed_parameters().values():
-                    parameter.requires_grad_(False)  # transformers wants one of all that is float
-                try:
-                    module.validate()
-                except ValueError as error:
-                    raise ValueError(f"{name} in the checkpoint is damaged: {error}") from None
+        packed = _packed(model)
+        for name, module in packed.items():
+            module.__dict__.pop("weight", None)
+            for parameter in module.packed_parameters().values():
+                parameter.requires_grad_(False)  # transformers wants one of all that is float
+            try:
+                module.validate()
+            except ValueError as error:
+                raise ValueError(f"{name} in the checkpoint is damaged: {error}") from None
+        checked = {id(p) for module in packed.values() for p in module.packed_parameters().values()}
+        rest = {name: p for name, p in model.named_parameters() if id(p) not in checked}
+        check_finite(rest, "in the checkpoint is damaged: it")
         return model
 
     def update_device_map(self, device_map: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -254,10 +245,9 @@ def replace_by_dense(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     transformers leaves for a dtype in the configuration of a model that was saved.
     """
     if isinstance(dtype, str):
-        dtype = _DTYPES[dtype]
+        dtype = DTYPES[dtype]
     whole, dtype = dtype is not None, dtype or model.dtype
-    packed = {n: module for n, module in model.named_modules() if isinstance(module, PackedLinear)}
-    for name, module in packed.items():
+    for name, module in _packed(model).items():
         linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(module.weight_form().dequantize(dtype))
         linear.register_parameter("bias", module.bias)
@@ -278,53 +268,77 @@ def _local_name(model: Any, name: str) -> str:
     raise ValueError(f"{name} of quantization_config is no module of this {type(model).__name__}.")
 
 
+def _packed(model: nn.Module) -> dict[str, PackedLinear]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, PackedLinear)}
+
+
 def _check_headers(model: Any, files: Iterable[str]) -> None:
     """Raises ValueError, before anything is loaded, for a broken file or a tensor unfit for it.
 
-    Every tensor must have the module's shape, and a packed module's its dtype too: transformers may
-    convert it in silence. Tensors that transformers renames while loading are left to its checks.
+    transformers would convert a packed tensor of another dtype, or start afresh where a shape
+    differs, in silence if told to; it keeps integers in the place of floating-point numbers. What
+    is not of the base model, a head, may have other shapes. Tensors that transformers renames while
+    loading are left to its checks.
     """
     expected = dict(model.state_dict())
-    packed = {name for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    has_head = any(name.startswith(prefix) for name in expected)
+    packed = {f"{name}." for name in _packed(model)}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    if name in expected:
-                        fixed = OWNER in name.split(".") or (
-                            name.rpartition(".")[0] in packed and not name.endswith(".bias")
-                        )
-                        _check_header(opened.get_slice(name), expected[name], fixed, name, file)
-        except SafetensorError as error:
+                for stored_name in opened.keys():  # noqa: SIM118
+                    names = (stored_name, stored_name.removeprefix(prefix), prefix + stored_name)
+                    name = next((name for name in names if name in expected), None)
+                    if name is None:
+                        continue
+                    module = f"{name.rpartition('.')[0]}."
+                    of_form = OWNER in name.split(".") or (
+                        module in packed and not name.endswith(".bias")
+                    )
+                    fixed = of_form or module in packed or not has_head or name.startswith(prefix)
+                    stored = opened.get_slice(stored_name)
+                    if fixed:
+                        _check_shape(stored, expected[name], f"{stored_name} in {file}")
+                    _check_dtype(stored, expected[name], of_form, f"{stored_name} in {file}")
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is truncated or damaged: {error}.") from None
 
 
-def _check_header(stored: Any, expected: torch.Tensor, fixed: bool, name: str, file: str) -> None:
-    """Raises ValueError unless a stored tensor has the shape, and if ``fixed`` the dtype, asked."""
+def _check_shape(stored: Any, expected: torch.Tensor, what: str) -> None:
     shape = tuple(stored.get_shape())
     if shape != tuple(expected.shape):
         raise ValueError(
-            f"{name} in {file} has shape {shape}, but the configuration asks for "
-            f"{tuple(expected.shape)}."
+            f"{what} has shape {shape}, but the configuration asks for {tuple(expected.shape)}."
         )
+
+
+def _check_dtype(stored: Any, expected: torch.Tensor, exact: bool, what: str) -> None:
+    """Raises ValueError unless a tensor has the dtype, or if not ``exact`` the kind of dtype."""
     dtype = stored.get_dtype()
-    if fixed and dtype != _STORED_DTYPES[expected.dtype]:
+    if exact and dtype != _STORED_DTYPES[expected.dtype]:
         raise ValueError(
-            f"{name} in {file} is {dtype}, but the format asks for "
-            f"{_STORED_DTYPES[expected.dtype]}."
+            f"{what} is {dtype}, but the format asks for {_STORED_DTYPES[expected.dtype]}."
         )
+    if dtype.startswith(("F", "BF")) != expected.is_floating_point():
+        kind = "a floating-point dtype" if expected.is_floating_point() else "integers"
+        raise ValueError(f"{what} is {dtype}, but {kind} must be there.")
 
 
 def _check_all_loaded(model: Any) -> None:
-    """Raises ValueError if a tensor was not in the checkpoint: transformers only warns of those."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    """Raises ValueError if a packed module's tensor was not in the checkpoint.
+
+    transformers only warns, and fills what it knows: to others it is a head that is new.
+    """
+    owners = [module for module in model.modules() if isinstance(module, Codebooks)]
+    wanted = {id(tensor) for module in owners for tensor in module.parameters()}
+    for module in _packed(model).values():
+        wanted |= {id(tensor) for tensor in module.parameters(recurse=False)}
     missing = [
         name
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if not getattr(tensor, "_is_hf_initialized", False) and name not in tied
+        for name, tensor in model.named_parameters()
+        if id(tensor) in wanted and not getattr(tensor, "_is_hf_initialized", False)
     ]
-    missing = [n for n in missing if not any(re.search(pattern, n) for pattern in optional)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(f"the checkpoint is incomplete: it has no tensor {missing[0]}{more}.")
