@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from nowag_ext.integrations.transformers import QUANT_METHOD, NowagConfig, repla
 from nowag_ext.methods import METHODS
 from nowag_ext.offload import layers_on_disk
 from nowag_ext.report import ModelReport, settings_text
+from nowag_ext.side_files import copy_side_files, licence_of, source_folder
 from nowag_ext.stored import check_no_adapter, checked_config, shown
 
 REPORT_FILE = "report.json"
@@ -57,7 +60,10 @@ def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:
         if name in quantization:
             raise ValueError(f"quantization_config.{name} of config.json is not of nowag_ext.")
     NowagConfig.from_dict(quantization)
-    return _load_complete(path_or_id, **kwargs)
+    loaded = _load_complete(path_or_id, **kwargs)
+    model = loaded[0] if isinstance(loaded, tuple) else loaded
+    model.nowag_source = source_folder(path_or_id, **kwargs)
+    return loaded
 
 
 def load_dense_model(
@@ -102,6 +108,7 @@ def load_dense_model(
             "device_map": layers_on_disk(shape), "offload_folder": offload_folder, **kwargs
         }  # fmt: skip
     model = _load_complete(path_or_id, dtype=dtype, **kwargs)
+    model.nowag_source = source_folder(path_or_id, **kwargs)
     return model, load_tokenizer(path_or_id, **kwargs)
 
 
@@ -128,12 +135,13 @@ def load_tokenizer(
     path = Path(path_or_id)
     with _explained(path_or_id, "the tokenizer of "):
         if path.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(
-                path.parent, gguf_file=path.name, trust_remote_code=trust_remote_code
-            )
+            # Alone in a folder: transformers would take other models' vocabularies for this one's.
+            with TemporaryDirectory() as alone:
+                (Path(alone) / path.name).symlink_to(path.resolve())
+                return AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
         try:
             return AutoTokenizer.from_pretrained(path_or_id, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError):
+        except Exception:
             if any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
                 raise
             return None
@@ -162,6 +170,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> 
         pass
     try:
         model = _load_complete(path.parent, gguf_file=path.name, dtype=dtype, **kwargs)
+        model.nowag_source = path
         tokenizer = load_tokenizer(path)
     except (OSError, MemoryError):
         raise
@@ -223,11 +232,16 @@ def save_compressed(
     *,
     overwrite: bool = False,
     max_shard_size: int | str = "50GB",
-) -> None:
+) -> dict[str, str]:
     """Writes a compressed model, its tokenizer (or None), model card and report: all or nothing.
 
     ``nowag_ext.load`` and, after ``import nowag_ext``, ``AutoModelForCausalLM.from_pretrained``
-    read the directory.
+    read the directory. What its source has beside its weights (processors, templates, code,
+    licences) is copied as it is; the model card is ours, with what the source's says of its
+    licence.
+
+    Returns:
+        The files of the source that belong there but were left out, by name, and why.
 
     Raises:
         ValueError: the model is not compressed.
@@ -236,7 +250,7 @@ def save_compressed(
     """
     if getattr(model, "quantization_method", None) != QUANT_METHOD:
         raise ValueError("the model is not compressed: call compress_model first.")
-    _save(model, tokenizer, path, overwrite, max_shard_size, _compressed_card(model))
+    return _save(model, tokenizer, path, overwrite, max_shard_size, _compressed_card(model))
 
 
 def save_dense(
@@ -246,13 +260,13 @@ def save_dense(
     *,
     overwrite: bool = False,
     max_shard_size: int | str = "50GB",
-) -> None:
+) -> dict[str, str]:
     """Writes a compressed model as an ordinary checkpoint, which loads without nowag_ext.
 
-    The model becomes dense (``to_dense``). Raises as ``save_compressed`` does.
+    The model becomes dense (``to_dense``). Returns and raises as ``save_compressed`` does.
     """
     check_vacant(path, overwrite=overwrite)
-    _save(to_dense(model), tokenizer, path, overwrite, max_shard_size, _dense_card(model))
+    return _save(to_dense(model), tokenizer, path, overwrite, max_shard_size, _dense_card(model))
 
 
 def to_dense(model: Any, dtype: torch.dtype | None = None) -> Any:
@@ -278,7 +292,7 @@ def _save(
     overwrite: bool,
     max_shard_size: int | str,
     card: str,
-) -> None:
+) -> dict[str, str]:
     check_vacant(path, overwrite=overwrite)
     with atomic_directory(path, overwrite=overwrite) as directory:
         require_space(directory, _model_bytes(model) + _OTHER_BYTES)
@@ -290,6 +304,7 @@ def _save(
             (directory / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             (directory / LAYERS_FILE).write_text(report.to_csv(), encoding="utf-8")
         (directory / CARD_FILE).write_text(card, encoding="utf-8")
+        return copy_side_files(model, directory)
 
 
 def _model_bytes(model: Any) -> int:
@@ -311,7 +326,7 @@ def _check_exists(path_or_id: str | os.PathLike[str]) -> None:
 
 _CARD = """---
 library_name: transformers
-tags:
+{licence}tags:
 - nowag
 ---
 {head}
@@ -342,7 +357,7 @@ def _compressed_card(model: Any) -> str:
         f"The linear layers of this {type(model).__name__}'s decoder were compressed in one "
         f"shot by NoWag: {listed}.\n"
     )
-    return _CARD.format(head=_COMPRESSED_HEAD, about=about, figures=_figures(model))
+    return _card(model, _COMPRESSED_HEAD, about)
 
 
 def _dense_card(model: Any) -> str:
@@ -350,7 +365,13 @@ def _dense_card(model: Any) -> str:
         f"An ordinary {type(model).__name__} whose weights went through NoWag's compression and "
         "back: for evaluation and tools that know dense models only.\n"
     )
-    return _CARD.format(head="", about=about, figures=_figures(model))
+    return _card(model, "", about)
+
+
+def _card(model: Any, head: str, about: str) -> str:
+    said = licence_of(model).items()
+    licence = "".join(f"{name}: {json.dumps(value)}\n" for name, value in said)
+    return _CARD.format(licence=licence, head=head, about=about, figures=_figures(model))
 
 
 def _figures(model: Any) -> str:

@@ -234,6 +234,7 @@ def calibrate(
     length: options.Length = 1024,
     seed: options.SampleSeed = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     resume: options.Resume = True,
 ) -> None:
     """Measures activation norms on text, once for all later compressions of the model."""
@@ -243,7 +244,7 @@ def calibrate(
         texts = _open_texts(text)
         store.begin(_made_with(model, dtype, texts, samples, length, seed))
         with loading(_err, model):
-            loaded, tokenizer = open_dense_model(model, dtype)
+            loaded, tokenizer = open_dense_model(model, dtype, trust_remote_code=trust_remote_code)
         windows = _windows(tokenizer, texts, samples, length, seed)
         statistics = _calibrate(loaded, windows, store)
         statistics.save(target)
@@ -274,6 +275,7 @@ def compress(
     min_coverage: options.MinCoverage = 0.8,
     checkpoint_format: options.Format = "nowag",
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     resume: options.Resume = True,
     overwrite: options.Overwrite = False,
     samples: options.CompressSamples = None,
@@ -329,7 +331,7 @@ def compress(
         if outline is not None:
             check(outline)
         with loading(_err, model):
-            loaded, tokenizer = open_dense_model(model, dtype)
+            loaded, tokenizer = open_dense_model(model, dtype, trust_remote_code=trust_remote_code)
         if outline is None:
             check(loaded)
         windows: list[Tensor] = []
@@ -351,7 +353,7 @@ def compress(
                 )  # fmt: skip
             else:
                 compress_model(loaded, norms, method, left_dense, progress=progress, **common)
-        save(loaded, tokenizer, target, overwrite=overwrite)
+        left_out = save(loaded, tokenizer, target, overwrite=overwrite)
         store.clear()
     report = loaded.nowag_report
     _out.print(report_table(report))
@@ -371,10 +373,12 @@ def compress(
             "give more or more varied text if they matter.",
             soft_wrap=True,
         )
+    for name, reason in left_out.items():
+        _err.print(f"{name} was not copied: {reason}.", soft_wrap=True)
     _out.print(f"The checkpoint, report.json and layers.csv are in {target}.", soft_wrap=True)
 
 
-def _writer(checkpoint_format: str) -> Callable[..., None]:
+def _writer(checkpoint_format: str) -> Callable[..., dict[str, str]]:
     writers = {"nowag": save_compressed, "dense": save_dense}
     if checkpoint_format not in writers:
         raise ValueError(
@@ -498,11 +502,12 @@ def evaluate(
     window: options.Window = 1024,
     windows: options.Windows = None,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Perplexity of a model, compressed or dense, on a text file."""
     (document,) = _open_texts([text])
     with loading(_err, model):
-        loaded, tokenizer = open_model(model, dtype)
+        loaded, tokenizer = open_model(model, dtype, trust_remote_code=trust_remote_code)
     _advise_dtype(loaded, "nowag-ext eval --dtype float32")
     with _option("--text"):
         tokens = document.tokens(tokenizer, None if windows is None else windows * window)
@@ -522,11 +527,12 @@ def generate(
     temperature: options.Temperature = 0.0,
     seed: options.GenerationSeed = 0,
     dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
 ) -> None:
     """Text from a model, compressed or dense, and its speed."""
     check_generation(max_new_tokens, temperature)
     with loading(_err, model):
-        loaded, tokenizer = open_model(model, dtype)
+        loaded, tokenizer = open_model(model, dtype, trust_remote_code=trust_remote_code)
     ids = encode_prompt(tokenizer, prompt, chat=chat)
     run = generate_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed

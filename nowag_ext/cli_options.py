@@ -58,6 +58,13 @@ Dtype = Annotated[
     ),
 ]
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run the Python code that MODEL brings, if it brings any."
+    ),
+]
+
 # Calibration
 StatisticsFile = Annotated[
     Path, typer.Option("--output", "-o", help="File of statistics to write.", show_default=False)

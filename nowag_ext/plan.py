@@ -88,7 +88,7 @@ def plan_compression(
     _check_parameters(linears)
     not_reached = _check_coverage(model, every, linears, min_coverage)
     _check_shared(model, linears)
-    _check_weight_reads(model, linears)
+    check_weight_reads(model, linears)
     units = {
         name: _check_layer(name, linear, act_norms, settings.of(name), shared_codebooks)
         for name, linear in linears.items()
@@ -155,7 +155,7 @@ def _check_shared(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
             )
 
 
-def _check_weight_reads(model: Any, linears: Mapping[str, nn.Linear]) -> None:
+def check_weight_reads(model: Any, linears: Mapping[str, nn.Linear]) -> None:
     """Raises for linears whose weight the model's own code reads."""
     readers = weight_readers(model, linears)
     if readers:

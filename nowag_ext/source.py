@@ -30,30 +30,37 @@ def named_dtype(name: str) -> torch.dtype | str:
     return DTYPES[name]
 
 
-def open_dense_model(source: str | os.PathLike[str], dtype: str = "auto") -> tuple[Any, Any]:
+def open_dense_model(
+    source: str | os.PathLike[str], dtype: str = "auto", *, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """A dense model and its tokenizer from a directory, a hub id or a .gguf file.
 
     Raises:
         OSError: there is no such model.
-        ValueError: it is already compressed, or has no tokenizer.
+        ValueError: it is already compressed, has no tokenizer, or brings code that is not trusted.
     """
     _check_found(source)
-    model, tokenizer = load_dense_model(source, dtype=named_dtype(dtype))
+    model, tokenizer = load_dense_model(
+        source, dtype=named_dtype(dtype), trust_remote_code=trust_remote_code
+    )
     return model, _require_tokenizer(source, tokenizer)
 
 
-def open_model(source: str | os.PathLike[str], dtype: str = "auto") -> tuple[Any, Any]:
+def open_model(
+    source: str | os.PathLike[str], dtype: str = "auto", *, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
     """A model, compressed or dense, and its tokenizer.
 
     Raises:
         OSError: there is no such model.
-        ValueError: it has no tokenizer, or is damaged.
+        ValueError: it has no tokenizer, is damaged, or brings code that is not trusted.
     """
     _check_found(source)
     if not is_compressed(source):
-        return open_dense_model(source, dtype)
-    model = load(source, dtype=named_dtype(dtype))
-    return model, _require_tokenizer(source, load_tokenizer(source))
+        return open_dense_model(source, dtype, trust_remote_code=trust_remote_code)
+    model = load(source, dtype=named_dtype(dtype), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    return model, _require_tokenizer(source, tokenizer)
 
 
 def calibration_batches(
