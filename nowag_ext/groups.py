@@ -94,8 +94,11 @@ def _check_group(group: Mapping[str, Any], where: str) -> None:
             f"not {shown(group['weight_dtype'])}."
         )
     modules = group["modules"]
-    if not isinstance(modules, list) or not all(isinstance(name, str) for name in modules):
+    if not isinstance(modules, list):
         raise ValueError(f"modules in {where} must be a list of names, not {shown(modules)}.")
+    for name in modules:
+        if not isinstance(name, str):
+            raise ValueError(f"modules in {where} must be names, but one is {shown(name)}.")
     settings = group.get("settings", {})
     if not isinstance(settings, dict) or not all(
         isinstance(value, _SCALAR) for value in settings.values()

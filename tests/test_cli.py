@@ -386,6 +386,58 @@ def test_interrupt_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_code_of_a_model_is_run_only_when_it_is_trusted(work: Path, tmp_path: Path) -> None:
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    save_tiny(model)
+    config = json.loads((model / "config.json").read_text())
+    auto_map = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": auto_map})
+    )
+    (model / "own.py").write_text(
+        f"open({str(ran)!r}, 'w').close()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Config(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+    )
+    out = tmp_path / "out"
+    text = ["--text", work / "text.txt"]
+    evaluate = ["eval", model, *text, "--window", 32, "--windows", 2]
+    compress = ["compress", model, "-o", out, "--method", "prune", *text,
+                "--length", 32, "--samples", 2]  # fmt: skip
+    statistics = tmp_path / "stats"
+    for arguments in (
+        evaluate, compress, ["generate", model, "--prompt", "It"],
+        ["calibrate", model, *text, "-o", statistics, "--length", 32],
+    ):  # fmt: skip
+        command = [str(argument) for argument in arguments]
+        result = CliRunner().invoke(app, command, input="y\ny\n")
+        assert result.exit_code == 1
+        assert "brings Python code of its own" in result.stderr
+        assert not ran.exists()
+    result = run(*compress, "--trust-remote-code")
+    assert result.exit_code == 0, result.output
+    assert ran.exists()
+    ran.unlink()
+    fails_with("brings Python code of its own", "eval", out, *text, "--window", 32)
+    assert not ran.exists()
+    result = run("eval", out, *text, "--window", 32, "--windows", 2, "--trust-remote-code")
+    assert result.exit_code == 0, result.output
+
+
+def test_what_is_not_copied_is_said(work: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    (tmp_path / "secret").write_text("a key")
+    (tmp_path / "model" / "LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "model" / "NOTICE").write_text("Made by hand.")
+    result = run("compress", tmp_path / "model", "-o", tmp_path / "out", "--method", "prune",
+                 "--act-norms", work / "stats.safetensors")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "LICENSE was not copied: it is a link that leads out" in one_line(result.stderr)
+    assert (tmp_path / "out" / "NOTICE").read_text() == "Made by hand."
+    assert not (tmp_path / "out" / "LICENSE").exists()
+
+
 def test_compress_with_overrides(work: Path, tmp_path: Path) -> None:
     common = ["compress", work / "model", "-o", tmp_path / "out", "--d", 4, "--bits", 1.5]
     common += ["--iters", 2, "--act-norms", work / "stats.safetensors"]
