@@ -86,6 +86,11 @@ def checked_config(path_or_id: str | os.PathLike[str], **where: Any) -> dict[str
     check_no_adapter(folder)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is no model's directory.")
+    if not any(folder.glob("*.safetensors")) and any(folder.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"{folder} has no safetensors files but pickles, which may run code and are not read: "
+            "if you trust it, let transformers load it and save it again (save_pretrained)."
+        )
     for pattern in _READ:
         for file in folder.glob(pattern):
             check_inside(file, root)

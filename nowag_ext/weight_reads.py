@@ -41,7 +41,7 @@ def weight_readers(model: Any, modules: Mapping[str, nn.Module]) -> list[str]:
     """
     parts = {name: _part(model, name) for name in modules}
     watched = modules
-    if next(model.parameters()).is_meta:
+    if all(parameter.is_meta for parameter in model.parameters()):
         try:
             model = _one_layer_of_each(model)
         except Exception:  # some models cannot be copied
@@ -109,8 +109,8 @@ def _run(model: Any) -> None:
     device = model.get_input_embeddings().weight.device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     output = model(input_ids=ids, use_cache=True)
-    if device.type == "meta":
-        return
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # nothing is there to go on from, or what is on disk would be read again
     for name in ("past_key_values", "cache_params"):
         cache = getattr(output, name, None)
         if cache is not None:

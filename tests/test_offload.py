@@ -102,15 +102,12 @@ def test_another_dtype(tmp_path: Path) -> None:
     assert nowag_ext.load(tmp_path / "out").dtype == torch.bfloat16
 
 
-def test_files_that_hold_no_safetensors(tmp_path: Path) -> None:
-    """What cannot be read in pieces from where it is goes to the folder given, as safetensors."""
+def test_pickles_are_not_read(tmp_path: Path) -> None:
     dense = tiny_model()
     dense.config.save_pretrained(tmp_path / "dense")
     torch.save(dense.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
-    model, _ = load_dense_model(tmp_path / "dense", offload_folder=tmp_path / "converted")
-    assert list((tmp_path / "converted").glob("*layers.0*.safetensors"))
-    assert not any("layers" in name for name in held(model))
-    assert_same_bits(logits(model), logits(dense))
+    with pytest.raises(ValueError, match="no safetensors files but pickles"):
+        load_dense_model(tmp_path / "dense", offload_folder=tmp_path / "converted")
 
 
 def test_what_is_interrupted_is_as_it_was(tmp_path: Path) -> None:

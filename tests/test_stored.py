@@ -86,7 +86,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "a relative name": (moved("relative"), OUT),
     "an absolute name": (moved("absolute"), OUT),
     "a link": (moved("link"), OUT),
-    "a pickle": (pickled, "no file named model.safetensors"),
+    "a pickle": (pickled, "no safetensors files but pickles"),
     "a pickle in the index": (into_a_pickle, "weights are read from safetensors files alone"),
     "an index without names": (
         edited("model.safetensors.index.json", lambda index: index.pop("weight_map")),
@@ -149,6 +149,18 @@ def test_from_pretrained_stays_in_the_folder(how: str, folders: Path, tmp_path: 
     moved(how)(tmp_path / "model")
     with pytest.raises(ValueError, match=OUT):
         AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
+def test_tensors_at_odd_addresses_are_copied(folders: Path, tmp_path: Path) -> None:
+    """A header of odd length puts all that is mapped from the file at odd addresses."""
+    shutil.copytree(folders / "packed", tmp_path / "model")
+    for shard in shards(tmp_path / "model"):
+        content = shard.read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        shard.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" "
+                          + content[8 + length :])  # fmt: skip
+    for parameter in nowag_ext.load(tmp_path / "model").parameters():
+        assert parameter.data_ptr() % parameter.element_size() == 0
 
 
 def test_links_within_the_folder_and_to_it(folders: Path, tmp_path: Path) -> None:

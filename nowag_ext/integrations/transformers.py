@@ -178,6 +178,10 @@ class NowagHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         _check_all_loaded(model)
+        for parameter in model.parameters():
+            # What is mapped from a file lies where its header has put it; kernels read numbers.
+            if not parameter.is_meta and parameter.data_ptr() % parameter.element_size():
+                parameter.data = parameter.data.clone()
         tie_codebooks(model)
         packed = _packed(model)
         for name, module in packed.items():
