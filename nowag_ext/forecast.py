@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nowag_ext.decoder import decoder_linears, matches
 from nowag_ext.methods import METHODS, LayerSettings
+from nowag_ext.stored import checked_config
 
 
 def skeleton(source: str | os.PathLike[str], dtype: torch.dtype | str) -> Any:
@@ -26,17 +27,17 @@ def skeleton(source: str | os.PathLike[str], dtype: torch.dtype | str) -> Any:
     """
     if Path(source).is_file():
         return None
-    config, _ = PretrainedConfig.get_config_dict(source)
+    config = checked_config(source)
     if config.get("quantization_config") is not None:
         raise ValueError(f"{os.fspath(source)} is already quantised: a dense model is needed.")
     if "auto_map" in config or "model_type" not in config:
         return None
-    config = AutoConfig.from_pretrained(source)
+    built = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if dtype == "auto":
         # Where the configuration names none the weights do: no more than they may take is told.
-        dtype = getattr(config, "dtype", None) or torch.float16
+        dtype = getattr(built, "dtype", None) or torch.float16
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(built, dtype=dtype)
 
 
 def written_bytes(
