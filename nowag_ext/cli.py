@@ -35,7 +35,7 @@ from nowag_ext.decoder import check_patterns, decoder_linears, matches
 from nowag_ext.demo import Effort, run_demo
 from nowag_ext.environment import describe_environment
 from nowag_ext.evaluate import perplexity
-from nowag_ext.files import check_apart, check_vacant, require_space
+from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
 from nowag_ext.forecast import skeleton, written_bytes
 from nowag_ext.gemm import gemm_dtype
 from nowag_ext.generate import check_generation, encode_prompt
@@ -277,6 +277,7 @@ def compress(
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     resume: options.Resume = True,
+    offload: options.Offload = None,
     overwrite: options.Overwrite = False,
     samples: options.CompressSamples = None,
     length: options.Length = 1024,
@@ -293,12 +294,17 @@ def compress(
     recipe = _recipe(recipe, act_norms, text)
     if recipe == "paper" and codebook_scope not in (None, "layer"):
         raise ValueError("--codebook-scope belongs to --recipe feedback: paper has one a layer.")
+    if recipe == "paper" and offload is not None:
+        raise ValueError("--offload belongs to --recipe feedback: paper keeps no hidden states.")
     scope = SharedCodebooks(codebook_scope or ("model" if recipe == "feedback" else "layer")).scope
     left_dense = ("lm_head", *(ignore or ()))
     with _option("--output"):
         target = check_vacant(output, overwrite=overwrite)
         check_apart(target, model)
-    with _kept(target, resume) as store:
+    with (
+        _kept(target, resume) as store,
+        temporary_directory(store.directory, "converted") as converted,
+    ):
         norms = None
         if act_norms is not None:
             with _option("--act-norms"):
@@ -330,8 +336,13 @@ def compress(
         outline = skeleton(model, named_dtype(dtype))
         if outline is not None:
             check(outline)
+        # Layers stay on disk, but where calibration goes through all of them for every window.
+        in_memory = recipe == "paper" and norms is None
         with loading(_err, model):
-            loaded, tokenizer = open_dense_model(model, dtype, trust_remote_code=trust_remote_code)
+            loaded, tokenizer = open_dense_model(
+                model, dtype, offload_folder=None if in_memory else converted,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         if outline is None:
             check(loaded)
         windows: list[Tensor] = []
@@ -349,7 +360,7 @@ def compress(
             if norms is None:
                 compress_blocks(
                     loaded, torch.cat(windows), method, left_dense, codebook_scope=scope,
-                    progress=progress, **common,
+                    offload_dir=offload, progress=progress, **common,
                 )  # fmt: skip
             else:
                 compress_model(loaded, norms, method, left_dense, progress=progress, **common)

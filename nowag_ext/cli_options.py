@@ -158,6 +158,14 @@ Resume = Annotated[
         "kept until the output is whole; --no-resume removes it first."
     ),
 ]
+Offload = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, file_okay=False, writable=True,
+        help="A directory for the hidden states of the calibration text, which are otherwise in "
+        "memory: twice 4 bytes for each token and hidden unit. They leave nothing there.",
+    ),
+]  # fmt: skip
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace OUTPUT, if nowag_ext wrote all that is in it."),

@@ -243,8 +243,15 @@ def _temporary(room: Path, name: str, *, directory: bool) -> Iterator[Path]:
                 yield path
                 return
         finally:
-            _remove(path)
+            remove(path)
             os.close(descriptor)
+
+
+@contextmanager
+def temporary_directory(room: Path, name: str) -> Iterator[Path]:
+    """A directory in ``room`` that goes at the end; of a killed process, with the next made."""
+    with _temporary(room, name, directory=True) as path:
+        yield path
 
 
 def _lock(descriptor: int) -> bool:
@@ -266,12 +273,12 @@ def _sweep(room: Path, name: str) -> None:
             continue
         try:
             if _lock(descriptor):
-                _remove(Path(entry.path))
+                remove(Path(entry.path))
         finally:
             os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nowag_ext import ops
 from nowag_ext.calibrate import CalibrationStatistics
 from nowag_ext.codebook import OWNER, Codebook
-from nowag_ext.files import MARK, atomic_file, directories
+from nowag_ext.files import MARK, atomic_file, directories, remove
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import METHODS, Settings
 from nowag_ext.plan import Unit
@@ -127,7 +127,7 @@ def clear_store(directory: str | os.PathLike[str]) -> None:
     path = Path(directory)
     for file in (*path.glob("*.safetensors"), *path.glob(f"{MARK}*")):
         if file.name.startswith(MARK) or _metadata(file) is not None:
-            file.unlink(missing_ok=True)
+            remove(file)
     if path.is_dir() and not any(path.iterdir()):
         path.rmdir()
 

@@ -31,9 +31,15 @@ def named_dtype(name: str) -> torch.dtype | str:
 
 
 def open_dense_model(
-    source: str | os.PathLike[str], dtype: str = "auto", *, trust_remote_code: bool = False
+    source: str | os.PathLike[str],
+    dtype: str = "auto",
+    *,
+    offload_folder: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A dense model and its tokenizer from a directory, a hub id or a .gguf file.
+
+    With an ``offload_folder`` decoder layers stay on disk (``load_dense_model``).
 
     Raises:
         OSError: there is no such model.
@@ -41,8 +47,9 @@ def open_dense_model(
     """
     _check_found(source)
     model, tokenizer = load_dense_model(
-        source, dtype=named_dtype(dtype), trust_remote_code=trust_remote_code
-    )
+        source, dtype=named_dtype(dtype), offload_folder=offload_folder,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     return model, _require_tokenizer(source, tokenizer)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +151,33 @@ def test_compress_block_by_block(work: Path, tmp_path: Path) -> None:
     assert re.search(r"shared\s.*0\.0", result.output)
     assert f"{report['bits_per_weight']:.3f}" in result.output
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_layers_and_hidden_states_stay_on_disk(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [work / "model", "--text", work / "text.txt", "--length", 64, "--samples", 4, *VQ]
+    (tmp_path / "states").mkdir()
+    seen = []
+    compress = cli.compress_blocks
+
+    def look(model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(name for name, one in model.named_parameters() if one.is_meta)
+        assert (tmp_path / "out.partial").is_dir()
+        return compress(model, *args, **kwargs)
+
+    monkeypatch.setattr(cli, "compress_blocks", look)
+    states = ["--offload", tmp_path / "states"]
+    result = run("compress", *arguments, "-o", tmp_path / "out", *states)
+    assert result.exit_code == 0, result.output
+    assert len([name for name in seen if name.endswith("_proj.weight")]) == 14
+    assert not any("embed" in name or "lm_head" in name for name in seen)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "states"]
+    assert list((tmp_path / "states").iterdir()) == []
+    result = run("compress", *arguments, "-o", tmp_path / "other", *states[:1], tmp_path / "none")
+    assert result.exit_code == 2
+    assert "--offload" in result.output
+    assert not (tmp_path / "other").exists()
 
 
 def test_codebook_a_layer(work: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import math
 import os
 import tempfile
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nowag_ext.files import MARK, require_space
 from nowag_ext.pipeline.blocks import Blocks, Group, Taps
 
 # What each stream may keep of a layer while that is worked on; the rest is run again.
@@ -41,9 +43,11 @@ def _allocated(
         return torch.empty(shape, dtype=torch.float32, device=device)
     if device.type != "cpu":
         raise ValueError(f"offload_dir is for a model on the CPU, not on {device}.")
-    with tempfile.NamedTemporaryFile(dir=directory, prefix="nowag-states-") as file:
+    size = math.prod(shape) * 4
+    require_space(Path(directory), size)
+    with tempfile.NamedTemporaryFile(dir=directory, prefix=MARK) as file:
         # Allocated now: a disk that is full later would end the process at a write to memory.
-        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * 4)
+        os.posix_fallocate(file.fileno(), 0, size)
         return torch.from_file(
             file.name, shared=True, size=math.prod(shape), dtype=torch.float32
         ).view(shape)
