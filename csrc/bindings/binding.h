@@ -80,6 +80,8 @@ inline void check(Status status, const Operation& operation) {
         case Status::out_of_memory:
             PyErr_Format(PyExc_MemoryError, "%s: out of memory", operation.name);
             throw py::error_already_set();
+        case Status::interrupted:  // whoever asked for it has set the exception
+            throw py::error_already_set();
     }
 }
 

@@ -1,6 +1,10 @@
 // nowag_ext._cpu: every operation's CPU side under its name, the constants of the contracts, and
 // the instruction set.
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include "bindings/binding.h"
+#include "cpu/base/interrupt.h"
 #include "cpu/base/simd.h"
 #include "nowag/dtype.h"
 #include "nowag/format.h"
@@ -11,6 +15,16 @@ namespace {
 
 // Statuses say all there is to say.
 const char* no_reason() { return ""; }
+
+// Runs the Python handlers of the signals that have come; whether one raised. Python does so on its
+// main thread alone; the others do not wait for the GIL, which they have no use for.
+bool signal_raised() {
+    if (syscall(SYS_gettid) != getpid()) return false;
+    const PyGILState_STATE state = PyGILState_Ensure();
+    const bool raised = PyErr_CheckSignals() != 0;
+    PyGILState_Release(state);
+    return raised;
+}
 
 void add_constants(py::module_& module) {
     module.attr("format_version") = kFormatVersion;
@@ -53,6 +67,7 @@ void add_instruction_set(py::module_& module) {
 PYBIND11_MODULE(_cpu, module) {
     pybind11::options options;
     options.disable_function_signatures();
+    nowag::cpu::set_interrupt_check(nowag::bindings::signal_raised);
     nowag::bindings::add_instruction_set(module);
     nowag::bindings::add_constants(module);
     NOWAG_OPERATIONS(NOWAG_BIND_LISTED)

@@ -9,14 +9,16 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
+#include <memory>
 #include <numeric>
 #include <vector>
 
 #include "cpu/base/buffer.h"
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/base/simd.h"
 #include "cpu/kmeans/kmeans_points.h"
+#include "cpu/kmeans/kmeans_search.h"
 #include "cpu/kmeans/kmeans_table.h"
 #include "cpu/kmeans/kmeans_tree.h"
 
@@ -45,8 +47,8 @@ Key make_key(uint16_t slot, int64_t row) {
 uint16_t slot_of(Key key) { return static_cast<uint16_t>(key >> kRowBits); }
 int32_t row_of(Key key) { return static_cast<int32_t>(key & ((1u << kRowBits) - 1u)); }
 
-// What one thread works with, and what it adds up for its points: integers, so that the sum of all
-// threads does not depend on who had which point.
+// What one thread works with, and what it adds up for its points of `problem`: integers, so that the
+// sum of all threads does not depend on who had which point.
 struct Worker {
     Buffer<float> tile, bias, lower, upper, drift, x, gaps;
     Buffer<uint16_t> slots, best, near_entries;
@@ -54,9 +56,13 @@ struct Worker {
     Buffer<int32_t> rows, grid_entries, grid_boxes, near_branches, near_leaves;
     Buffer<Key> keys[kTilePositions];
     int64_t key_count[kTilePositions];
-    std::vector<int64_t> sums;
+    Buffer<int64_t> sums;
+    const KmeansProblem* problem = nullptr;
     int64_t changed = 0;
 };
+
+class Assignment;
+using Assignments = std::vector<std::unique_ptr<const Assignment>>;
 
 class Assignment {
   public:
@@ -74,24 +80,56 @@ class Assignment {
           moves_(moves()),
           threads_(threads) {}
 
-    int64_t run() {
-        const int64_t tiles = ceil_div(positions_, kTilePositions);
-        const int64_t wanted = std::max(ceil_div(threads_ * kTilesPerThread, tiles),
-                                        ceil_div(problem_.rows, kMostRows));
-        const int64_t least = std::max(kLeastRows, entries_ / kEntriesPerRow);
-        int64_t blocks =
-            std::clamp<int64_t>(problem_.rows / least, ceil_div(problem_.rows, kMostRows), wanted);
-        const int64_t block_rows =
-            std::clamp<int64_t>(kMostOffset / problem_.cols, 1, ceil_div(problem_.rows, blocks));
-        blocks = ceil_div(problem_.rows, block_rows);
-        std::vector<Worker> workers(static_cast<size_t>(threads_));
-        parallel_for(tiles * blocks, threads_, [&](int64_t item) {
-            Worker& worker = workers[static_cast<size_t>(omp_get_thread_num())];
-            if (worker.bias == nullptr) prepare(worker, block_rows);
-            const int64_t first = item % blocks * block_rows;
-            assign_tile(worker, item / blocks * kTilePositions, first,
-                        std::min(problem_.rows, first + block_rows));
-        });
+    // A worker's memory, for any of these problems: their codebooks are of one size.
+    static void allocate(Worker& worker, const Assignments& all) {
+        const Assignment& first = *all.front();
+        const KmeansLeaves& leaves = first.leaves_;
+        const int d = first.d_;
+        int64_t rows = 0, drift = 0, sums = 0;
+        for (const auto& assignment : all) {
+            rows = std::max(rows, assignment->block_rows());
+            drift = std::max(drift, assignment->drift_size());
+            sums = std::max(sums, assignment->sums_size());
+        }
+        const int64_t points = pad_lanes(rows), slots = leaves.count * kLeafEntries;
+        worker.tile = buffer<float>(kTilePositions * first.plane(rows) + kCollectSlack);
+        worker.bias = buffer<float>(slots);
+        worker.lower = buffer<float>(leaves.stride * d);
+        worker.upper = buffer<float>(leaves.stride * d);
+        worker.leaf_ends = buffer<uint32_t>(leaves.count);
+        if (first.many()) {
+            const int64_t pairs = ceil_div(d, 2);
+            worker.grid_entries = buffer<int32_t>(slots * pairs);
+            worker.grid_boxes = buffer<int32_t>(2 * leaves.stride * pairs);
+            worker.near_branches = buffer<int32_t>(kMaxLanes * (leaves.branches + 1));
+            worker.near_leaves = buffer<int32_t>(kMaxLanes * (leaves.count + 1));
+            worker.near_entries = buffer<uint16_t>(kMaxLanes * (leaves.count + 1));
+        }
+        worker.x = buffer<float>(points * d);
+        worker.gaps = buffer<float>(points);
+        worker.slots = buffer<uint16_t>(points);
+        worker.best = buffer<uint16_t>(points);
+        worker.rows = buffer<int32_t>(points);
+        for (Buffer<Key>& keys : worker.keys) keys = buffer<Key>(points);
+        worker.drift = buffer<float>(drift);
+        worker.sums = buffer<int64_t>(sums);
+    }
+
+    int64_t run(std::vector<Worker>& workers) const {
+        const int64_t height = block_rows(), blocks = ceil_div(problem_.rows, height);
+        try {
+            parallel_for(tiles() * blocks, threads_, [&](int64_t item) {
+                Worker& worker = workers[static_cast<size_t>(omp_get_thread_num())];
+                if (worker.problem != &problem_) begin(worker);
+                const int64_t first = item % blocks * height;
+                assign_tile(worker, item / blocks * kTilePositions, first,
+                            std::min(problem_.rows, first + height));
+            });
+        } catch (...) {
+            // What was settled stays so: sums are again those of the codes.
+            if (warm_) gather(workers);
+            throw;
+        }
         return gather(workers);
     }
 
@@ -126,31 +164,24 @@ class Assignment {
         return moves;
     }
 
-    void prepare(Worker& worker, int64_t rows) const {
-        const int64_t points = pad_lanes(rows), slots = leaves_.count * kLeafEntries;
-        worker.tile = buffer<float>(kTilePositions * plane(rows) + kCollectSlack);
-        worker.bias = buffer<float>(slots);
-        worker.lower = buffer<float>(leaves_.stride * d_);
-        worker.upper = buffer<float>(leaves_.stride * d_);
-        worker.leaf_ends = buffer<uint32_t>(leaves_.count);
-        if (many()) {
-            const int64_t pairs = ceil_div(d_, 2);
-            worker.grid_entries = buffer<int32_t>(slots * pairs);
-            worker.grid_boxes = buffer<int32_t>(2 * leaves_.stride * pairs);
-            worker.near_branches = buffer<int32_t>(kMaxLanes * (leaves_.branches + 1));
-            worker.near_leaves = buffer<int32_t>(kMaxLanes * (leaves_.count + 1));
-            worker.near_entries = buffer<uint16_t>(kMaxLanes * (leaves_.count + 1));
-        }
-        worker.x = buffer<float>(points * d_);
-        worker.gaps = buffer<float>(points);
-        worker.slots = buffer<uint16_t>(points);
-        worker.best = buffer<uint16_t>(points);
-        worker.rows = buffer<int32_t>(points);
-        for (Buffer<Key>& keys : worker.keys) keys = buffer<Key>(points);
-        if (tracking()) worker.drift = buffer<float>(kTilePositions * entries_);
-        if (problem_.sums != nullptr) {
-            worker.sums.assign(static_cast<size_t>(entries_ * (2 * d_ + 1)), 0);
-        }
+    int64_t drift_size() const { return tracking() ? kTilePositions * entries_ : 0; }
+    int64_t sums_size() const { return problem_.sums == nullptr ? 0 : entries_ * (2 * d_ + 1); }
+    int64_t tiles() const { return ceil_div(positions_, kTilePositions); }
+
+    // Rows of a tile.
+    int64_t block_rows() const {
+        const int64_t fewest = ceil_div(problem_.rows, kMostRows);
+        const int64_t wanted = std::max(ceil_div(threads_ * kTilesPerThread, tiles()), fewest);
+        const int64_t least = std::max(kLeastRows, entries_ / kEntriesPerRow);
+        const int64_t blocks = std::clamp<int64_t>(problem_.rows / least, fewest, wanted);
+        return std::clamp<int64_t>(kMostOffset / problem_.cols, 1, ceil_div(problem_.rows, blocks));
+    }
+
+    // On the worker's own thread, which so has the memory near it.
+    void begin(Worker& worker) const {
+        std::fill_n(worker.sums.get(), sums_size(), int64_t{0});
+        worker.changed = 0;
+        worker.problem = &problem_;
     }
 
     // Floats from one point of the tile to the next: a power of two, so that none crosses a line.
@@ -269,8 +300,8 @@ class Assignment {
         kmeans_table().collect(worker.tile.get() + p * plane(rows), point_stride(),
                                worker.rows.get(), padded, d_, worker.x.get());
         const KmeansSlice points{worker.x.get(), h, worker.slots.get(), padded, padded};
-        kmeans_table().search(points, leaves_, entries_, d_, start_, frame, worker.best.get(),
-                              worker.gaps.get());
+        search_polling(points, leaves_, entries_, d_, start_, frame, worker.best.get(),
+                       worker.gaps.get());
         store(worker, row_begin * positions_ + position, position, count, padded);
     }
 
@@ -313,7 +344,7 @@ class Assignment {
 
     void add(Worker& worker, int64_t position, const float* x, int64_t stride, uint16_t entry,
              int64_t sign) const {
-        int64_t* sum = worker.sums.data() + entry * (2 * d_ + 1);
+        int64_t* sum = worker.sums.get() + entry * (2 * d_ + 1);
         const float* h = problem_.h + position * d_;
         for (int j = 0; j < d_; ++j) {
             const double weight = h[j];
@@ -327,8 +358,9 @@ class Assignment {
     int64_t gather(const std::vector<Worker>& workers) const {
         int64_t changed = 0;
         for (const Worker& worker : workers) {
+            if (worker.problem != &problem_) continue;
             changed += worker.changed;
-            for (size_t i = 0; i < worker.sums.size(); ++i) problem_.sums[i] += worker.sums[i];
+            for (int64_t i = 0; i < sums_size(); ++i) problem_.sums[i] += worker.sums[i];
         }
         return changed;
     }
@@ -355,12 +387,18 @@ Status assign(const KmeansProblem* problems, int64_t count, int64_t entries, int
             return Status::invalid_argument;
         }
     }
+    // All memory, for all problems, before anything is written.
+    Assignments assignments;
     for (int64_t b = 0; b < count; ++b) {
-        changed[b] = Assignment(problems[b], entries, d, scale, warm, start, threads).run();
+        assignments.push_back(std::make_unique<const Assignment>(problems[b], entries, d, scale,
+                                                                 warm, start, threads));
     }
+    std::vector<Worker> workers(static_cast<size_t>(threads));
+    for (Worker& worker : workers) Assignment::allocate(worker, assignments);
+    for (int64_t b = 0; b < count; ++b) changed[b] = assignments[b]->run(workers);
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace

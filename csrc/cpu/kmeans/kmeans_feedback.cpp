@@ -7,12 +7,13 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/base/buffer.h"
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/kmeans/kmeans_points.h"
+#include "cpu/kmeans/kmeans_search.h"
 #include "cpu/kmeans/kmeans_table.h"
 #include "cpu/kmeans/kmeans_tree.h"
 
@@ -29,7 +30,8 @@ struct Worker {
     Buffer<float> columns, y, bias, lower, upper, gaps;
     Buffer<uint16_t> slots, best, near_entries;
     Buffer<int32_t> grid_entries, grid_boxes, near_branches, near_leaves;
-    std::vector<uint64_t> sums;
+    Buffer<uint64_t> sums;
+    bool begun = false;
 };
 
 class Feedback {
@@ -57,14 +59,16 @@ class Feedback {
 
     void run() {
         rotate_entries();
+        // All memory before anything is written.
         std::vector<Worker> workers(static_cast<size_t>(threads_));
+        for (Worker& worker : workers) allocate(worker);
         parallel_for(ceil_div(rows_, part_), threads_, [&](int64_t part) {
             Worker& worker = workers[static_cast<size_t>(omp_get_thread_num())];
-            if (worker.columns == nullptr) prepare(worker);
+            if (!worker.begun) begin(worker);
             settle(worker, part * part_, std::min(rows_, (part + 1) * part_));
         });
         for (const Worker& worker : workers) {
-            for (size_t i = 0; i < worker.sums.size(); ++i) {
+            for (int64_t i = 0; worker.begun && i < sums_size(); ++i) {
                 sums_[i] = static_cast<int64_t>(static_cast<uint64_t>(sums_[i]) + worker.sums[i]);
             }
         }
@@ -75,6 +79,7 @@ class Feedback {
 
     int64_t columns() const { return positions_ * d_; }
     int64_t sums_of_entry() const { return d_ + d_ * (d_ + 1) / 2 + 1; }
+    int64_t sums_size() const { return sums_ == nullptr ? 0 : entries_ * sums_of_entry(); }
 
     // V from the first column of position p to the first column of position q on.
     const float* block(int64_t p, int64_t q) const {
@@ -103,7 +108,7 @@ class Feedback {
         });
     }
 
-    void prepare(Worker& worker) const {
+    void allocate(Worker& worker) const {
         const KmeansLeaves leaves = trees_[0]->leaves();  // as many at every position
         const int64_t slots = leaves.count * kLeafEntries, pairs = ceil_div(d_, 2);
         worker.bias = buffer<float>(slots);
@@ -112,17 +117,21 @@ class Feedback {
         worker.gaps = buffer<float>(part_);
         worker.slots = buffer<uint16_t>(part_);
         worker.best = buffer<uint16_t>(part_);
-        std::fill_n(worker.slots.get(), part_, uint16_t{0});
         worker.grid_entries = buffer<int32_t>(slots * pairs);
         worker.grid_boxes = buffer<int32_t>(2 * leaves.stride * pairs);
         worker.near_branches = buffer<int32_t>(kMaxLanes * (leaves.branches + 1));
         worker.near_leaves = buffer<int32_t>(kMaxLanes * (leaves.count + 1));
         worker.near_entries = buffer<uint16_t>(kMaxLanes * (leaves.count + 1));
         worker.y = buffer<float>(stride_ * d_);
-        if (sums_ != nullptr) {
-            worker.sums.assign(static_cast<size_t>(entries_ * sums_of_entry()), 0);
-        }
+        worker.sums = buffer<uint64_t>(sums_size());
         worker.columns = buffer<float>(stride_ * columns());
+    }
+
+    // On the worker's own thread, which so has the memory near it.
+    void begin(Worker& worker) const {
+        std::fill_n(worker.slots.get(), part_, uint16_t{0});
+        std::fill_n(worker.sums.get(), sums_size(), uint64_t{0});
+        worker.begun = true;
     }
 
     // Takes rows [begin, end) through all positions.
@@ -139,8 +148,8 @@ class Feedback {
             kmeans_table().rotate(worker.columns.get(), stride_, padded, (p + 1) * d_, block(0, p),
                                   factor_stride_, d_, worker.y.get());
             const KmeansSlice points{worker.y.get(), kOnes, worker.slots.get(), stride_, padded};
-            kmeans_table().search(points, leaves, entries_, d_, KmeansStart::nothing, frame,
-                                  worker.best.get(), worker.gaps.get());
+            search_polling(points, leaves, entries_, d_, KmeansStart::nothing, frame,
+                           worker.best.get(), worker.gaps.get());
             store(worker, leaves, p, begin, rows);
         }
         for (int64_t row = 0; row < rows; ++row) {
@@ -197,7 +206,7 @@ class Feedback {
 
     // Without signed overflow, whatever the scale.
     void add(Worker& worker, int64_t p, int64_t row, uint16_t entry, const int64_t* metric) const {
-        uint64_t* to = worker.sums.data() + entry * sums_of_entry();
+        uint64_t* to = worker.sums.get() + entry * sums_of_entry();
         const float* v = block(p, p);
         for (int a = 0; a < d_; ++a) {
             double sum = 0.0;
@@ -243,8 +252,8 @@ Status kmeans_feedback(float* x, int64_t x_stride, float* carried, const float* 
              codes, scale, sums, threads)
         .run();
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu

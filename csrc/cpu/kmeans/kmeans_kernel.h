@@ -43,29 +43,57 @@ void frame_bias(const KmeansLeaves& leaves, int64_t entries, const float* h, flo
     }
 }
 
+// A position's metric, and whether its searches go by the grid of the many leaves.
 template <int D>
-void search_any(const KmeansSlice& points, const KmeansLeaves& leaves, int64_t entries,
-                KmeansStart start, const KmeansFrame& frame, uint16_t* best, float* gaps) {
+struct Metric {
     float root[D];
-    for (int j = 0; j < D; ++j) root[j] = __builtin_sqrtf(points.h[j]);
-    frame_bias<D>(leaves, entries, points.h, frame.bias);
-    const Scale<D> scale(leaves, root);
-    const bool guided = start == KmeansStart::previous;
-    if (start != KmeansStart::exhaustive && leaves.count >= kManyLeaves && scale.steps > 0.0f) {
-        frame_grid<D>(leaves, entries, scale, frame);
-        search_deep<D>(points, leaves, frame, scale, guided, best);
+    bool deep;
+
+    Metric(const KmeansLeaves& leaves, const float* h, KmeansStart start) {
+        for (int j = 0; j < D; ++j) root[j] = __builtin_sqrtf(h[j]);
+        deep = start != KmeansStart::exhaustive && leaves.count >= kManyLeaves &&
+               Scale<D>(leaves, root).steps > 0.0f;
+    }
+};
+
+template <int D>
+void frame_any(const KmeansLeaves& leaves, int64_t entries, const float* h, KmeansStart start,
+               const KmeansFrame& frame) {
+    const Metric<D> metric(leaves, h, start);
+    frame_bias<D>(leaves, entries, h, frame.bias);
+    if (metric.deep) {
+        frame_grid<D>(leaves, entries, Scale<D>(leaves, metric.root), frame);
     } else {
-        frame_boxes<D>(leaves, root, frame);
-        search_wide<D>(points, leaves, frame, root, guided, best, gaps);
+        frame_boxes<D>(leaves, metric.root, frame);
     }
 }
 
-void search(const KmeansSlice& points, const KmeansLeaves& leaves, int64_t entries, int d,
-            KmeansStart start, const KmeansFrame& frame, uint16_t* best, float* gaps) {
+void frame(const KmeansLeaves& leaves, int64_t entries, int d, const float* h, KmeansStart start,
+           const KmeansFrame& room) {
+    constexpr decltype(&frame_any<1>) kByLength[kMaxSubvector] = {
+        frame_any<1>, frame_any<2>, frame_any<3>, frame_any<4>,
+        frame_any<5>, frame_any<6>, frame_any<7>, frame_any<8>};
+    kByLength[d - 1](leaves, entries, h, start, room);
+}
+
+template <int D>
+void search_any(const KmeansSlice& points, const KmeansLeaves& leaves, KmeansStart start,
+                const KmeansFrame& frame, uint16_t* best, float* gaps) {
+    const Metric<D> metric(leaves, points.h, start);
+    const bool guided = start == KmeansStart::previous;
+    if (metric.deep) {
+        search_deep<D>(points, leaves, frame, Scale<D>(leaves, metric.root), guided, best);
+    } else {
+        search_wide<D>(points, leaves, frame, metric.root, guided, best, gaps);
+    }
+}
+
+void search(const KmeansSlice& points, const KmeansLeaves& leaves, int d, KmeansStart start,
+            const KmeansFrame& frame, uint16_t* best, float* gaps) {
     constexpr decltype(&search_any<1>) kByLength[kMaxSubvector] = {
         search_any<1>, search_any<2>, search_any<3>, search_any<4>,
         search_any<5>, search_any<6>, search_any<7>, search_any<8>};
-    kByLength[d - 1](points, leaves, entries, start, frame, best, gaps);
+    kByLength[d - 1](points, leaves, start, frame, best, gaps);
 }
 
 // How far entry k moved in a position's metric, rounded up; entries is a multiple of the lanes or
@@ -236,7 +264,7 @@ void rotate(const float* x, int64_t stride, int64_t points, int64_t columns, con
     kByLength[d - 1](x, stride, points, columns, factor, factor_stride, y);
 }
 
-constexpr KmeansTable kTable = {collect, search, drift, shrink, merge, narrow, rotate};
+constexpr KmeansTable kTable = {collect, frame, search, drift, shrink, merge, narrow, rotate};
 
 }  // namespace
 }  // namespace nowag::cpu

@@ -1,10 +1,10 @@
 // Starting codebooks: strata, and k-means++ on a sample (kmeans.h).
 #include <algorithm>
 #include <cmath>
-#include <new>
 #include <numeric>
 #include <vector>
 
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/kmeans/kmeans_sample.h"
 #include "cpu/kmeans/kmeans_table.h"
@@ -185,8 +185,8 @@ Status kmeans_seed(const KmeansProblem* problems, int64_t count, int64_t entries
     first_entry(sample, random, codebook);
     for (int64_t k = 1; k < entries; ++k) next_entry(sample, d, random, codebook + k * d);
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu

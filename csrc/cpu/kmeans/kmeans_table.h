@@ -75,11 +75,15 @@ struct KmeansTable {
     void (*collect)(const float* points, int64_t stride, const int32_t* rows, int64_t count, int d,
                     float* x);
 
+    // What the searches of a position share: makes the frame for its metric h.
+    void (*frame)(const KmeansLeaves& leaves, int64_t entries, int d, const float* h,
+                  KmeansStart start, const KmeansFrame& frame);
+
     // best[i] = slot of the entry of the smallest score, the lowest entry among equals; gaps[i] =
     // a lower bound of how much nearer it is than any other (kmeans_found.h), if there are not many
     // leaves.
-    void (*search)(const KmeansSlice& points, const KmeansLeaves& leaves, int64_t entries, int d,
-                   KmeansStart start, const KmeansFrame& frame, uint16_t* best, float* gaps);
+    void (*search)(const KmeansSlice& points, const KmeansLeaves& leaves, int d, KmeansStart start,
+                   const KmeansFrame& frame, uint16_t* best, float* gaps);
 
     // drift[k] = an upper bound of how much nearer any other entry can have come to a point of
     // entry k at one position, given how far entries moved: moves[j * entries + k].

@@ -1,9 +1,9 @@
 // Everything of kmeans.h that is cheap beside an assignment: update, errors, spread, merge costs,
 // energy.
 #include <algorithm>
-#include <new>
 #include <vector>
 
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/kmeans/kmeans_points.h"
 #include "cpu/kmeans/kmeans_table.h"
@@ -24,6 +24,7 @@ double point_error(const float* x, const float* h, const float* c, int d) {
 void add_row_spread(const KmeansProblem& problem, int64_t row, int d, double scale,
                     int64_t* spread) {
     const int64_t positions = positions_of(problem, d);
+    poll();
     for (int64_t p = 0; p < positions; ++p) {
         float x[kMaxSubvector];
         read_point(problem, row, p, d, x);
@@ -68,7 +69,7 @@ Status kmeans_update(const int64_t* sums, int64_t entries, int d, double scale, 
 }
 
 Status kmeans_errors(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
-                     float* errors, int threads) {
+                     float* errors, int threads) try {
     if (count != 1 || !valid_points(problems[0], d) || !valid_entries(entries) || threads < 1) {
         return Status::invalid_argument;
     }
@@ -84,6 +85,8 @@ Status kmeans_errors(const KmeansProblem* problems, int64_t count, int64_t entri
         }
     });
     return Status::ok;
+} catch (...) {
+    return failure();
 }
 
 Status kmeans_spread(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
@@ -108,8 +111,8 @@ Status kmeans_spread(const KmeansProblem* problems, int64_t count, int64_t entri
         for (int64_t share = 0; share < shares; ++share) spread[i] += tables[share * size + i];
     }
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 Status kmeans_merge_costs(const int64_t* sums, const float* codebook, int64_t entries, int d,
@@ -137,8 +140,8 @@ Status kmeans_merge_costs(const int64_t* sums, const float* codebook, int64_t en
                             merge(columns.data(), entries, k + 1, entries, entry, weights, d));
     });
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 Status kmeans_energy(const KmeansProblem* problems, int64_t count, int d, double* energy,
@@ -151,8 +154,8 @@ Status kmeans_energy(const KmeansProblem* problems, int64_t count, int d, double
     *energy = 0.0;
     for (const double value : rows) *energy += value;
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu

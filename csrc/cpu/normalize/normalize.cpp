@@ -1,10 +1,13 @@
 #include "nowag/normalize.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
-#include <new>
 #include <vector>
 
+#include "cpu/base/buffer.h"
+#include "cpu/base/failure.h"
 #include "cpu/base/huge_pages.h"
 #include "cpu/base/parallel.h"
 #include "cpu/base/simd.h"
@@ -41,13 +44,14 @@ Status normalize(const void* weight, DType dtype, int64_t rows, int64_t cols, in
     const int64_t blocks = ceil_div(rows, kNormalizeRowBlock);
     advise_huge_pages(out, rows * cols * int64_t{sizeof(float)});
 
+    // A row of floats for each thread.
+    const Buffer<float> rows_of_floats = buffer<float>(threads * cols);
+    const auto scratch = [&] { return rows_of_floats.get() + omp_get_thread_num() * cols; };
     std::vector<double> block_sums(static_cast<size_t>(blocks * cols), 0.0);
     parallel_for(blocks, threads, [&](int64_t block) {
-        std::vector<float> scratch(static_cast<size_t>(cols));
         const int64_t end = std::min(rows, (block + 1) * kNormalizeRowBlock);
         for (int64_t i = block * kNormalizeRowBlock; i < end; ++i) {
-            const float* row =
-                float_row(kernel, weight, dtype, row_stride, i, cols, scratch.data());
+            const float* row = float_row(kernel, weight, dtype, row_stride, i, cols, scratch());
             kernel.add_squares(row, cols, &block_sums[static_cast<size_t>(block * cols)]);
         }
     });
@@ -61,17 +65,15 @@ Status normalize(const void* weight, DType dtype, int64_t rows, int64_t cols, in
     }
 
     parallel_for(blocks, threads, [&](int64_t block) {
-        std::vector<float> scratch(static_cast<size_t>(cols));
         const int64_t end = std::min(rows, (block + 1) * kNormalizeRowBlock);
         for (int64_t i = block * kNormalizeRowBlock; i < end; ++i) {
-            const float* row =
-                float_row(kernel, weight, dtype, row_stride, i, cols, scratch.data());
+            const float* row = float_row(kernel, weight, dtype, row_stride, i, cols, scratch());
             row_norms[i] = kernel.normalize_row(row, col_norms, cols, out + i * cols);
         }
     });
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu

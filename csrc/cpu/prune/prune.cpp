@@ -6,9 +6,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 #include <vector>
 
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/base/simd.h"
 #include "cpu/prune/prune_table.h"
@@ -24,7 +24,8 @@ constexpr int64_t kWeightsPerBin = 16;      // small layers: clearing counters m
 constexpr uint32_t kAllKeys = 0x7f800001u;  // up to and including infinity's
 constexpr int64_t kMostSamples = 1 << 17;
 constexpr int64_t kWeightsPerSample = 32;
-constexpr int64_t kSampleRun = 16;         // sampled weights side by side: one cache line
+constexpr int64_t kSampleRun = 16;  // sampled weights side by side: one cache line
+constexpr int64_t kWeightsBetweenPolls = 1 << 16;
 constexpr double kSampleDeviations = 2.5;  // half the bracket's width, in standard deviations
 
 const PruneTable* table() {
@@ -114,9 +115,11 @@ KeyRange narrow(const Layer& layer, int64_t rank, KeyRange range, int64_t* below
     std::vector<int64_t> part_below(static_cast<size_t>(parts));
     for (auto& part : counts) part.resize(bins);
     parallel_for(parts, layer.threads, [&](int64_t part) {
+        const int64_t rows_between_polls = std::max<int64_t>(1, kWeightsBetweenPolls / layer.cols);
         uint32_t* part_counts = counts[static_cast<size_t>(part)].data();
         int64_t sum = 0;
         for (int64_t i = layer.rows * part / parts; i < layer.rows * (part + 1) / parts; ++i) {
+            if (i % rows_between_polls == 0) poll();
             sum += kernel.count_keys(layer.row(i), layer.h, layer.cols, range, part_counts);
         }
         part_below[static_cast<size_t>(part)] = sum;
@@ -194,12 +197,12 @@ Status prune_select(const float* w, const float* h, int64_t rows, int64_t cols, 
     }
     write_bitmap(layer, threshold, n_prune, bitmap);
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 Status prune_select_nm(const float* w, const float* h, int64_t rows, int64_t cols, int n, int m,
-                       uint8_t* bitmap, int threads) {
+                       uint8_t* bitmap, int threads) try {
     if (rows < 1 || cols < 1 || n < 1 || n > m || m > kMaxGroup || cols % m != 0 || threads < 1) {
         return Status::invalid_argument;
     }
@@ -209,6 +212,8 @@ Status prune_select_nm(const float* w, const float* h, int64_t rows, int64_t col
         kernel.keep_nm(w + i * cols, h, cols, n, m, bitmap + i * row_bytes);
     });
     return Status::ok;
+} catch (...) {
+    return failure();
 }
 
 Status prune_objective(const float* w, const float* h, const uint8_t* bitmap, int64_t rows,
@@ -224,8 +229,8 @@ Status prune_objective(const float* w, const float* h, const uint8_t* bitmap, in
     sums[0] = sums[1] = 0.0;
     for (size_t i = 0; i < row_sums.size(); ++i) sums[i % 2] += row_sums[i];
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu

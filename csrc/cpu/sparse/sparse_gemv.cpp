@@ -1,9 +1,9 @@
 #include "nowag/sparse_gemv.h"
 
 #include <algorithm>
-#include <new>
 #include <vector>
 
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/base/simd.h"
 #include "cpu/sparse/sparse_gemv_table.h"
@@ -69,8 +69,8 @@ Status sparse_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* bi
         }
     });
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu

@@ -1,10 +1,12 @@
 #include "nowag/sparse_pack.h"
 
+#include <omp.h>
+
 #include <cstring>
 #include <limits>
-#include <new>
-#include <vector>
 
+#include "cpu/base/buffer.h"
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/base/simd.h"
 #include "cpu/sparse/sparse_pack_table.h"
@@ -49,7 +51,7 @@ void expand_row(const void* values, DType dtype, const uint8_t* bits, int64_t co
 }  // namespace
 
 Status sparse_offsets(const uint8_t* bitmap, int64_t rows, int64_t cols, int32_t* row_offsets,
-                      int threads) {
+                      int threads) try {
     if (rows < 1 || cols < 1 || threads < 1) return Status::invalid_argument;
     const int64_t row_bytes = bitmap_row_bytes(cols);
     parallel_for(rows, threads, [&](int64_t i) {
@@ -63,10 +65,13 @@ Status sparse_offsets(const uint8_t* bitmap, int64_t rows, int64_t cols, int32_t
         row_offsets[i] = static_cast<int32_t>(sum);
     }
     return Status::ok;
+} catch (...) {
+    return failure();
 }
 
 Status sparse_pack(const void* weight, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
-                   const uint8_t* bitmap, const int32_t* row_offsets, void* values, int threads) {
+                   const uint8_t* bitmap, const int32_t* row_offsets, void* values,
+                   int threads) try {
     if (rows < 1 || cols < 1 || row_stride < cols || threads < 1) return Status::invalid_argument;
     const int64_t row_bytes = bitmap_row_bytes(cols);
     parallel_for(rows, threads, [&](int64_t i) {
@@ -80,6 +85,8 @@ Status sparse_pack(const void* weight, DType dtype, int64_t rows, int64_t cols, 
         }
     });
     return Status::ok;
+} catch (...) {
+    return failure();
 }
 
 Status sparse_dequantize(const uint8_t* bitmap, const void* values, DType values_dtype,
@@ -95,21 +102,22 @@ Status sparse_dequantize(const uint8_t* bitmap, const void* values, DType values
     const bool same = out_dtype == values_dtype;
     const int64_t row_size = out_stride * dtype_size(out_dtype);
     const int64_t count = row_end - row_begin;
-    // A part of the rows has scratch of its own, for a row that must change its dtype.
+    // A row for each thread, where it must change its dtype.
+    const Buffer<uint32_t> rows_to_convert = buffer<uint32_t>(same ? 0 : threads * cols);
     const int64_t parts = ceil_div(count, kPartRows);
     parallel_for(parts, threads, [&](int64_t part) {
-        std::vector<uint32_t> scratch(same ? 0 : static_cast<size_t>(cols));
+        uint32_t* scratch = rows_to_convert.get() + omp_get_thread_num() * (same ? 0 : cols);
         for (int64_t r = count * part / parts; r < count * (part + 1) / parts; ++r) {
             const int64_t i = row_begin + r;
             void* row = static_cast<uint8_t*>(out) + r * row_size;
             expand_row(readable.row(i), values_dtype, bitmap + i * row_bytes, cols,
-                       same ? row : scratch.data());
-            if (!same) table().convert(scratch.data(), values_dtype, cols, row, out_dtype);
+                       same ? row : scratch);
+            if (!same) table().convert(scratch, values_dtype, cols, row, out_dtype);
         }
     });
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu

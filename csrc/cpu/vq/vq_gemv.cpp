@@ -1,9 +1,9 @@
 #include "nowag/vq_gemv.h"
 
 #include <algorithm>
-#include <new>
 
 #include "cpu/base/buffer.h"
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/base/simd.h"
 #include "cpu/vq/vq_gemv_table.h"
@@ -210,8 +210,8 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
         decode(problem);
     }
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu

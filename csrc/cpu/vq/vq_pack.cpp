@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 
 #include "cpu/base/buffer.h"
+#include "cpu/base/failure.h"
 #include "cpu/base/parallel.h"
 #include "cpu/base/simd.h"
 #include "cpu/vq/vq_pack_table.h"
@@ -55,7 +55,7 @@ Buffer<float> float_norms(const uint16_t* norms, int64_t count, int64_t padding)
 }  // namespace
 
 Status pack_codes(const uint16_t* codes, int64_t rows, int64_t positions, int code_bits,
-                  uint8_t* packed, int threads) {
+                  uint8_t* packed, int threads) try {
     if (rows < 1 || positions < 1 || !valid_vq(1, code_bits) || threads < 1) {
         return Status::invalid_argument;
     }
@@ -71,10 +71,12 @@ Status pack_codes(const uint16_t* codes, int64_t rows, int64_t positions, int co
         }
     });
     return legal ? Status::ok : Status::invalid_argument;
+} catch (...) {
+    return failure();
 }
 
 Status unpack_codes(const uint8_t* packed, int64_t rows, int64_t positions, int code_bits,
-                    uint16_t* codes, int threads) {
+                    uint16_t* codes, int threads) try {
     if (rows < 1 || positions < 1 || !valid_vq(1, code_bits) || threads < 1) {
         return Status::invalid_argument;
     }
@@ -90,6 +92,8 @@ Status unpack_codes(const uint8_t* packed, int64_t rows, int64_t positions, int 
         }
     });
     return Status::ok;
+} catch (...) {
+    return failure();
 }
 
 Status vq_dequantize(const uint8_t* packed, const uint16_t* codebook, const uint16_t* row_norms,
@@ -120,8 +124,8 @@ Status vq_dequantize(const uint8_t* packed, const uint16_t* codebook, const uint
              dtype});
     });
     return Status::ok;
-} catch (const std::bad_alloc&) {
-    return Status::out_of_memory;
+} catch (...) {
+    return failure();
 }
 
 }  // namespace nowag::cpu
