@@ -61,6 +61,7 @@ static inline auto fields(KmeansProblem& problem) {
 // out of their old entry and added to the new one (sums must be those of the previous assignment);
 // otherwise every point is added (zero the sums before). changed[b] = number of points of problem b
 // whose code differs from the previous one (all of them if not warm).
+// If it is interrupted some points have been assigned: where `warm`, sums are again those of codes.
 NOWAG_DECLARE(kmeans_assign, const KmeansProblem* problems, int64_t count, int64_t entries, int d,
               double scale, bool warm, int64_t* changed);
 
