@@ -112,7 +112,7 @@ METHODS: dict[str, Callable[[Tensor], Any]] = {
         w, NORMS, d=1, bits=10, init="random", iters=1
     ),
     "vq under a Hessian": lambda w: nowag_ext.vq_compress(
-        w, NORMS, d=8, bits=0.5, iters=1, hessian=HESSIAN
+        w, NORMS, d=8, bits=0.5, codebook=W.view(-1, 8)[:16], hessian=HESSIAN
     ),
     "prune": lambda w: nowag_ext.prune(w, NORMS, sparsity=0.5),
     "prune 2:4": lambda w: nowag_ext.prune(w, NORMS, pattern="2:4"),
