@@ -61,7 +61,7 @@ def compressed(source: Path | str) -> Any:
 def test_all_that_is_needed_and_no_more(save: Any, tmp_path: Path) -> None:
     source = dense_folder(tmp_path / "source")
     assert save(compressed(source), None, tmp_path / "out") == {}
-    ours = {"config.json", "generation_config.json", "model.safetensors"}
+    ours = {".nowag_ext.json", "config.json", "generation_config.json", "model.safetensors"}
     written = ours | {"README.md", "report.json", "layers.csv"}
     assert files(tmp_path / "out") == written | set(SIDE)
     for name in SIDE:
