@@ -127,11 +127,12 @@ class PackedLinear(nn.Module, ABC):
 
     def _is_plain_call(self, x: Tensor) -> bool:
         """Whether the op for few tokens will do, which has no gradient and so costs less a call."""
-        if x.numel() > self._few or torch.compiler.is_compiling():
+        if x.numel() > self._few or torch.compiler.is_compiling() or ops.is_transformed():
             return False
-        bias = self._parameters["bias"]
-        wanted = x.requires_grad or (bias is not None and bias.requires_grad)
-        return not (wanted and torch.is_grad_enabled())
+        if not torch.is_grad_enabled():
+            return True
+        parameters = self._parameters.values()
+        return not (x.requires_grad or any(p is not None and p.requires_grad for p in parameters))
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -3,9 +3,9 @@
 Every operation is a ``torch.ops.nowag.*`` op under the name of its header in
 ``csrc/include/nowag``, which states the math, the layouts and the tie rules; the names here are
 those ops. One file a header, and what they share: ``registry`` (schemas, the compiled modules),
-``checks``, ``format`` (the packed form) and ``linear`` (tiles and gradients). Addresses, sizes and
-the number of threads (CPU) or the stream (CUDA) go to the compiled module as integers; it returns
-nothing and raises on a bad status.
+``checks``, ``format`` (the packed form), ``linear`` (tiles) and ``linear_autograd`` (derivatives).
+Addresses, sizes and the number of threads (CPU) or the stream (CUDA) go to the compiled module as
+integers; it returns nothing and raises on a bad status.
 """
 
 from importlib.util import find_spec
@@ -41,6 +41,7 @@ from nowag_ext.ops.kmeans import (
 )
 from nowag_ext.ops.kmeans_feedback import feedback_sums_columns, kmeans_feedback
 from nowag_ext.ops.linear import GEMV_MAX_TOKENS
+from nowag_ext.ops.linear_autograd import is_transformed
 from nowag_ext.ops.normalize import normalize
 from nowag_ext.ops.prune import prune_objective, prune_select, prune_select_nm
 from nowag_ext.ops.sparse_gemv import sparse_gemv, sparse_linear, sparse_linear_grad
@@ -58,6 +59,7 @@ __all__ = [
     "bitmap_shape",
     "code_positions",
     "feedback_sums_columns",
+    "is_transformed",
     "kmeans_assign",
     "kmeans_assign_exhaustive",
     "kmeans_energy",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from nowag_ext import _cpu
 from nowag_ext.gemm import gemm_dtype
 from nowag_ext.ops.checks import check, check_features, dtype_code, same_device
 from nowag_ext.ops.format import TILE_ROWS
-from nowag_ext.ops.registry import LIBRARY
 
 GEMV_MAX_TOKENS: int = _cpu.vq_gemv_max_tokens
 
@@ -74,34 +72,3 @@ def tiled_linear_grad(grad_y: Tensor, cols: int, dequantize: DequantizeRows) -> 
         dequantize(begin, end, tile)
         grad_x += outputs[:, begin:end] @ tile[: end - begin]
     return grad_x.to(grad_y.dtype).view(*grad_y.shape[:-1], cols)
-
-
-def register_linear_autograd(
-    linear: Any, linear_grad: Any, grad_settings: Callable[[Tensor], tuple[int, ...]]
-) -> None:
-    """Gradients of ``linear(x, *packed, bias)`` for x and bias, and of ``linear_grad`` for grad_y.
-
-    ``linear_grad(grad_y, *packed, *grad_settings(x))`` is grad_y W. The packed weight is constant.
-    """
-
-    def setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:-1])
-        ctx.settings = grad_settings(inputs[0])
-
-    def backward_linear(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        packed, rows = ctx.saved_tensors, grad_y.shape[-1]
-        wants = ctx.needs_input_grad
-        grad_x = linear_grad(grad_y, *packed, *ctx.settings) if wants[0] else None
-        grad_bias = grad_y.reshape(-1, rows).sum(0) if wants[-1] else None
-        return (grad_x, *[None] * len(packed), grad_bias)
-
-    def setup_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*(value for value in inputs[1:] if isinstance(value, Tensor)))
-        ctx.constants = len(inputs) - 1
-
-    def backward_grad(ctx: Any, grad_grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        return (linear(grad_grad_x, *ctx.saved_tensors, None), *[None] * ctx.constants)
-
-    register = torch.library.register_autograd
-    register(linear.name(), backward_linear, setup_context=setup_linear, lib=LIBRARY)
-    register(linear_grad.name(), backward_grad, setup_context=setup_grad, lib=LIBRARY)

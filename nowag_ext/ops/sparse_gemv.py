@@ -8,10 +8,10 @@ from nowag_ext import _cpu
 from nowag_ext.ops.checks import DTYPES, dtype_code, require, same_device
 from nowag_ext.ops.linear import (
     check_linear,
-    register_linear_autograd,
     tiled_linear,
     tiled_linear_grad,
 )
+from nowag_ext.ops.linear_autograd import register_linear_autograd
 from nowag_ext.ops.registry import backend_of, operation
 from nowag_ext.ops.sparse_pack import check_sparse, dequantize_sparse_rows
 

@@ -11,10 +11,10 @@ from nowag_ext.ops.checks import DTYPES, check_features, dtype_code, require, sa
 from nowag_ext.ops.linear import (
     GEMV_MAX_TOKENS,
     check_linear,
-    register_linear_autograd,
     tiled_linear,
     tiled_linear_grad,
 )
+from nowag_ext.ops.linear_autograd import register_linear_autograd
 from nowag_ext.ops.registry import backend_of, operation
 from nowag_ext.ops.vq_pack import VqSizes, dequantize_vq_rows, vq_sizes
 
