@@ -45,7 +45,7 @@ def check_sparse_by_tensor_cores(
         y = poisoned(tokens, rows, dtype=dtype)
         some_bias = bias if tokens % 2 else None
         arguments = [x[:tokens].contiguous(), CODES[dtype], tokens, bitmap, values]
-        arguments += [CODES[dtype], offsets, some_bias, rows, cols, y]
+        arguments += [CODES[dtype], offsets, values.numel(), some_bias, rows, cols, y]
         assert driver.run("sparse_gemv", *arguments, seed=tokens) == 0
         assert_within_bound(y, x[:tokens], dense, some_bias)
         if some_bias is not None:
@@ -95,7 +95,7 @@ def test_sparse_gemv_of_inputs_that_are_not_finite(driver: Driver, bad: float) -
     outputs = []
     for _ in range(2):
         y = poisoned(3, 24, dtype=torch.float16)
-        arguments = [x, CODES[x.dtype], 3, bitmap, values, CODES[x.dtype], offsets]
+        arguments = [x, CODES[x.dtype], 3, bitmap, values, CODES[x.dtype], offsets, values.numel()]
         assert driver.run("sparse_gemv", *arguments, None, 24, 200, y, seed=2) == 0
         outputs.append(y)
         x[1, 60] = bad
@@ -122,7 +122,7 @@ def test_sparse_gemv(
         y = poisoned(tokens, rows, dtype=dtype)
         some_bias = bias if tokens == 3 else None
         arguments = [x[:tokens].contiguous(), CODES[dtype], tokens, bitmap, values]
-        arguments += [CODES[values_dtype], offsets, some_bias, rows, cols, y]
+        arguments += [CODES[values_dtype], offsets, values.numel(), some_bias, rows, cols, y]
         assert driver.run("sparse_gemv", *arguments, seed=tokens % 4) == 0
         assert_within_bound(y, x[:tokens], dense, some_bias)
         results[tokens] = y

@@ -31,13 +31,14 @@ def test_sparse_pack_and_dequantize(
     assert driver.run("sparse_offsets", bitmap, rows, cols, offsets) == 0
     assert_same_bits(offsets, ops.sparse_offsets(bitmap, cols))
     values = poisoned(int(offsets[-1]), dtype=dtype)
-    arguments = [weight, CODES[dtype], rows, cols, cols, bitmap, offsets, values]
+    arguments = [weight, CODES[dtype], rows, cols, cols, bitmap, offsets, len(values), values]
     assert driver.run("sparse_pack", *arguments) == 0
     assert_same_bits(values, ops.sparse_pack(weight, bitmap, offsets, int(offsets[-1])))
     for out_dtype in DTYPES:
         begin, end = rows // 3, rows
         out = poisoned(end - begin, cols, dtype=out_dtype)
-        arguments = [bitmap, values, CODES[dtype], offsets, rows, cols, begin, end, out]
+        arguments = [bitmap, values, CODES[dtype], offsets, len(values), rows, cols]
+        arguments += [begin, end, out]
         assert driver.run("sparse_dequantize", *arguments, CODES[out_dtype], cols) == 0
         want = ops.sparse_dequantize(bitmap, values, offsets, cols, out_dtype)
         assert_same_bits(out, want[begin:end])

@@ -82,6 +82,21 @@ def _problems(
     return rows_of_addresses
 
 
+def _check_codes(codes: Tensor, entries: int) -> None:
+    """Raises unless every code is an entry: kernels that read codes trust them (kmeans.h)."""
+    if entries >= 2**MAX_CODE_BITS:
+        return
+    # Torch reduces int16 in vectors, and uint16 not at all. Half the codes are negative then; below
+    # a number of entries they all are not, or the larger type has to do.
+    signed = codes.view(torch.int16) if entries <= 2**15 else codes.to(torch.int32)
+    least, most = (int(end) for end in torch.aminmax(signed))
+    largest = most if least >= 0 else least + 2**16
+    require(
+        least >= 0 and most < entries,
+        f"codes must be below the number of entries, {entries}, but one is {largest}.",
+    )
+
+
 def _kmeans_assign_fake(w: Sequence[Tensor], *_: Any, **__: Any) -> Tensor:
     return w[0].new_empty(len(w), dtype=torch.int64)
 
@@ -112,6 +127,9 @@ def kmeans_assign(
     most = 2**MAX_CODE_BITS
     require(1 <= entries <= most, f"a codebook has 1 to {most} entries, not {entries}.")
     problems = _problems(w, h, d, codebooks, codes, sums, previous or (), gaps or ())
+    if warm:
+        for previous_codes in codes:
+            _check_codes(previous_codes, entries)
     changed = _kmeans_assign_fake(w)
     backend, queue = backend_of(w[0].device)
     backend.kmeans_assign(problems, entries, d, scale, warm, changed.data_ptr(), queue)
@@ -168,6 +186,7 @@ def kmeans_errors(w: Tensor, h: Tensor, codebook: Tensor, codes: Tensor) -> Tens
     """Weighted squared error of every sub-vector under its assigned entry, fp32 [rows, P]."""
     entries, d = codebook.shape
     problems = _problems([w], [h], d, [codebook], [codes])
+    _check_codes(codes, entries)
     errors = _kmeans_errors_fake(w, h, codebook, codes)
     backend, queue = backend_of(w.device)
     backend.kmeans_errors(problems, entries, d, errors.data_ptr(), queue)
@@ -188,6 +207,7 @@ def kmeans_spread(w: Tensor, h: Tensor, codebook: Tensor, codes: Tensor, scale: 
     """Weighted squared error of every entry by coordinate, times the scale, int64 [K, d]."""
     entries, d = codebook.shape
     problems = _problems([w], [h], d, [codebook], [codes])
+    _check_codes(codes, entries)
     spread = _kmeans_spread_fake(w, h, codebook, codes, scale)
     backend, queue = backend_of(w.device)
     backend.kmeans_spread(problems, entries, d, scale, spread.data_ptr(), queue)
@@ -211,6 +231,12 @@ def kmeans_merge_costs(sums: Tensor, codebook: Tensor, scale: float, chosen: Ten
     check(sums, "sums", torch.int64, (entries, 2 * d + 1))
     check(chosen, "chosen", torch.int64, (chosen.numel(),))
     same_device(codebook.device, sums=sums, chosen=chosen)
+    if chosen.numel():
+        least, most = (int(end) for end in torch.aminmax(chosen))
+        require(
+            least >= 0 and most < entries,
+            f"chosen must be entries from 0 to {entries - 1}, not {least if least < 0 else most}.",
+        )
     costs = _kmeans_merge_costs_fake(sums, codebook, scale, chosen)
     backend, queue = backend_of(codebook.device)
     backend.kmeans_merge_costs(

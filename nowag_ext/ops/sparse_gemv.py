@@ -13,7 +13,7 @@ from nowag_ext.ops.linear import (
 )
 from nowag_ext.ops.linear_autograd import register_linear_autograd
 from nowag_ext.ops.registry import backend_of, operation
-from nowag_ext.ops.sparse_pack import check_sparse, dequantize_sparse_rows
+from nowag_ext.ops.sparse_pack import check_sparse, dequantize_sparse_rows, refused_offsets
 
 MAX_TOKENS: int = _cpu.sparse_gemv_max_tokens
 _WEIGHT = "Tensor bitmap, Tensor values, Tensor row_offsets"
@@ -33,11 +33,14 @@ def _run_sparse_gemv(
     y = x.new_empty((*x.shape[:-1], rows))
     if tokens:
         backend, queue = backend_of(x.device)
-        backend.sparse_gemv(
-            x.data_ptr(), DTYPES[x.dtype], tokens, bitmap.data_ptr(), values.data_ptr(),
-            DTYPES[values.dtype], row_offsets.data_ptr(),
-            bias.data_ptr() if bias is not None else 0, rows, x.shape[-1], y.data_ptr(), queue,
-        )  # fmt: skip
+        try:
+            backend.sparse_gemv(
+                x.data_ptr(), DTYPES[x.dtype], tokens, bitmap.data_ptr(), values.data_ptr(),
+                DTYPES[values.dtype], row_offsets.data_ptr(), values.numel(),
+                bias.data_ptr() if bias is not None else 0, rows, x.shape[-1], y.data_ptr(), queue,
+            )  # fmt: skip
+        except ValueError as error:
+            raise refused_offsets(row_offsets, values) from error
     return y
 
 

@@ -48,10 +48,15 @@ def sparse_pack(weight: Tensor, bitmap: Tensor, row_offsets: Tensor, kept: int) 
     )
     values = _sparse_pack_fake(weight, bitmap, row_offsets, kept)
     backend, queue = backend_of(weight.device)
-    backend.sparse_pack(
-        weight.data_ptr(), dtype, rows, cols, weight.stride(0), bitmap.data_ptr(),
-        row_offsets.data_ptr(), values.data_ptr(), queue,
-    )  # fmt: skip
+    try:
+        backend.sparse_pack(
+            weight.data_ptr(), dtype, rows, cols, weight.stride(0), bitmap.data_ptr(),
+            row_offsets.data_ptr(), kept, values.data_ptr(), queue,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(
+            f"row_offsets must be the running popcount of bitmap's {cols} columns, but differ."
+        ) from error
     return values
 
 
@@ -67,17 +72,28 @@ def check_sparse(bitmap: Tensor, values: Tensor, row_offsets: Tensor, cols: int)
     return rows
 
 
+def refused_offsets(row_offsets: Tensor, values: Tensor) -> ValueError:
+    """What to say where a kernel would not read a weight whose other operands are checked."""
+    return ValueError(
+        f"row_offsets must ascend from 0 to the number of values, {values.numel()}; these begin "
+        f"at {int(row_offsets[0])}, end at {int(row_offsets[-1])}, or fall in between."
+    )
+
+
 def dequantize_sparse_rows(
     sparse: tuple[Tensor, Tensor, Tensor], cols: int, begin: int, end: int, out: Tensor
 ) -> None:
     """Writes rows [begin, end) as dense values into the first rows of ``out``."""
     bitmap, values, row_offsets = sparse
     backend, queue = backend_of(out.device)
-    backend.sparse_dequantize(
-        bitmap.data_ptr(), values.data_ptr(), DTYPES[values.dtype], row_offsets.data_ptr(),
-        row_offsets.numel() - 1, cols, begin, end, out.data_ptr(), DTYPES[out.dtype],
-        out.stride(0), queue,
-    )  # fmt: skip
+    try:
+        backend.sparse_dequantize(
+            bitmap.data_ptr(), values.data_ptr(), DTYPES[values.dtype], row_offsets.data_ptr(),
+            values.numel(), row_offsets.numel() - 1, cols, begin, end, out.data_ptr(),
+            DTYPES[out.dtype], out.stride(0), queue,
+        )  # fmt: skip
+    except ValueError as error:
+        raise refused_offsets(row_offsets, values) from error
 
 
 def _sparse_dequantize_fake(

@@ -335,24 +335,25 @@ class Assignment {
             ++worker.changed;
             if (problem_.sums != nullptr) {
                 const float* x = worker.x.get() + i;
-                if (warm_) add(worker, position, x, stride, problem_.codes[point], -1);
-                add(worker, position, x, stride, entry, 1);
+                if (warm_) add(worker, position, x, stride, problem_.codes[point], -1.0);
+                add(worker, position, x, stride, entry, 1.0);
             }
             problem_.codes[point] = entry;
         }
     }
 
+    // sign: 1, or -1 to take the point out again.
     void add(Worker& worker, int64_t position, const float* x, int64_t stride, uint16_t entry,
-             int64_t sign) const {
+             double sign) const {
         int64_t* sum = worker.sums.get() + entry * (2 * d_ + 1);
         const float* h = problem_.h + position * d_;
         for (int j = 0; j < d_; ++j) {
             const double weight = h[j];
             const double moment = weight * static_cast<double>(x[j * stride]);
-            sum[j] += sign * fixed_point(moment * scale_);
-            sum[d_ + j] += sign * fixed_point(weight * scale_);
+            add_to(sum[j], fixed_point(sign * moment * scale_));
+            add_to(sum[d_ + j], fixed_point(sign * weight * scale_));
         }
-        sum[2 * d_] += sign;
+        add_to(sum[2 * d_], static_cast<int64_t>(sign));
     }
 
     int64_t gather(const std::vector<Worker>& workers) const {
@@ -360,7 +361,9 @@ class Assignment {
         for (const Worker& worker : workers) {
             if (worker.problem != &problem_) continue;
             changed += worker.changed;
-            for (int64_t i = 0; i < sums_size(); ++i) problem_.sums[i] += worker.sums[i];
+            for (int64_t i = 0; i < sums_size(); ++i) {
+                add_to(problem_.sums[i], worker.sums[i]);
+            }
         }
         return changed;
     }

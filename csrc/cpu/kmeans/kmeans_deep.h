@@ -170,16 +170,17 @@ int64_t nearest_of(int64_t count, const Squares& squares) {
 }
 
 // An entry to start with, where there is no previous one: the nearest of the nearest leaf of the
-// nearest branch.
+// nearest branch. Boxes of entries that are not finite can be farther than what fills up a vector.
 template <int D>
 uint16_t guess(const KmeansLeaves& leaves, const KmeansFrame& in, const Batch<D>& batch, int lane) {
     const GridPoint<D> point(batch, lane);
+    const auto at_most = [](int64_t index, int64_t last) { return index < last ? index : last; };
     const int64_t branch = nearest_of(
         leaves.branches, [&](int64_t b) { return point.boxes(in, leaves.first_branch + b); });
-    const int64_t first = branch * kBranchLeaves;
+    const int64_t first = at_most(branch, leaves.branches - 1) * kBranchLeaves;
     const int64_t leaf =
         first + nearest_of(kBranchLeaves, [&](int64_t b) { return point.boxes(in, first + b); });
-    const int64_t slot = leaf * kLeafEntries;
+    const int64_t slot = at_most(leaf, leaves.count - 1) * kLeafEntries;
     return static_cast<uint16_t>(
         slot + nearest_of(kLeafEntries, [&](int64_t e) { return point.entries(in, slot + e); }));
 }

@@ -23,6 +23,12 @@ inline int64_t fixed_point(double value) {
 #endif
 }
 
+// Adds to a sum of fixed points. Where values are not of the sane size that kmeans.h asks for it
+// wraps around.
+inline void add_to(int64_t& sum, int64_t value) {
+    sum = static_cast<int64_t>(static_cast<uint64_t>(sum) + static_cast<uint64_t>(value));
+}
+
 inline int64_t positions_of(const KmeansProblem& problem, int d) {
     return code_positions(problem.cols, d);
 }

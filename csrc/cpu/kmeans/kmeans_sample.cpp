@@ -4,13 +4,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cpu/base/parallel.h"
 
 namespace nowag::cpu {
 namespace {
 
-// sum_j h_j x_j^2 of every point, j ascending.
+constexpr float kMostEnergy = std::numeric_limits<float>::max();
+
+// sum_j h_j x_j^2 of every point, j ascending. Never NaN, negative or infinite: where the sample is
+// looked for follows from sums of these.
 std::vector<float> energies(const Points& points, int threads) {
     std::vector<float> energy(static_cast<size_t>(points.size()));
     float* out = energy.data();
@@ -25,7 +29,7 @@ std::vector<float> energies(const Points& points, int threads) {
                     const float x = problem.w[row * problem.cols + j];
                     sum += problem.h[j] * x * x;
                 }
-                out[row * positions + p] = sum;
+                out[row * positions + p] = sum > 0 ? std::min(sum, kMostEnergy) : 0.0f;
             }
         });
         out += problem.rows * positions;

@@ -84,16 +84,20 @@ class Sample {
 
     uint64_t total() const { return chosen_.total(); }
 
-    // The point whose share of the running sum of q holds `target` < total().
+    // The point whose share of the running sum of q holds `target` < total(); the last one if there
+    // is none, because distances are not finite.
     int64_t find(uint64_t target) const {
         size_t block = 0;
-        while (target >= chosen_.sums[block]) target -= chosen_.sums[block++];
+        while (block + 1 < chosen_.sums.size() && target >= chosen_.sums[block]) {
+            target -= chosen_.sums[block++];
+        }
         int64_t index = static_cast<int64_t>(block) * kBlock;
-        for (;; ++index) {
+        for (; index + 1 < size_; ++index) {
             const uint64_t q = quantized(chosen_.nearest[static_cast<size_t>(index)]);
-            if (target < q) return index;
+            if (target < q) break;
             target -= q;
         }
+        return index;
     }
 
   private:

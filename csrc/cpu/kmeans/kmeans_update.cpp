@@ -32,7 +32,7 @@ void add_row_spread(const KmeansProblem& problem, int64_t row, int d, double sca
         const float* h = problem.h + p * d;
         for (int j = 0; j < d; ++j) {
             const double distance = static_cast<double>(x[j]) - problem.codebook[k * d + j];
-            spread[k * d + j] += fixed_point(h[j] * distance * distance * scale);
+            add_to(spread[k * d + j], fixed_point(h[j] * distance * distance * scale));
         }
     }
 }
@@ -108,7 +108,9 @@ Status kmeans_spread(const KmeansProblem* problems, int64_t count, int64_t entri
     });
     for (int64_t i = 0; i < size; ++i) {
         spread[i] = 0;
-        for (int64_t share = 0; share < shares; ++share) spread[i] += tables[share * size + i];
+        for (int64_t share = 0; share < shares; ++share) {
+            add_to(spread[i], tables[static_cast<size_t>(share * size + i)]);
+        }
     }
     return Status::ok;
 } catch (...) {

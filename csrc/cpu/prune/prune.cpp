@@ -158,7 +158,7 @@ bool find_threshold(const Layer& layer, int64_t rank, Threshold* threshold) {
 
 // Clears the bits of the first `count` weights of row i whose key is the threshold's.
 void drop_ties(const Layer& layer, int64_t i, uint32_t threshold, int64_t count, uint8_t* bits) {
-    for (int64_t j = 0; count > 0; ++j) {
+    for (int64_t j = 0; count > 0 && j < layer.cols; ++j) {
         if (layer.key(i, j) != threshold) continue;
         bits[j / 8] = static_cast<uint8_t>(bits[j / 8] & ~(1u << (j % 8)));
         --count;

@@ -38,15 +38,16 @@ std::vector<float> arranged_floats(const void* x, DType dtype, int64_t tokens, i
 }  // namespace
 
 Status sparse_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* bitmap,
-                   const void* values, DType values_dtype, const int32_t* row_offsets,
+                   const void* values, DType values_dtype, const int32_t* row_offsets, int64_t kept,
                    const void* bias, int64_t rows, int64_t cols, void* y, int threads) try {
-    if (rows < 1 || cols < 1 || tokens < 1 || tokens > kSparseGemvMaxTokens || threads < 1) {
+    if (rows < 1 || cols < 1 || tokens < 1 || tokens > kSparseGemvMaxTokens || threads < 1 ||
+        !valid_offsets(row_offsets, rows, kept)) {
         return Status::invalid_argument;
     }
     const int64_t row_bytes = bitmap_row_bytes(cols);
     const int64_t stride = 8 * row_bytes;
     const std::vector<float> floats = arranged_floats(x, dtype, tokens, cols, stride, values_dtype);
-    const ReadableValues readable(values, values_dtype, row_offsets, rows);
+    const ReadableValues readable(values, values_dtype, kept, row_offsets, cols);
     const auto dot = table().dot[static_cast<int>(values_dtype)];
     parallel_for(ceil_div(rows, kSparseGemvBlockRows), threads, [&](int64_t index) {
         const int64_t begin = index * kSparseGemvBlockRows;

@@ -2,6 +2,7 @@
 
 #include <omp.h>
 
+#include <atomic>
 #include <cstring>
 #include <limits>
 
@@ -34,6 +35,14 @@ int64_t popcount(const uint8_t* bits, int64_t bytes) {
         std::memcpy(&word, bits + byte, sizeof word);
         count += __builtin_popcountll(word);
     }
+    return count;
+}
+
+// The kept weights among a row's columns; bits past them, which no row should have, do not count.
+int64_t kept_columns(const uint8_t* bits, int64_t cols) {
+    const int64_t whole = cols / kBitmapAlign * (kBitmapAlign / 8);
+    int64_t count = popcount(bits, whole);
+    for (int64_t j = 8 * whole; j < cols; ++j) count += (bits[j / 8] >> (j % 8)) & 1;
     return count;
 }
 
@@ -70,10 +79,20 @@ Status sparse_offsets(const uint8_t* bitmap, int64_t rows, int64_t cols, int32_t
 }
 
 Status sparse_pack(const void* weight, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
-                   const uint8_t* bitmap, const int32_t* row_offsets, void* values,
+                   const uint8_t* bitmap, const int32_t* row_offsets, int64_t kept, void* values,
                    int threads) try {
-    if (rows < 1 || cols < 1 || row_stride < cols || threads < 1) return Status::invalid_argument;
+    if (rows < 1 || cols < 1 || row_stride < cols || threads < 1 ||
+        !valid_offsets(row_offsets, rows, kept)) {
+        return Status::invalid_argument;
+    }
     const int64_t row_bytes = bitmap_row_bytes(cols);
+    std::atomic<bool> fits{true};
+    parallel_for(rows, threads, [&](int64_t i) {
+        if (kept_columns(bitmap + i * row_bytes, cols) != row_offsets[i + 1] - row_offsets[i]) {
+            fits = false;
+        }
+    });
+    if (!fits) return Status::invalid_argument;
     parallel_for(rows, threads, [&](int64_t i) {
         const uint8_t* bits = bitmap + i * row_bytes;
         if (dtype == DType::float32) {
@@ -90,15 +109,15 @@ Status sparse_pack(const void* weight, DType dtype, int64_t rows, int64_t cols, 
 }
 
 Status sparse_dequantize(const uint8_t* bitmap, const void* values, DType values_dtype,
-                         const int32_t* row_offsets, int64_t rows, int64_t cols, int64_t row_begin,
-                         int64_t row_end, void* out, DType out_dtype, int64_t out_stride,
-                         int threads) try {
+                         const int32_t* row_offsets, int64_t kept, int64_t rows, int64_t cols,
+                         int64_t row_begin, int64_t row_end, void* out, DType out_dtype,
+                         int64_t out_stride, int threads) try {
     if (cols < 1 || row_begin < 0 || row_begin >= row_end || row_end > rows || out_stride < cols ||
-        threads < 1) {
+        threads < 1 || !valid_offsets(row_offsets, rows, kept)) {
         return Status::invalid_argument;
     }
     const int64_t row_bytes = bitmap_row_bytes(cols);
-    const ReadableValues readable(values, values_dtype, row_offsets, rows);
+    const ReadableValues readable(values, values_dtype, kept, row_offsets, cols);
     const bool same = out_dtype == values_dtype;
     const int64_t row_size = out_stride * dtype_size(out_dtype);
     const int64_t count = row_end - row_begin;

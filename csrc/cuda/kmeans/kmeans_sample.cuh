@@ -14,7 +14,8 @@
 namespace nowag::cuda {
 
 constexpr int64_t kSampleChunk = 4096;  // points of a block
-constexpr int kSampleEnergyBits = 60;   // the sum of all energies is below 2^60
+constexpr float kMostEnergy = 0x1.fffffep127f;
+constexpr int kSampleEnergyBits = 60;  // the sum of all energies is below 2^60
 
 // splitmix64 as a function of how many numbers were drawn before.
 struct SeedRandom {
@@ -90,6 +91,7 @@ struct SampleEnergies {
     unsigned long long* before;  // [chunks + 1]: the sum of each chunk, then of all before it
 };
 
+// Never NaN, negative or infinite: where the sample is looked for follows from sums of these.
 template <int kD>
 __device__ __forceinline__ float energy_of(const KmeansProblem& problem, int64_t point) {
     const int64_t positions = positions_of(problem, kD), position = point % positions;
@@ -98,7 +100,7 @@ __device__ __forceinline__ float energy_of(const KmeansProblem& problem, int64_t
     read_point<kD>(problem, point / positions, position, x);
 #pragma unroll
     for (int j = 0; j < kD; ++j) sum += h[j] * x[j] * x[j];
-    return sum;
+    return sum > 0.0f ? fminf(sum, kMostEnergy) : 0.0f;
 }
 
 __device__ __forceinline__ int64_t chunk_begin() {

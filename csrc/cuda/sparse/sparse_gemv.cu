@@ -32,18 +32,18 @@ Status multiply(const SparseWeight& sparse, const SparseActivations& io, Stream 
 }  // namespace
 
 int64_t sparse_gemv_workspace(const void*, DType, int64_t, const uint8_t*, const void*, DType,
-                              const int32_t*, const void*, int64_t, int64_t, void*) {
+                              const int32_t*, int64_t, const void*, int64_t, int64_t, void*) {
     return 0;
 }
 
 Status sparse_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* bitmap,
-                   const void* values, DType values_dtype, const int32_t* row_offsets,
+                   const void* values, DType values_dtype, const int32_t* row_offsets, int64_t kept,
                    const void* bias, int64_t rows, int64_t cols, void* y, void*, Stream stream) {
-    if (rows < 1 || cols < 1 || tokens < 1 || tokens > kSparseGemvMaxTokens) {
+    if (rows < 1 || cols < 1 || tokens < 1 || tokens > kSparseGemvMaxTokens || kept < 0) {
         return Status::invalid_argument;
     }
-    const SparseWeight sparse{reinterpret_cast<const uint32_t*>(bitmap), values, row_offsets, rows,
-                              cols};
+    const SparseWeight sparse{
+        reinterpret_cast<const uint32_t*>(bitmap), values, row_offsets, kept, rows, cols};
     const SparseActivations io{x, bias, y, static_cast<int>(tokens)};
     return with_dtype(dtype, [&](auto type) {
         return with_dtype(values_dtype, [&](auto values_type) {

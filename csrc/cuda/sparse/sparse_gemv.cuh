@@ -26,14 +26,13 @@ __global__ void __launch_bounds__(kSparseThreads, 2)
     sparse_gemv_rows(SparseWeight weight, SparseActivations io) {
     const int64_t row = sparse_row();
     if (row >= weight.rows) return;
-    const int64_t first = weight.row_offsets[row];
     // A lane sums 32 columns of every 1024 on their own: the error bound asks for short sums.
     float acc[kTokens] = {}, total[kTokens] = {};
     walk_row(
         weight, row,
-        [&](int64_t column, bool kept, int index) {
+        [&](int64_t column, bool kept, int64_t index) {
             if (!kept) return;
-            const float value = Element<kValues>::load(weight.values, first + index);
+            const float value = Element<kValues>::load(weight.values, index);
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
                 if (t >= io.tokens) break;

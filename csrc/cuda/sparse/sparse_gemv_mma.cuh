@@ -109,7 +109,8 @@ struct StepValues {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const unsigned first = begin[h] & ~(kValueChunk - 1u);
-            const unsigned end = begin[h] + static_cast<unsigned>(total[h]);
+            const unsigned wanted = begin[h] + static_cast<unsigned>(total[h]);
+            const unsigned end = wanted < count ? wanted : count;
             if (first + kRowChunks * kValueChunk <= count) {
 #pragma unroll
                 for (int i = 0; i < kRowChunks; i += 4) {
@@ -170,7 +171,7 @@ struct SparseLane {
         first_step = steps * warp / kSparseMmaWarps;
         end_step = steps * (warp + 1) / kSparseMmaWarps;
         values = static_cast<const uint16_t*>(weight.values);
-        count = static_cast<unsigned>(weight.row_offsets[weight.rows]);
+        count = static_cast<unsigned>(weight.kept);
         bits = reinterpret_cast<const uint16_t*>(weight.bitmap) + row * steps * 4 + t;
         x = static_cast<const uint16_t*>(io.x) + g * weight.cols + t * kStepLane;
         tokens = io.tokens - g;
@@ -339,8 +340,9 @@ __global__ void __launch_bounds__(kSparseMmaThreads, kOctets == 1 ? 2 : 1)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         begin[h] =
-            lane.present[h] ? static_cast<unsigned>(weight.row_offsets[first_row + g + 8 * h]) : 0u;
-        structured = structured && begin[h] % kValueChunk == 0;
+            lane.present[h] ? static_cast<unsigned>(weight.first_value(first_row + g + 8 * h)) : 0u;
+        structured = structured && begin[h] % kValueChunk == 0 &&
+                     (!lane.present[h] || begin[h] + weight.cols / 2 <= weight.kept);
     }
 
     // A warp's values begin behind those of the warps before it. Two lanes count a row's.

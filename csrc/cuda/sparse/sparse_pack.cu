@@ -36,8 +36,8 @@ namespace {
 constexpr int64_t kMaxOffset = 0x7fffffff;
 
 SparseWeight sparse_weight(const uint8_t* bitmap, const void* values, const int32_t* row_offsets,
-                           int64_t rows, int64_t cols) {
-    return {reinterpret_cast<const uint32_t*>(bitmap), values, row_offsets, rows, cols};
+                           int64_t kept, int64_t rows, int64_t cols) {
+    return {reinterpret_cast<const uint32_t*>(bitmap), values, row_offsets, kept, rows, cols};
 }
 
 template <typename Stored>
@@ -58,7 +58,7 @@ Status sparse_offsets(const uint8_t* bitmap, int64_t rows, int64_t cols, int32_t
                       void*, Stream stream) {
     if (rows < 1 || cols < 1) return Status::invalid_argument;
     if (rows > kMaxOffset / cols) return Status::unsupported;
-    const SparseWeight sparse = sparse_weight(bitmap, nullptr, nullptr, rows, cols);
+    const SparseWeight sparse = sparse_weight(bitmap, nullptr, nullptr, 0, rows, cols);
     return in_order(
         [&] {
             return launch(sparse_count_rows, blocks_for(rows, kSparseWarps), kSparseThreads, 0,
@@ -71,34 +71,34 @@ Status sparse_offsets(const uint8_t* bitmap, int64_t rows, int64_t cols, int32_t
 }
 
 int64_t sparse_pack_workspace(const void*, DType, int64_t, int64_t, int64_t, const uint8_t*,
-                              const int32_t*, void*) {
+                              const int32_t*, int64_t, void*) {
     return 0;
 }
 
 Status sparse_pack(const void* weight, DType dtype, int64_t rows, int64_t cols, int64_t row_stride,
-                   const uint8_t* bitmap, const int32_t* row_offsets, void* values, void*,
-                   Stream stream) {
-    if (rows < 1 || cols < 1 || row_stride < cols) return Status::invalid_argument;
-    const SparseWeight sparse = sparse_weight(bitmap, nullptr, row_offsets, rows, cols);
+                   const uint8_t* bitmap, const int32_t* row_offsets, int64_t kept, void* values,
+                   void*, Stream stream) {
+    if (rows < 1 || cols < 1 || row_stride < cols || kept < 0) return Status::invalid_argument;
+    const SparseWeight sparse = sparse_weight(bitmap, nullptr, row_offsets, kept, rows, cols);
     return dtype_size(dtype) == 4 ? gather<uint32_t>(sparse, weight, row_stride, values, stream)
                                   : gather<uint16_t>(sparse, weight, row_stride, values, stream);
 }
 
 int64_t sparse_dequantize_workspace(const uint8_t*, const void*, DType, const int32_t*, int64_t,
-                                    int64_t, int64_t, int64_t, void*, DType, int64_t) {
+                                    int64_t, int64_t, int64_t, int64_t, void*, DType, int64_t) {
     return 0;
 }
 
 Status sparse_dequantize(const uint8_t* bitmap, const void* values, DType values_dtype,
-                         const int32_t* row_offsets, int64_t rows, int64_t cols, int64_t row_begin,
-                         int64_t row_end, void* out, DType out_dtype, int64_t out_stride, void*,
-                         Stream stream) {
-    if (rows < 1 || cols < 1 || row_begin < 0 || row_end > rows || row_begin > row_end ||
-        out_stride < cols) {
+                         const int32_t* row_offsets, int64_t kept, int64_t rows, int64_t cols,
+                         int64_t row_begin, int64_t row_end, void* out, DType out_dtype,
+                         int64_t out_stride, void*, Stream stream) {
+    if (rows < 1 || cols < 1 || kept < 0 || row_begin < 0 || row_end > rows ||
+        row_begin > row_end || out_stride < cols) {
         return Status::invalid_argument;
     }
     if (row_begin == row_end) return Status::ok;
-    const SparseWeight sparse = sparse_weight(bitmap, values, row_offsets, rows, cols);
+    const SparseWeight sparse = sparse_weight(bitmap, values, row_offsets, kept, rows, cols);
     return with_dtype(values_dtype, [&](auto values_type) {
         return with_dtype(out_dtype, [&](auto out_type) {
             return launch(sparse_dequantize_rows<values_type.value, out_type.value>,

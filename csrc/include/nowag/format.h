@@ -30,8 +30,10 @@
 //   values      W's dtype [nnz]: the kept weights, row by row, ascending j
 //   row_offsets int32 [N + 1]: row i's values are values[row_offsets[i] : row_offsets[i + 1]]
 //
-//   row_offsets must equal the running popcount of the bitmap; loading checks it, because kernels
-//   trust it.
+//   row_offsets must equal the running popcount of the bitmap; loading checks it. Kernels are told
+//   nnz besides and read no value past it, whatever bitmap and row_offsets say: on the CPU they
+//   refuse (invalid_argument) row_offsets that do not ascend from 0 to nnz, on a GPU, whose answer
+//   nobody waits for, they take them for the nearest that are allowed.
 #pragma once
 
 #include <cstdint>

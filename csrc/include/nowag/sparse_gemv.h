@@ -13,8 +13,8 @@
 // products, summed up over 1024 columns, those over the row; or, by tensor cores, as
 // csrc/cuda/sparse/sparse_gemv_mma.cuh says.
 // An input that is not finite makes the outputs of its token inf or NaN in the rows that keep its
-// column; by tensor cores in all rows. The caller has checked that row_offsets is the running
-// popcount of bitmap.
+// column; by tensor cores in all rows. Values that row_offsets or bitmap claim and that are not
+// among the `kept` ones are never read (format.h); what y is then is not specified.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,7 @@ namespace nowag {
 constexpr int64_t kSparseGemvMaxTokens = 16;
 
 NOWAG_DECLARE(sparse_gemv, const void* x, DType dtype, int64_t tokens, const uint8_t* bitmap,
-              const void* values, DType values_dtype, const int32_t* row_offsets, const void* bias,
-              int64_t rows, int64_t cols, void* y);
+              const void* values, DType values_dtype, const int32_t* row_offsets, int64_t kept,
+              const void* bias, int64_t rows, int64_t cols, void* y);
 
 }  // namespace nowag
