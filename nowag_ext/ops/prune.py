@@ -34,7 +34,12 @@ def prune_select(w: Tensor, h: Tensor, n_prune: int) -> Tensor:
     bitmap = _bitmap_fake(w)
     backend, queue = backend_of(w.device)
     rows, cols = w.shape
-    backend.prune_select(w.data_ptr(), h.data_ptr(), rows, cols, n_prune, bitmap.data_ptr(), queue)
+    try:
+        backend.prune_select(
+            w.data_ptr(), h.data_ptr(), rows, cols, n_prune, bitmap.data_ptr(), queue
+        )
+    except ValueError as error:
+        raise ValueError("w and h must not hold NaN, and h nothing negative.") from error
     return bitmap
 
 

@@ -140,15 +140,17 @@ KeyRange narrow(const Layer& layer, int64_t rank, KeyRange range, int64_t* below
     return {0, 0, 0};
 }
 
-// False if no number has that rank, because there are NaNs.
+// False if no number has that rank, because there are NaNs or negative saliencies.
 bool find_threshold(const Layer& layer, int64_t rank, Threshold* threshold) {
     KeyRange range = likely_range(layer, rank);
+    bool all = false;
     for (;;) {
         const KeyRange searched = range;
+        all = all || searched.span == kAllKeys;
         range = narrow(layer, rank, searched, &threshold->below);
         threshold->key = range.lo;
         if (range.span == 0) {
-            if (searched.span == kAllKeys) return false;
+            if (all) return false;
             range = range_between(layer, 0, kAllKeys);
         } else if (searched.shift == 0) {
             return true;

@@ -13,11 +13,13 @@ constexpr int64_t kLanes = 8;
 // once a layer.
 template <typename Element>
 void gather(const Element* row, const uint8_t* bits, int64_t cols, Element* values) {
-    for (int64_t first = 0; first < cols; first += kLanes) {
-        for (unsigned left = bits[first / kLanes]; left != 0; left &= left - 1) {
-            *values++ = row[first + __builtin_ctz(left)];
+    int64_t j = 0;
+    for (; j + kLanes <= cols; j += kLanes) {
+        for (unsigned left = bits[j / kLanes]; left != 0; left &= left - 1) {
+            *values++ = row[j + __builtin_ctz(left)];
         }
     }
+    gather_from(j, row, bits, cols, values);
 }
 
 void expand16(const uint16_t* values, const uint8_t* bits, int64_t cols, uint16_t* row) {
