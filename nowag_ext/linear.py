@@ -87,9 +87,48 @@ class PackedLinear(nn.Module, ABC):
     def weight_form(self) -> PackedWeight:
         """The weight in its packed form, sharing this layer's tensors."""
 
-    @abstractmethod
     def validate(self) -> None:
-        """Raises ValueError on content that is not of the form and that kernels must not trust."""
+        """Raises ValueError unless the packed tensors are a weight: shapes, dtypes and content."""
+        self._check_packed()
+        self._check_content({name: getattr(self, name) for name in self._expected()})
+
+    @abstractmethod
+    def _check_content(self, tensors: dict[str, Tensor]) -> None:
+        """Raises ValueError on packed tensors of the right shapes and dtypes that are no weight."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:
+            self._check_given(state_dict, prefix, assign)
+        except ValueError as error:  # how load_state_dict reports what it did not load
+            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _check_given(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
+        """Raises ValueError if these packed tensors are no weight; some alone cannot tell."""
+        expected, given = self._expected(), dict[str, Tensor]()
+        for name in self.packed_parameters():
+            shape, dtype = expected[name]
+            tensor = state_dict.get(prefix + name)
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.is_meta:
+                return  # which is nn.Module's to report
+            converts = not assign and tensor.is_floating_point() and dtype.is_floating_point
+            if tensor.dtype != dtype and not converts:
+                raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}.")
+            given[name] = tensor
+        self._check_content(given)
 
     @abstractmethod
     def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -210,7 +249,7 @@ class VQLinear(PackedLinear):
         layer = cls(in_features, out_features, d=weight.d, bits=weight.bits, device="meta")
         layer.codebook_name = weight.codebook_name
         layer._set_packed(weight.tensors())
-        layer._check_packed()
+        layer.validate()
         layer._set_bias(bias)
         return layer
 
@@ -224,14 +263,10 @@ class VQLinear(PackedLinear):
             codebook_name=self.codebook_name,
         )
 
-    def validate(self) -> None:
-        """Raises ValueError on content that cannot be a VQ weight: shapes, dtypes, NaN, infinity.
-
-        Every bit pattern is a legal code (format.h), so codes need no further check.
-        """
-        self._check_packed()
-        for name in ("codebook", "row_norms", "col_norms"):
-            bad = int((~torch.isfinite(getattr(self, name))).sum())
+    def _check_content(self, tensors: dict[str, Tensor]) -> None:
+        # Every bit pattern is a legal code (format.h), so codes need no check.
+        for name in tensors.keys() - {"codes"}:
+            bad = int((~torch.isfinite(tensors[name])).sum())
             if bad:
                 raise ValueError(f"{name} must be finite, but {bad} values are NaN or infinite.")
 
@@ -324,7 +359,7 @@ class SparseLinear(PackedLinear):
         layer = cls(in_features, out_features, sparsity=0.0, device="meta")
         layer.pattern = weight.pattern
         layer._set_packed(weight.tensors())
-        layer._check_packed()
+        layer.validate()
         layer._set_bias(bias)
         return layer
 
@@ -337,26 +372,21 @@ class SparseLinear(PackedLinear):
             pattern=self.pattern,
         )
 
-    def validate(self) -> None:
-        """Raises ValueError on content that the kernels must not trust.
-
-        That is wrong shapes and dtypes, values that are not finite, a bit set past in_features, or
-        row_offsets that are not the bitmap's running popcount.
-        """
-        self._check_packed()
+    def _check_content(self, tensors: dict[str, Tensor]) -> None:
+        bitmap, values, row_offsets = (tensors[n] for n in ("bitmap", "values", "row_offsets"))
         whole_bytes, bits = divmod(self.in_features, 8)
-        tail = self.bitmap[:, whole_bytes:]
+        tail = bitmap[:, whole_bytes:]
         if (tail[:, :1] >> bits).any() or tail[:, 1:].any():
             raise ValueError(f"bitmap must not have bits set past in_features {self.in_features}.")
-        offsets = ops.sparse_offsets(self.bitmap, self.in_features)
-        if not torch.equal(offsets, self.row_offsets):
+        offsets = ops.sparse_offsets(bitmap.contiguous(), self.in_features)
+        if not torch.equal(offsets, row_offsets):
             raise ValueError("row_offsets must be the running popcount of bitmap, but they differ.")
-        if int(offsets[-1]) != self.values.numel():
+        if int(offsets[-1]) != values.numel():
             raise ValueError(
                 f"values must hold the {int(offsets[-1])} weights that bitmap keeps, not "
-                f"{self.values.numel()}."
+                f"{values.numel()}."
             )
-        bad = int((~torch.isfinite(self.values)).sum())
+        bad = int((~torch.isfinite(values)).sum())
         if bad:
             raise ValueError(f"values must be finite, but {bad} are NaN or infinite.")
 

@@ -331,3 +331,74 @@ def test_autocast(make: Callable[[], nn.Module], tokens: int) -> None:
     got.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
+
+
+def sparse_layer() -> SparseLinear:
+    return SparseLinear.from_weight(sparse_weight())
+
+
+def lie(state: dict[str, Tensor], name: str, index: int, value: float) -> dict[str, Tensor]:
+    state = {key: tensor.clone() for key, tensor in state.items()}
+    state[name].view(-1)[index] = value
+    return state
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict_refuses_what_is_no_weight(strict: bool, assign: bool) -> None:
+    x = torch.randn(3, 52)
+    layer = sparse_layer()
+    model, want = nn.Sequential(layer), layer(x)
+    for name, index, value, sentence in (
+        ("row_offsets", 3, 10**6, "row_offsets must be the running popcount"),
+        ("bitmap", 7, 0x80, "bitmap must not have bits set past in_features"),
+        ("values", 5, float("nan"), "values must be finite"),
+    ):
+        state = lie(model.state_dict(), f"0.{name}", index, value)
+        with pytest.raises(RuntimeError, match=f"0: {sentence}"):
+            model.load_state_dict(state, strict=strict, assign=assign)
+        assert_same_bits(layer(x), want)
+    state = model.state_dict()
+    state["0.row_offsets"] = state["0.row_offsets"].long()
+    with pytest.raises(RuntimeError, match=r"0: row_offsets must be torch.int32, not torch.int64"):
+        model.load_state_dict(state, strict=strict, assign=assign)
+    vq = vq_layer()
+    with pytest.raises(RuntimeError, match="VQLinear: codebook must be finite"):
+        vq.load_state_dict(lie(vq.state_dict(), "codebook", 0, float("inf")), strict, assign)
+    with pytest.raises(RuntimeError, match="size mismatch for values"):
+        layer.load_state_dict({**layer.state_dict(), "values": torch.zeros(3)}, strict, assign)
+    layer.load_state_dict({"values": layer.values / 2}, strict=False)  # a part of it
+    torch.testing.assert_close(layer(x), want / 2)
+
+
+def test_no_way_into_a_layer_leads_out_of_its_operands() -> None:
+    """Content is checked where it is given as a whole, and places again by the kernels."""
+    weight = sparse_weight()
+    moved = weight.row_offsets.clone()
+    moved[3] += 10**6
+    with pytest.raises(ValueError, match="row_offsets must be the running popcount"):
+        SparseLinear.from_weight(
+            SparseWeight(weight.bitmap, weight.values, moved, weight.shape, weight.pattern)
+        )
+
+    def edited() -> SparseLinear:
+        layer = sparse_layer()
+        layer.row_offsets[3] += 10**6
+        return layer
+
+    def set_anew() -> SparseLinear:
+        layer = sparse_layer()
+        layer.row_offsets = frozen(moved)
+        return layer
+
+    def data_replaced() -> SparseLinear:
+        layer = sparse_layer()
+        layer.row_offsets.data = moved
+        return layer
+
+    for make in (edited, set_anew, data_replaced):
+        for layer in (make(), copy.deepcopy(make()), pickle.loads(pickle.dumps(make()))):
+            for tokens in (1, 40):
+                with pytest.raises(ValueError, match="row_offsets must ascend from 0 to"):
+                    layer(torch.randn(tokens, 52))
+    assert SparseLinear(52, 70, sparsity=0.5)(torch.randn(2, 52)).abs().sum() == 0

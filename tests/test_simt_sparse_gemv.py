@@ -127,3 +127,37 @@ def test_sparse_gemv(
         assert_within_bound(y, x[:tokens], dense, some_bias)
         results[tokens] = y
     assert_same_bits(results[16][:1], results[1])
+
+
+LIES = (-(2**31), -1, 10**6, 2**31 - 1)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize(("dtype", "cols"), [(torch.float16, 200), (torch.float32, 70)])
+def test_no_content_makes_kernels_read_elsewhere(
+    driver: Driver, dtype: torch.dtype, cols: int, pattern: str
+) -> None:
+    """By tensor cores and by rows; the sanitizer would end the driver."""
+    weight, bitmap = sparse_weight(24, cols, 0.5)
+    if pattern == "2:4":
+        cols -= cols % 8
+        weight = weight[:, :cols].contiguous()
+        bitmap = ops.prune_select_nm(weight, torch.ones(cols), 2, 4)
+    values, offsets, _ = sparse_values(weight, bitmap, dtype)
+    x = randn(3, cols, seed=150).to(dtype)
+    lying = [(bitmap.clone().fill_(255), values, offsets), (bitmap, values[:9].clone(), offsets)]
+    for place in LIES:
+        for index in (0, 5, 23, 24):
+            lying.append(
+                (bitmap, values, offsets.clone().index_fill_(0, torch.tensor(index), place))
+            )
+    for some_bits, some_values, some_offsets in lying:
+        sparse = (some_bits, some_values, CODES[dtype], some_offsets, some_values.numel())
+        y, out = poisoned(3, 24, dtype=dtype), poisoned(24, cols, dtype=dtype)
+        arguments = [x, CODES[dtype], 3, *sparse, None, 24, cols, y]
+        assert driver.run("sparse_gemv", *arguments) == 0
+        arguments = [*sparse, 24, cols, 0, 24, out, CODES[dtype], cols]
+        assert driver.run("sparse_dequantize", *arguments) == 0
+        packed = some_values.clone()
+        arguments = [weight.to(dtype), CODES[dtype], 24, cols, cols, some_bits, some_offsets]
+        assert driver.run("sparse_pack", *arguments, packed.numel(), packed) == 0

@@ -75,8 +75,8 @@ def check_sparse(bitmap: Tensor, values: Tensor, row_offsets: Tensor, cols: int)
 def refused_offsets(row_offsets: Tensor, values: Tensor) -> ValueError:
     """What to say where a kernel would not read a weight whose other operands are checked."""
     return ValueError(
-        f"row_offsets must ascend from 0 to the number of values, {values.numel()}; these begin "
-        f"at {int(row_offsets[0])}, end at {int(row_offsets[-1])}, or fall in between."
+        f"row_offsets must ascend from 0 to at most the number of values, {values.numel()}; these "
+        f"begin at {int(row_offsets[0])}, end at {int(row_offsets[-1])}, or fall in between."
     )
 
 

@@ -15,9 +15,9 @@ namespace nowag::cpu {
 // Bytes that the sparse kernels may read, not use, past the values of a row.
 constexpr int64_t kValuesOverread = 64;
 
-// Whether row_offsets ascend from 0 to `kept`, so that each is a place among the values.
+// Whether row_offsets ascend from 0 to at most `kept`, so that each is a place among the values.
 inline bool valid_offsets(const int32_t* row_offsets, int64_t rows, int64_t kept) {
-    if (row_offsets[0] != 0 || row_offsets[rows] != kept) return false;
+    if (row_offsets[0] != 0 || row_offsets[rows] > kept) return false;
     unsigned falling = 0;  // without a branch in the loop, which the compiler then vectorises
     for (int64_t i = 0; i < rows; ++i) falling |= row_offsets[i + 1] < row_offsets[i];
     return falling == 0;
