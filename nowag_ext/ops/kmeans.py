@@ -12,7 +12,7 @@ from torch import Tensor
 from nowag_ext import _cpu
 from nowag_ext.ops.checks import check, require, same_device
 from nowag_ext.ops.format import MAX_CODE_BITS, MAX_SUBVECTOR, code_positions
-from nowag_ext.ops.registry import backend_of, operation
+from nowag_ext.ops.registry import backend_of, cpu_threads, operation
 
 
 def kmeans_scale(points_weight: float, largest: float = 1.0) -> float:
@@ -145,7 +145,7 @@ def kmeans_assign_exhaustive(w: Tensor, h: Tensor, codebook: Tensor, codes: Tens
     problems = _problems([w], [h], d, [codebook], [codes])
     changed = torch.empty(1, dtype=torch.int64)
     _cpu.kmeans_assign_exhaustive(
-        problems, entries, d, 1.0, False, changed.data_ptr(), torch.get_num_threads()
+        problems, entries, d, 1.0, False, changed.data_ptr(), cpu_threads()
     )
 
 

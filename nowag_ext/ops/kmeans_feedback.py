@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nowag_ext import _cpu
 from nowag_ext.ops.checks import check, require, same_device
+from nowag_ext.ops.registry import cpu_threads
 
 
 def feedback_sums_columns(d: int) -> int:
@@ -61,5 +62,5 @@ def kmeans_feedback(
     _cpu.kmeans_feedback(
         x.data_ptr(), x.stride(0), carried.data_ptr(), factor.data_ptr(), factor.stride(0),
         codebook.data_ptr(), rows, positions, entries, d, codes.data_ptr(), scale,
-        0 if sums is None else sums.data_ptr(), torch.get_num_threads(),
+        0 if sums is None else sums.data_ptr(), cpu_threads(),
     )  # fmt: skip

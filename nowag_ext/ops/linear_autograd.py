@@ -40,17 +40,18 @@ def register_linear_autograd(
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             _, x, *packed, _bias = inputs
-            _save(ctx, packed)
+            # The gradient of bias alone needs none of them, which may be inference tensors.
+            _save(ctx, packed if ctx.needs_input_grad[1] or is_transformed() else [])
             ctx.settings, ctx.shape = grad_settings(x), output.shape
 
         @staticmethod
         def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
             _, wants_x, *wants_packed, wants_bias = ctx.needs_input_grad
             _require_constant(wants_packed)
-            packed, rows = ctx.saved_tensors, grad_y.shape[-1]
-            grad_x = linear_grad(grad_y, *packed, *ctx.settings) if wants_x else None
+            rows = grad_y.shape[-1]
+            grad_x = linear_grad(grad_y, *ctx.saved_tensors, *ctx.settings) if wants_x else None
             grad_bias = grad_y.reshape(-1, rows).sum(0) if wants_bias else None
-            return (None, grad_x, *[None] * len(packed), grad_bias)
+            return (None, grad_x, *[None] * len(wants_packed), grad_bias)
 
         @staticmethod
         def jvp(ctx: Any, _: None, x: Tensor | None, *others: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,30 @@ def operation(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     return register
 
 
+_in_fork = False
+
+
+def _note_fork() -> None:
+    global _in_fork
+    _in_fork = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def cpu_threads() -> int:
+    """As many as torch uses; one in a forked process.
+
+    OpenMP's threads do not outlive a fork, and a region that waits for them would wait for ever, as
+    torch's own do. Processes that are spawned have all threads.
+    """
+    return 1 if _in_fork else torch.get_num_threads()
+
+
 def backend_of(device: torch.device) -> tuple[Kernels, int]:
     """The compiled module for a device, and its last argument: threads, or the stream."""
     if device.type == "cpu":
-        return _cpu, torch.get_num_threads()
+        return _cpu, cpu_threads()
     if _cuda is None:
         raise RuntimeError(
             "nowag_ext was built without CUDA, so its kernels cannot run on "
