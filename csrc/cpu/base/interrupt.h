@@ -1,5 +1,5 @@
-// How a long loop learns that its result is not wanted any more: Ctrl-C, or any signal whose handler
-// raises.
+// How a long loop learns that its result is not wanted any more: Ctrl-C, or any signal whose
+// handler raises.
 #pragma once
 
 #include <atomic>
@@ -34,8 +34,8 @@ class Heeding {
     const std::atomic<bool>* const before_;
 };
 
-// What is left for the calling thread to do once its part is done and others, which nobody asks about
-// signals, are still at theirs.
+// What is left for the calling thread to do once its part is done and others, which nobody asks
+// about signals, are still at theirs.
 class OthersAtWork {
   public:
     OthersAtWork();

@@ -47,8 +47,8 @@ Key make_key(uint16_t slot, int64_t row) {
 uint16_t slot_of(Key key) { return static_cast<uint16_t>(key >> kRowBits); }
 int32_t row_of(Key key) { return static_cast<int32_t>(key & ((1u << kRowBits) - 1u)); }
 
-// What one thread works with, and what it adds up for its points of `problem`: integers, so that the
-// sum of all threads does not depend on who had which point.
+// What one thread works with, and what it adds up for its points of `problem`: integers, so that
+// the sum of all threads does not depend on who had which point.
 struct Worker {
     Buffer<float> tile, bias, lower, upper, drift, x, gaps;
     Buffer<uint16_t> slots, best, near_entries;

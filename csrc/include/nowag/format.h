@@ -32,8 +32,8 @@
 //
 //   row_offsets must equal the running popcount of the bitmap; loading checks it. Kernels are told
 //   nnz besides and read no value past it, whatever bitmap and row_offsets say: on the CPU they
-//   refuse (invalid_argument) row_offsets that do not ascend from 0 to nnz at most, on a GPU, whose answer
-//   nobody waits for, they take them for the nearest that are allowed.
+//   refuse (invalid_argument) row_offsets that do not ascend from 0 to nnz at most, on a GPU, whose
+//   answer nobody waits for, they take them for the nearest that are allowed.
 #pragma once
 
 #include <cstdint>
