@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fresh_process import fresh_python
 
 from nowag_ext import files
 from nowag_ext.files import (
@@ -263,8 +264,7 @@ for moves in range(5):
 
 
 def test_a_swap_that_is_killed_can_be_done_again(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(files.__file__).parents[1])}
-    subprocess.run([sys.executable, "-c", SWAPS, str(tmp_path)], env=environment, check=True)
+    subprocess.run(**fresh_python("-c", SWAPS, tmp_path), check=True)
     for out in tmp_path.iterdir():
         assert names(out) == [LIST_FILE, "config.json", "new"]
         assert (out / "config.json").read_text() == "new"
@@ -307,11 +307,8 @@ def test_what_a_killed_writer_left_goes(tmp_path: Path, writer: type) -> None:
     mine = [f"{MARK}out.mine", ".out.abcdefgh", f"{MARK}other.abcdefgh", f"{MARK}outer.abcdefgh"]
     for name in mine:
         (tmp_path / name).write_text("mine")
-    root = Path(files.__file__).parents[1]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(writer=writer.__name__), str(out)],
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
+    code = KILLED.format(writer=writer.__name__)
+    killed = subprocess.run(**fresh_python("-c", code, out), check=False)
     assert killed.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == len(mine) + 1
     with writer(out) as temporary:
