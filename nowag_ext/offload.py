@@ -21,24 +21,25 @@ from nowag_ext.decoder import decoder_layers
 def layers_on_disk(model: nn.Module) -> dict[str, str]:
     """The device_map for a model like this one (on the meta device, say) to be read layer by layer.
 
-    All of it is in memory but the decoder layers.
+    All of it is in memory but the decoder layers; those too where a module around them has
+    parameters of its own, which no such map can name apart from the layers.
     """
     lists = {name.rpartition(".")[0] for name in decoder_layers(model)}
     places: dict[str, str] = {}
+    apart = True
 
-    def place(name: str, module: nn.Module) -> None:
-        if name in lists:
-            places[name] = "disk"
-        elif any(one.startswith(f"{name}.") for one in lists):
-            assert not module._parameters, f"{name} has parameters beside its submodules"
-            for child, part in module.named_children():
-                place(f"{name}.{child}", part)
-        else:
-            places[name] = "cpu"
+    def place(prefix: str, module: nn.Module) -> None:
+        nonlocal apart
+        apart = apart and not module._parameters
+        for child, part in module.named_children():
+            name = f"{prefix}{child}"
+            if any(one.startswith(f"{name}.") for one in lists):
+                place(f"{name}.", part)
+            else:
+                places[name] = "disk" if name in lists else "cpu"
 
-    for child, part in model.named_children():
-        place(child, part)
-    return places
+    place("", model)
+    return places if apart else {"": "cpu"}
 
 
 @contextmanager
@@ -76,17 +77,6 @@ def copied(module: nn.Module) -> nn.Module:
     for part in twin.modules():
         _remove_hook(part)
     return twin
-
-
-def bring_in(model: nn.Module) -> None:
-    """Reads, in place, all that is still on disk: the model is an ordinary one from then on."""
-    for part in model.modules():
-        with align_module_device(part):
-            parameters = dict(part._parameters)
-        _remove_hook(part)
-        part._parameters.update(parameters)
-    if hasattr(model, "hf_device_map"):
-        del model.hf_device_map
 
 
 def _remove_hook(module: nn.Module) -> None:

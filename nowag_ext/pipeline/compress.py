@@ -106,7 +106,9 @@ def compress(
             norms = activation_norms(blocks, windows[:_NORM_WINDOWS], progress)
         plan = plan_with(norms)
         codebooks.assign(plan.units)
-        key = "" if store is None else _key(plan, windows, codebook_scope)
+        key = "" if store is None else run_key(
+            plan.units, windows=windows, codebook_scope=codebook_scope
+        )  # fmt: skip
         if not codebooks.load(store, key, windows.device):
             with stages("codebooks"):
                 codebooks.train(plan.units, progress)
@@ -118,15 +120,6 @@ def compress(
     seconds = time.perf_counter() - start
     install(model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel())
     return model
-
-
-def _key(plan: Plan, windows: Tensor, codebook_scope: str) -> str:
-    """A digest of all that the run's results follow from."""
-    return run_key(
-        plan.units,
-        windows=windows,
-        codebook_scope=codebook_scope,
-    )
 
 
 class _Run:
