@@ -100,6 +100,8 @@ TAPS: dict[str, dict[str, str]] = {
     "gpt_neox sequential": {"attention.dense": AFTER_ATTENTION, "mlp.dense_4h_to_h": OUTPUT},
     "granite": {},
 }
+_MLP_ENDS = {"mlp.down_proj": "mlp", "self_attn.o_proj": "self_attn"}
+_NEOX_ENDS = {"attention.dense": "attention", "mlp.dense_4h_to_h": "mlp"}
 families = pytest.mark.parametrize("family", CONFIGS)
 
 
@@ -228,9 +230,7 @@ def test_groups_inputs_and_taps(family: str) -> None:
         assert without_layer(layer, groups) == (GROUPS[family], TAPS[family])
         for group in groups:
             assert len(group.names) == len(group.taps)
-            alone = blocks.inputs(index, hidden, group)
-            inputs, sums = blocks.taps(index, hidden, group)
-            assert torch.equal(alone, inputs)
+            inputs, sums, _ = blocks.taps(index, hidden, group)
             for name, tap in zip(group.names, group.taps, strict=True):
                 assert group.in_features == model.get_submodule(name).in_features
                 assert torch.equal(inputs, rows(whole.read[name]))
@@ -238,6 +238,20 @@ def test_groups_inputs_and_taps(family: str) -> None:
                 if tap is not None:
                     seen = whole.returned if tap == layer else whole.read
                     assert torch.equal(sums[name], rows(seen[tap]))
+
+
+@families
+def test_modules_end_with_a_linear(family: str) -> None:
+    blocks = Blocks(shared_model(family), LENGTH)
+    hidden = blocks.embed(windows())
+    layer = blocks.layers[0]
+    ends = {
+        name.removeprefix(f"{layer}."): end.removeprefix(f"{layer}.")
+        for group in blocks.groups(0, hidden[:1])
+        for name, end in zip(group.names, group.ends, strict=True)
+        if end is not None
+    }
+    assert ends == (_NEOX_ENDS if family.startswith("gpt_neox") else _MLP_ENDS)
 
 
 @pytest.mark.parametrize("family", ["llama", "cohere", "gpt_neox"])
@@ -295,14 +309,14 @@ def test_a_layer_is_run_no_further_than_needed() -> None:
         if isinstance(module, nn.Linear)
     ]
     try:
-        blocks.inputs(0, hidden, attention)
-        assert called == ["self_attn.q_proj"]
-        called.clear()
         blocks.taps(0, hidden, attention)  # none: no further
         assert called == ["self_attn.q_proj"]
         called.clear()
-        blocks.taps(0, hidden, output)
+        _, _, ends = blocks.taps(0, hidden, output)
         assert called == [*_QKV, *_O]
+        called.clear()
+        blocks.taps(0, hidden, down, ends)
+        assert called == [*_GATE_UP, *_DOWN]
         called.clear()
         blocks.taps(0, hidden, down)
         assert called == [*_QKV, *_O, *_GATE_UP, *_DOWN]
@@ -322,7 +336,7 @@ def test_packed_modules_of_the_same_names() -> None:
     whole = Recorded(model, windows())
     assert torch.equal(blocks.run(0, hidden), whole.returned[blocks.layers[0]])
     for group in dense:
-        inputs, sums = blocks.taps(0, hidden, group)
+        inputs, sums, _ = blocks.taps(0, hidden, group)
         assert torch.equal(inputs, rows(whole.read[group.names[0]]))
         assert len(sums) == sum(tap is not None for tap in group.taps)
 
@@ -409,12 +423,12 @@ def test_experts_see_their_tokens_and_may_see_none() -> None:
     group = groups[-1]
     assert group.names == ("model.layers.0.mlp.used",)
     assert group.taps == (None,)
-    routed = blocks.inputs(0, hidden, group)
+    routed = blocks.taps(0, hidden, group).inputs
     assert 0 < len(routed) < hidden.shape[0] * LENGTH
     assert (routed[:, 0] > 0).all()
     with torch.no_grad():
         model.model.layers[0].post_attention_layernorm.weight[0] = 0
-    assert blocks.inputs(0, hidden, group).shape == (0, HIDDEN)
+    assert blocks.taps(0, hidden, group).inputs.shape == (0, HIDDEN)
     assert blocks.taps(0, hidden, group)[0].shape == (0, HIDDEN)
 
 
@@ -465,7 +479,7 @@ def test_groups_read_the_same_values_of_the_same_memory() -> None:
     whole = Recorded(model, windows())
     for group in groups:
         want = rows(whole.read[group.names[0]])
-        assert torch.equal(blocks.inputs(0, hidden, group), want)
+        assert torch.equal(blocks.taps(0, hidden, group).inputs, want)
         assert torch.equal(blocks.taps(0, hidden, group)[0], want)
 
 
@@ -496,8 +510,10 @@ def test_the_model_is_left_as_it_was() -> None:
     for work in (
         lambda: blocks.run(0, hidden),
         lambda: blocks.groups(0, hidden),
-        lambda: blocks.inputs(0, hidden, Group(("model.layers.0.mlp.x",), 1, (None,))),
-        lambda: blocks.taps(0, hidden, Group(groups[1].names, HIDDEN, ("model.layers.0",))),
+        lambda: blocks.taps(0, hidden, Group(("model.layers.0.mlp.x",), 1, (None,), (None,))),
+        lambda: blocks.taps(
+            0, hidden, Group(groups[1].names, HIDDEN, ("model.layers.0",), (None,))
+        ),
         lambda: Blocks(model, LENGTH),
     ):
         with pytest.raises(RuntimeError, match="broken"):

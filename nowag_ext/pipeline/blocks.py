@@ -11,12 +11,12 @@ by running a layer and looking.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,13 @@ from nowag_ext.pipeline.capture import (
     first_hidden,
     output_tensor,
     record_calls,
+    replaced_forwards,
+    with_tensor,
 )
-from nowag_ext.pipeline.taps import Change, Look, find_tap, trace_layer
+from nowag_ext.pipeline.taps import Change, Look, See, find_tap, trace_layer
 
-# What a group reads, and by linear the sum that its output goes into (``Blocks.taps``).
-Taps = tuple[Tensor, dict[str, Tensor]]
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 
 
@@ -50,11 +52,30 @@ class Group:
         taps: for each linear, the tensor that shows the residual stream with the linear's output
             added as it is: the full name of the module whose input that is, the layer's own name
             for the layer's output, or None if there is no such tensor.
+        ends: for each linear, the full name of the outermost module around it that returns the
+            linear's output as it is, or None if there is none. Once the linear's weight is final,
+            so is what that module returns.
     """
 
     names: tuple[str, ...]
     in_features: int
     taps: tuple[str | None, ...]
+    ends: tuple[str | None, ...]
+
+
+class Taps(NamedTuple):
+    """What a run of a layer shows of a group (``Blocks.taps``).
+
+    Attributes:
+        inputs: what the group reads, [tokens, in_features].
+        sums: by the name of each linear that has a tap, [tokens, out_features]. Linears of one tap
+            share its tensor; one that reads only some tokens has none.
+        ends: what the modules that end with a linear of the group have returned, by their names.
+    """
+
+    inputs: Tensor
+    sums: dict[str, Tensor]
+    ends: dict[str, Any]
 
 
 class Blocks:
@@ -121,13 +142,25 @@ class Blocks:
         return other
 
     def run(
-        self, index: int, hidden: Tensor, looks: Mapping[str, Look] = MappingProxyType({})
+        self,
+        index: int,
+        hidden: Tensor,
+        looks: Mapping[str, Look] = _NONE,
+        given: Mapping[str, Any] = _NONE,
     ) -> Tensor:
         """The layer's output [windows, length, hidden_size].
 
-        ``looks`` are called with what the modules of these full names read.
+        ``looks`` are called with what the modules of these full names read. Modules of which it is
+        ``given`` what they return are not run.
         """
-        return self._forward(index, hidden, looks)
+        return self._forward(index, hidden, looks, given=given)
+
+    def linear(self, index: int, name: str, inputs: Tensor) -> Tensor:
+        """The output [tokens, out_features] of one of the layer's linears."""
+        parts = dict(self._parts(index))
+        with torch.no_grad():
+            output: Tensor = parts[name](inputs)
+        return output
 
     def linears(self, index: int, kinds: Kinds = nn.Linear) -> tuple[str, ...]:
         """Full names of all modules of these types in the layer, in the model's order."""
@@ -163,66 +196,61 @@ class Blocks:
                 names=tuple(names),
                 in_features=trace.reads[names[0]].shape[-1],
                 taps=tuple(find_tap(run, trace, name) for name in names),
+                ends=tuple(trace.ends.get(name) for name in names),
             )
             for names in trace.shared.values()
         ]
 
-    def inputs(self, index: int, hidden: Tensor, group: Group) -> Tensor:
-        """What the group reads, [tokens, in_features]; the layer is run no further than that."""
-        seen, _ = self._look(index, hidden, {group.names[0]}, stop=True)
-        return seen.get(group.names[0], hidden.new_empty(0, group.in_features))
+    def taps(
+        self, index: int, hidden: Tensor, group: Group, given: Mapping[str, Any] = _NONE
+    ) -> Taps:
+        """What the group reads, what shows its outputs in the residual stream, and what ends there.
 
-    def taps(self, index: int, hidden: Tensor, group: Group) -> Taps:
-        """What the group reads, and the tensors that show its outputs in the residual stream.
-
-        The layer is run no further than the last of them. Linears of one tap share its tensor.
-
-        Returns:
-            inputs: [tokens, in_features].
-            sums: by the name of each linear that has a tap, [tokens, out_features]. One that
-                reads only some tokens has none.
+        The layer is run no further than the last of them, and modules of which it is ``given`` what
+        they return are not run.
         """
-        seen, _ = self._look(index, hidden, {group.names[0], *_tapped(group)}, stop=True)
-        return _taps_of(group, seen, hidden)
+        reads = {group.names[0], *group.taps} - {None}
+        ends = set(group.ends) - {None}
+        seen: dict[str | None, Tensor] = {}
+        returned: dict[str, Any] = {}
 
-    def run_taps(
-        self, index: int, hidden: Tensor, groups: Sequence[Group]
-    ) -> tuple[Tensor, list[Taps]]:
-        """The layer's output as of ``run``, and the taps of all these groups, from one run."""
-        names = {name for group in groups for name in (group.names[0], *_tapped(group))}
-        seen, output = self._look(index, hidden, names, stop=False)
-        assert output is not None
-        return output, [_taps_of(group, seen, hidden) for group in groups]
-
-    def _look(
-        self, index: int, hidden: Tensor, names: Collection[str], *, stop: bool
-    ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """What modules read (the layer itself: its output), as rows, and the layer's output.
-
-        With ``stop`` the layer is run no further than the last of them, and has no output.
-        """
-        seen: dict[str, Tensor] = {}
+        def stop() -> None:
+            if len(seen) == len(reads) and len(returned) == len(ends):
+                raise Stop
 
         def look(name: str, tensor: Tensor) -> None:
             # A copy: what comes after may write into the tensor, or keep it alive for longer.
             seen[name] = tensor.reshape(-1, tensor.shape[-1]).clone()
-            if stop and len(seen) == len(names):
-                raise Stop
+            stop()
 
-        output = None
+        def see(name: str, output: Any) -> None:
+            returned[name] = with_tensor(output, output_tensor(output).clone())
+            stop()
+
         with suppress(Stop):
-            output = self._forward(index, hidden, {name: partial(look, name) for name in names})
-        return seen, output
+            self._forward(
+                index,
+                hidden,
+                {name: partial(look, name) for name in reads if name is not None},
+                sees={name: partial(see, name) for name in ends if name is not None},
+                given=given,
+            )
+        # Experts that no token is routed to read nothing.
+        inputs = seen.get(group.names[0], hidden.new_empty(0, group.in_features))
+        named = zip(group.names, group.taps, strict=True)
+        return Taps(inputs, {name: seen[tap] for name, tap in named if tap is not None}, returned)
 
     @ordinary_tensors
     def _forward(
         self,
         index: int,
         hidden: Tensor,
-        looks: Mapping[str, Look] = MappingProxyType({}),
-        changes: Mapping[str, Change] = MappingProxyType({}),
+        looks: Mapping[str, Look] = _NONE,
+        changes: Mapping[str, Change] = _NONE,
+        sees: Mapping[str, See] = _NONE,
+        given: Mapping[str, Any] = _NONE,
     ) -> Tensor:
-        """The layer's output; ``looks`` and ``changes`` are called on the way (``taps.Run``)."""
+        """The layer's output; others are called on the way (``taps.Run``), or not (``run``)."""
         layer = self.layers[index]
         if hidden.dim() != 3 or hidden.shape[1] != self.length:
             raise ValueError(
@@ -232,28 +260,20 @@ class Blocks:
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._layers[layer]))
             for name, part in self._parts(index):
-                look, change = looks.get(name), changes.get(name)
+                if name in given:
+                    stack.enter_context(replaced_forwards({name: part}, _gives(given[name])))
+                look, change, see = looks.get(name), changes.get(name), sees.get(name)
                 if look is not None and name != layer:
                     hook = part.register_forward_pre_hook(_reads(look), with_kwargs=True)
                     stack.callback(hook.remove)
                 if change is not None:
-                    hook = part.register_forward_hook(_returns(change))
-                    stack.callback(hook.remove)
+                    stack.callback(part.register_forward_hook(_returns(change)).remove)
+                if see is not None:
+                    stack.callback(part.register_forward_hook(_shows(see)).remove)
             output = output_tensor(self._calls[layer](self._layers[layer], hidden))
         if layer in looks:
             looks[layer](output)
         return output
-
-
-def _tapped(group: Group) -> set[str]:
-    return {tap for tap in group.taps if tap is not None}
-
-
-def _taps_of(group: Group, seen: Mapping[str, Tensor], hidden: Tensor) -> Taps:
-    # Experts that no token is routed to read nothing.
-    inputs = seen.get(group.names[0], hidden.new_empty(0, group.in_features))
-    named = zip(group.names, group.taps, strict=True)
-    return inputs, {name: seen[tap] for name, tap in named if tap is not None}
 
 
 def _reads(look: Look) -> Callable[..., None]:
@@ -269,6 +289,15 @@ def _reads(look: Look) -> Callable[..., None]:
 def _returns(change: Change) -> Callable[..., Tensor | None]:
     # Llama 4's routers are linears that return a tuple.
     return lambda module, args, output: change(output) if isinstance(output, Tensor) else None
+
+
+def _shows(see: See) -> Callable[..., None]:
+    return lambda module, args, output: see(output)
+
+
+def _gives(output: Any) -> Callable[..., Any]:
+    # A copy: layers may write into what their modules return.
+    return lambda *args, **kwargs: with_tensor(output, output_tensor(output).clone())
 
 
 def _one_list(model: Any) -> dict[str, nn.Module]:

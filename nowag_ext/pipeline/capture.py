@@ -70,6 +70,11 @@ def output_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def with_tensor(output: Any, tensor: Tensor) -> Any:
+    """What ``output`` is, of a tensor or a tuple, with other hidden states in it."""
+    return tensor if isinstance(output, Tensor) else (tensor, *output[1:])
+
+
 def record_calls(layers: Mapping[str, nn.Module], body: Callable[[], Any]) -> dict[str, Call]:
     """Runs ``body`` with every layer but the first replaced by a recorder of its arguments.
 
@@ -118,9 +123,7 @@ class _Recorder:
             self._output = forward(*args, **kwargs)
         # Rolled, so that the check above sees a model that mixes in the hidden states of before.
         self._passed = hidden.roll(1, dims=-1)
-        if isinstance(self._output, Tensor):
-            return self._passed
-        return (self._passed, *self._output[1:])
+        return with_tensor(self._output, self._passed)
 
 
 def _same(one: Tensor, two: Tensor) -> bool:

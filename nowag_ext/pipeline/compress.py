@@ -28,7 +28,7 @@ from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.norms import activation_norms
 from nowag_ext.pipeline.stages import Stages
 from nowag_ext.pipeline.statistics import GroupStatistics
-from nowag_ext.pipeline.streams import CompressedStream, DenseStream, Stream, embedded
+from nowag_ext.pipeline.streams import CompressedStream, Stream, embedded
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.report import LayerReport, Progress
 from nowag_ext.resume import LayerStore, open_store, run_key
@@ -148,18 +148,17 @@ class _Run:
     def through(self, windows: Tensor) -> None:
         """Compresses every unit of the plan."""
         with self._stages("forwards"):
-            dense = DenseStream(embedded(self._blocks, windows, self._offload_dir))
+            dense = Stream(embedded(self._blocks, windows, self._offload_dir))
             compressed = CompressedStream(embedded(self._blocks, windows, self._offload_dir))
         for index in range(len(self._blocks.layers)):
             self._layer(index, dense, compressed)
 
-    def _layer(self, index: int, dense: DenseStream, compressed: CompressedStream) -> None:
+    def _layer(self, index: int, dense: Stream, compressed: CompressedStream) -> None:
         dense.blocks, compressed.blocks = (self._blocks.copied(index) for _ in range(2))
         weights = compressed.blocks.weights(index)
         groups = dense.blocks.groups(index, dense.hidden[:1])
-        compressed.enter(index, groups, self._plan.units)
-        with self._stages("forwards"):
-            dense.enter(index, groups)
+        for stream in (dense, compressed):
+            stream.enter(index, groups)
         for group in groups:
             here = {name: weights[name] for name in group.names if name in self._plan.units}
             if not here:
@@ -171,7 +170,9 @@ class _Run:
                 with self._stages("forwards"):
                     compressed.look(index, group)
             for name, packed in finished.items():
-                compressed.replace(name, weights[name], packed.dequantize(torch.float32))
+                weights[name].copy_(packed.dequantize(torch.float32))
+            with self._stages("forwards"):
+                compressed.replaced(index, group)
         self._check_reached(weights)
         with self._stages("forwards"):
             for stream in (dense, compressed):
@@ -189,12 +190,13 @@ class _Run:
         statistics = GroupStatistics(group.in_features, dense.hidden.device)
         for window in range(len(dense.hidden)):
             with self._stages("forwards"):
-                wanted, wanted_sums = dense.taps(index, window, group)
-                given, given_sums = compressed.taps(index, window, group)
+                wanted = dense.taps(index, window, group)
+                given = compressed.taps(index, window, group)
             with self._stages("statistics"):
                 statistics.add_pair(
-                    wanted, given, wanted_sums, given_sums, all_summed=None not in group.taps
-                )
+                    wanted.inputs, given.inputs, wanted.sums, given.sums,
+                    all_summed=None not in group.taps,
+                )  # fmt: skip
         with self._stages("statistics"):
             hessian = statistics.hessian()
             corrections = statistics.corrections(weights)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nowag_ext.files import MARK, require_space
 from nowag_ext.pipeline.blocks import Blocks, Group, Taps
+from nowag_ext.pipeline.capture import output_tensor, with_tensor
 
 # What each stream may keep of a layer while that is worked on; the rest is run again.
 _SEEN_BYTES = 1 << 29
@@ -54,101 +56,74 @@ def _allocated(
 
 
 class Stream:
-    """Hidden states on their way through the model, and the blocks that they go through."""
+    """Hidden states on their way through the model, and the blocks that they go through.
+
+    A layer is run again for each of its groups, but modules that end with a group which is done
+    with are not: what they return is kept, for as many windows as there is room for.
+    """
 
     blocks: Blocks
 
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden  # fp32 [windows, length, hidden_size]
+        self._given: list[dict[str, Any]] = []  # by window, what modules return
+
+    def enter(self, index: int, groups: Sequence[Group]) -> None:
+        """Prepares for a layer."""
+        self._given = [{} for _ in self.hidden]
+        size = self._kept_features(groups) * self.hidden[0, :, 0].numel()
+        self._room = _SEEN_BYTES // max(1, size * self.hidden.element_size())
+
+    def _kept_features(self, groups: Sequence[Group]) -> int:
+        """What is kept of a layer at most, a token."""
+        ends = sum(len(set(group.ends) - {None}) for group in groups)
+        return ends * self.hidden.shape[2]
 
     def taps(self, index: int, window: int, group: Group) -> Taps:
         """What a group reads and adds to (``Blocks.taps``) in one window."""
-        return self.blocks.taps(index, self.hidden[window, None], group)
+        given = self._given[window]
+        taps = self.blocks.taps(index, self.hidden[window, None], group, given)
+        if window < self._room:
+            given.update(taps.ends)
+        return taps
 
     def advance(self, index: int) -> None:
         """Through one layer, window by window."""
-        for window in self.hidden.split(1):
-            window.copy_(self.blocks.run(index, window))
-
-
-class DenseStream(Stream):
-    """The stream through dense blocks, which change no more: one run of a window serves all groups.
-
-    What there is no room for is run again, group by group.
-    """
-
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__(hidden)
-        self._seen: dict[int, list[Taps]] = {}
-        self._outputs: dict[int, Tensor] = {}
-
-    def enter(self, index: int, groups: Sequence[Group]) -> None:
-        """Runs a layer on as many windows as there is room for."""
-        size = sum(
-            group.in_features + self.hidden.shape[2] * len(set(group.taps) - {None})
-            for group in groups
-        )
-        room = _SEEN_BYTES // (size * self.hidden.shape[1] * self.hidden.element_size())
-        self._groups = list(groups)
-        self._seen, self._outputs = {}, {}
-        for window in range(min(room, len(self.hidden))):
-            self._outputs[window], self._seen[window] = self.blocks.run_taps(
-                index, self.hidden[window, None], groups
-            )
-
-    def taps(self, index: int, window: int, group: Group) -> Taps:
-        if window not in self._seen:
-            return super().taps(index, window, group)
-        return self._seen[window][self._groups.index(group)]
-
-    def advance(self, index: int) -> None:
-        for window, hidden in enumerate(self.hidden.split(1)):
-            output = self._outputs.get(window)
-            hidden.copy_(self.blocks.run(index, hidden) if output is None else output)
+        for window, given in zip(self.hidden.split(1), self._given, strict=True):
+            window.copy_(self.blocks.run(index, window, given=given))
+        self._given = []
 
 
 class CompressedStream(Stream):
-    """The stream through the blocks compressed so far.
+    """The stream through the blocks compressed so far, whose weights change on the way."""
 
-    Linears whose outputs are added to the layer's own, as the last in a layer are, need no further
-    run of it once they have changed: what they add changes by x~ times what their weights did.
-    """
+    def enter(self, index: int, groups: Sequence[Group]) -> None:
+        super().enter(index, groups)
+        self._inputs: dict[int, Tensor] = {}  # by window, of the group that is looked at
 
-    def enter(self, index: int, groups: Sequence[Group], units: Collection[str]) -> None:
-        """Prepares for a layer, of whose linears ``units`` will change."""
-        last, output = groups[-1], self.blocks.layers[index]
-        ends = set(last.taps) == {output} and set(last.names) <= set(units)
-        self._last = last if ends else None
-        size = (last.in_features + self.hidden.shape[2]) * self.hidden.element_size()
-        self._room = _SEEN_BYTES // (size * self.hidden.shape[1])
-        self._seen: dict[int, Taps] = {}
-        self._changes: dict[str, Tensor] = {}
+    def _kept_features(self, groups: Sequence[Group]) -> int:
+        ending = [group.in_features for group in groups if set(group.ends) != {None}]
+        return super()._kept_features(groups) + max(ending, default=0)
 
     def taps(self, index: int, window: int, group: Group) -> Taps:
         taps = super().taps(index, window, group)
-        if group is self._last and window < self._room:
-            self._seen[window] = taps
+        if taps.ends and window < self._room:
+            self._inputs[window] = taps.inputs
         return taps
 
     def look(self, index: int, group: Group) -> None:
         """Sees what ``taps`` would show, of a group that is not to be asked for it any more."""
-        if group is self._last:
+        if set(group.ends) != {None}:
             for window in range(min(self._room, len(self.hidden))):
                 self.taps(index, window, group)
 
-    def replace(self, name: str, weight: Tensor, changed: Tensor) -> None:
-        """Puts another weight into the layer."""
-        if self._last is not None and name in self._last.names:
-            self._changes[name] = changed - weight
-        weight.copy_(changed)
-
-    def advance(self, index: int) -> None:
-        for window, hidden in enumerate(self.hidden.split(1)):
-            if window not in self._seen:
-                hidden.copy_(self.blocks.run(index, hidden))
-                continue
-            inputs, sums = self._seen[window]
-            output = next(iter(sums.values()))
-            for change in self._changes.values():
-                output = torch.addmm(output, inputs, change.T)
-            hidden.copy_(output.view_as(hidden))
+    def replaced(self, index: int, group: Group) -> None:
+        """Says that the group's weights are final now, and others than when it was looked at."""
+        for window, inputs in self._inputs.items():
+            given = self._given[window]
+            for name, end in zip(group.names, group.ends, strict=True):
+                if end is not None and end in given:
+                    before = output_tensor(given[end])
+                    after = self.blocks.linear(index, name, inputs).view_as(before)
+                    given[end] = with_tensor(given[end], after)
+        self._inputs = {}

@@ -10,10 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from nowag_ext.pipeline.capture import Stop
 
@@ -26,16 +28,21 @@ _SEED = 0
 
 Look = Callable[[Tensor], None]
 Change = Callable[[Tensor], Tensor | None]
+See = Callable[[Any], None]
+
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class Run(Protocol):
     """Runs a layer. ``looks`` see what the submodules named read, and under the layer's own name
-    its output; ``changes`` return another output of a linear."""
+    its output; ``changes`` return another output of a linear; ``sees`` see what submodules return,
+    whatever it is."""
 
     def __call__(
         self,
-        looks: Mapping[str, Look],
-        changes: Mapping[str, Change],
+        looks: Mapping[str, Look] = _NONE,
+        changes: Mapping[str, Change] = _NONE,
+        sees: Mapping[str, See] = _NONE,
     ) -> Tensor: ...
 
 
@@ -49,12 +56,15 @@ class Trace:
         outputs: copies of what linears returned, and
         streams: of what the submodules called once have read and of the layer's output, in order of
             execution; where they have the size of the hidden states.
+        ends: by linear, the outermost submodule around it that returns the linear's very output,
+            alone or in a tuple with nothing else that is computed.
     """
 
     shared: dict[Any, list[str]] = field(default_factory=dict)
     reads: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
     streams: dict[str, Tensor] = field(default_factory=dict)
+    ends: dict[str, str] = field(default_factory=dict)
 
 
 def trace_layer(
@@ -67,6 +77,7 @@ def trace_layer(
     """
     trace = Trace()
     calls: Counter[str] = Counter()
+    returned: dict[Any, tuple[str, Tensor]] = {}  # linears and outputs, by identity
 
     def look(name: str, tensor: Tensor) -> None:
         calls[name] += 1
@@ -82,14 +93,31 @@ def trace_layer(
         if _alike(output, hidden):
             trace.outputs[name] = output.clone()
 
+    def see(name: str, output: Any) -> None:
+        tensors = [value for value in _flat(output) if isinstance(value, Tensor)]
+        if len(tensors) != 1 or not isinstance(output, (Tensor, tuple)):
+            return
+        if name in linears and isinstance(output, Tensor):
+            returned[_identity(tensors[0])] = name, tensors[0]  # kept, as above
+            return
+        linear, _ = returned.get(_identity(tensors[0]), ("", None))
+        if linear.startswith(f"{name}.") and _flat(output)[0] is tensors[0]:
+            trace.ends[linear] = name
+
     run(
         {name: partial(look, name) for name in names},
         {name: partial(keep, name) for name in linears},
+        {name: partial(see, name) for name in names},
     )
     for name, times in calls.items():
         if times > 1:
             trace.streams.pop(name, None)
+    trace.ends = {one: end for one, end in trace.ends.items() if calls[end] == 1}
     return trace
+
+
+def _flat(output: Any) -> list[Any]:
+    return tree_flatten(output)[0]
 
 
 def _alike(tensor: Tensor, hidden: Tensor) -> bool:
