@@ -50,6 +50,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DNOWAG_CUDA={os.environ.get('NOWAG_CUDA', 'auto')}",
             f"-DNOWAG_CUDA_ARCHS={os.environ.get('NOWAG_CUDA_ARCHS', '')}",
+            f"-DNOWAG_WERROR={os.environ.get('NOWAG_WERROR', 'OFF')}",
             f"-DNOWAG_SANITIZE={os.environ.get('NOWAG_SANITIZE', '')}",
             f"-Dpybind11_DIR={self._pybind11_cmake_dir()}",
         ]  # fmt: skip

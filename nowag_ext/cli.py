@@ -220,7 +220,7 @@ def demo(
     output: options.DemoOutput = Path("nowag-demo"),
     fast: options.Fast = False,
 ) -> None:
-    """Compresses a small real model four ways and shows what each costs."""
+    """Compresses a small real model, to 2 bits and by pruning, and shows what each costs."""
     run_demo(model, output, out=_out, err=_err, effort=Effort.fast() if fast else Effort())
 
 

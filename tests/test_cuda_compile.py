@@ -1,6 +1,7 @@
-"""What ptxas says of the CUDA kernels: no spills, no local memory; a table of what each one takes.
+"""What ptxas says of the CUDA kernels for sm_90; a table of what each one takes.
 
-Needs nvcc, not a GPU. Run with ``-s`` to see the table.
+Needs nvcc, not a GPU. Run with ``-s`` to see the table. A build with NOWAG_WERROR, as the `release`
+preset's and `.ci/run`'s, refuses spills and local memory for every architecture.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class Kernel:
 def _ptxas(source: Path, folder: Path) -> str:
     command = [
         str(NVCC), "-std=c++17", "-O3", "--fmad=false", "-Werror=all-warnings",
-        "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
-        f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc'}", "-Xptxas=-v",
-        "-c", str(source), "-o", str(folder / f"{source.stem}.o"),
+        "-gencode=arch=compute_90,code=sm_90", f"-I{ROOT / 'csrc' / 'include'}",
+        f"-I{ROOT / 'csrc'}", "-Xptxas=-v", "-c", str(source),
+        "-o", str(folder / f"{source.stem}.o"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -125,7 +126,7 @@ def test_parser_sees_spills() -> None:
 
 
 def test_no_spills_and_no_local_memory(kernels: list[Kernel]) -> None:
-    assert {kernel.arch for kernel in kernels} == {"sm_80", "sm_90"}
+    assert {kernel.arch for kernel in kernels} == {"sm_90"}
     assert len(kernels) > 50
     bad = [kernel for kernel in kernels if kernel.stack or kernel.spills]
     assert not bad, f"kernels with local memory: {bad}"

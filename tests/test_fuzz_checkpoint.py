@@ -262,7 +262,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Path]]:
 
 @pytest.mark.parametrize(
     "first",
-    [pytest.param(n, marks=[pytest.mark.slow] if n else []) for n in range(0, CASES, CHUNK)],
+    [pytest.param(n, marks=[pytest.mark.fuzz] if n else []) for n in range(0, CASES, CHUNK)],
 )
 def test_damaged_checkpoints(first: int, sources: list[Path], tmp_path: Path) -> None:
     outcomes = [run_case(seed, sources, tmp_path / "x") for seed in range(first, first + CHUNK)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nowag_ext import ops, reference
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.demo_model import cached_demo_model
 from nowag_ext.demo_text import demo_text
-from nowag_ext.evaluate import tokenize
+from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.normalize import normalize_weight
 
 pytestmark = pytest.mark.slow
@@ -31,11 +32,17 @@ class RealLinear:
 
 
 @pytest.fixture(scope="module")
-def linears() -> dict[str, RealLinear]:
+def dense() -> tuple[Any, Any]:
+    """The model in fp32, and its tokenizer."""
     path = cached_demo_model()
     if path is None:
         pytest.skip("the demo's model is not in the cache: run `nowag-ext demo` once")
-    model, tokenizer = nowag_ext.load_dense_model(path, "float32")
+    return nowag_ext.load_dense_model(path, "float32")
+
+
+@pytest.fixture(scope="module")
+def linears(dense: tuple[Any, Any]) -> dict[str, RealLinear]:
+    model, tokenizer = dense
     text = demo_text()
     calibration, held_out = (
         tokenize(tokenizer, part)[None, :TOKENS] for part in (text.calibration, text.held_out)
@@ -58,6 +65,13 @@ def linears() -> dict[str, RealLinear]:
         model(held_out)
     assert len(found) == 210
     return found
+
+
+def test_model_is_what_its_name_says(dense: tuple[Any, Any]) -> None:
+    model, tokenizer = dense
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    tokens = tokenize(tokenizer, demo_text().held_out)
+    assert 5 < perplexity(model, tokens, window=512, windows=2).perplexity < 40
 
 
 def test_vq_gemv_is_within_two_thousandths(linears: dict[str, RealLinear]) -> None:
