@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -96,12 +97,18 @@ def test_oracle_fma_rounds_once(seed: int, exponent: int) -> None:
             assert gap <= abs(Fraction(other.item()) - exact)
 
 
+# The oracle takes seconds, and does not know how many threads the kernel has.
+@cache
+def assigned(rows: int, cols: int, d: int, code_bits: int) -> Tensor:
+    return as_ints(reference.kmeans_assign(*problem(rows, cols, d, code_bits)))
+
+
 @pytest.mark.parametrize(("rows", "cols", "d", "code_bits"), CASES)
 def test_assign_is_the_oracle_bit_for_bit(
     rows: int, cols: int, d: int, code_bits: int, threads: int
 ) -> None:
     w, h, codebook = problem(rows, cols, d, code_bits)
-    want = as_ints(reference.kmeans_assign(w, h, codebook))
+    want = assigned(rows, cols, d, code_bits)
     assert_same_bits(as_ints(assign(w, h, codebook)), want)
     assert_same_bits(as_ints(assign_exhaustively(w, h, codebook)), want)
 
@@ -221,7 +228,8 @@ def test_merge_cost_of_the_only_entry_is_infinite() -> None:
 def test_every_warm_iteration_is_brute_force(
     rows: int, cols: int, d: int, code_bits: int, tracked: bool, threads: int
 ) -> None:
-    """Codes, sums and changes of every iteration, against starting from nothing and brute force."""
+    """Codes, sums and changes of every iteration, against starting from nothing; where entries are
+    put elsewhere, and now and then, against brute force too."""
     w, h, codebook = problem(rows, cols, d, code_bits)
     scale = scale_of(w, h)
     codes, sums = empty_codes(w, d), zero_sums(codebook)
@@ -241,7 +249,8 @@ def test_every_warm_iteration_is_brute_force(
         fresh, fresh_sums = empty_codes(w, d), zero_sums(codebook)
         ops.kmeans_assign([w], [h], [codebook], [fresh], [fresh_sums], scale, False)
         assert_same_bits(as_ints(codes), as_ints(fresh))
-        assert_same_bits(as_ints(codes), as_ints(assign_exhaustively(w, h, codebook)))
+        if iteration in (0, 5, 12, 13, 15, 16, 24):
+            assert_same_bits(as_ints(codes), as_ints(assign_exhaustively(w, h, codebook)))
         assert_same_bits(sums, fresh_sums)
         assert changed.item() == (as_ints(codes) != before).sum()
 
@@ -343,6 +352,12 @@ def test_random_seed_is_the_oracle(d: int, entries: int, threads: int) -> None:
         assert_same_bits(got, reference.kmeans_seed(w, entries, d, seed))
 
 
+@cache
+def plus_plus(rows: int, d: int, entries: int, seed: int) -> Tensor:
+    one, two = problem(rows, 53, d, 1), problem(13, 31, d, 1)
+    return reference.kmeans_plus_plus([one[0], two[0]], [one[1], two[1]], entries, d, seed)
+
+
 # All points are the sample, or it is drawn.
 @pytest.mark.parametrize("rows", [40, 900])
 @pytest.mark.parametrize(("d", "entries"), [(1, 9), (2, 1), (3, 20), (4, 64), (6, 30), (8, 7)])
@@ -351,7 +366,7 @@ def test_plus_plus_is_the_oracle(rows: int, d: int, entries: int, threads: int) 
     w, h = [one[0], two[0]], [one[1], two[1]]
     for seed in (0, 2**63 - 1):
         got = ops.kmeans_seed(w, h, entries, d, "kmeans++", seed)
-        assert_same_bits(got, reference.kmeans_plus_plus(w, h, entries, d, seed))
+        assert_same_bits(got, plus_plus(rows, d, entries, seed))
 
 
 @pytest.mark.parametrize(

@@ -182,10 +182,10 @@ def test_numbers_that_kmeans_cannot_use(
 ) -> None:
     """They give codes that mean nothing, of entries that there are."""
     draw = generator(seed)
-    w, h = torch.randn(300, 16 * d, generator=draw), torch.rand(16 * d, generator=draw)
+    w, h = torch.randn(100, 16 * d, generator=draw), torch.rand(16 * d, generator=draw)
     codebook = torch.randn(entries, d, generator=draw)
-    previous, gaps = codebook.clone(), torch.rand(300, 16, generator=draw)
-    codes = torch.zeros(300, 16, dtype=torch.uint16)
+    previous, gaps = codebook.clone(), torch.rand(100, 16, generator=draw)
+    codes = torch.zeros(100, 16, dtype=torch.uint16)
     sums = torch.zeros(entries, 2 * d + 1, dtype=torch.int64)
     if what == "sums":
         sums.view(-1)[some(sums, draw)] = 2**63 - 1
@@ -202,7 +202,7 @@ def test_numbers_that_kmeans_cannot_use(
     ops.kmeans_update(sums, 1.0, codebook)
     ops.kmeans_energy(w, h, d)
     for init in ("random", "kmeans++"):
-        assert ops.kmeans_seed([w], [h], min(entries, 300), d, init, seed).shape[1] == d
+        assert ops.kmeans_seed([w], [h], min(entries, 100), d, init, seed).shape[1] == d
 
 
 @given(
