@@ -8,10 +8,11 @@ import os
 import re
 import shlex
 import signal
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -44,6 +45,7 @@ from nowag_ext.methods import LayerSettings
 from nowag_ext.model import compress_model
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
+from nowag_ext.pipeline.ranks import launched, launched_rank, launcher, one_voice, process_group
 from nowag_ext.plan import plan_compression
 from nowag_ext.render import (
     dtype_name,
@@ -60,11 +62,16 @@ from nowag_ext.version import __version__
 
 
 class _Commands(typer.core.TyperGroup):
-    """Remembers the command line, to say how to go on after an interruption."""
+    """Remembers the command line, to say how to go on after an interruption; says things once."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        _shown["command"] = shlex.join([*(ctx.info_name or "nowag-ext").split(), *args])
+        name = launcher() if launched() > 1 else (ctx.info_name or "nowag-ext").split()
+        _shown["command"] = shlex.join([*name, *args])
         return super().parse_args(ctx, args)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with one_voice():
+            return super().main(*args, **kwargs)
 
 
 app = typer.Typer(
@@ -114,10 +121,15 @@ def _reported(command: Command) -> Command:
         before = signal.signal(signal.SIGTERM, _on_terminate)
         try:
             _quiet_libraries()
+            if launched() > 1 and command.__name__ != "compress":
+                raise ValueError("torchrun is for compress alone: start this without it.")
             return command(*args, **kwargs)
         except (KeyboardInterrupt, _Terminated) as stop:
             terminated = isinstance(stop, _Terminated)
-            _say(f"{'Terminated' if terminated else 'Interrupted'}.{_how_to_go_on(stop)}")
+            why = "Terminated" if terminated else "Interrupted"
+            if terminated and launched() > 1:
+                why += ", as torchrun does with all processes when one has ended"
+            _say(f"{why}.{_how_to_go_on(stop)}")
             raise typer.Exit(143 if terminated else 130) from None
         except (typer.Exit, typer.Abort):
             raise
@@ -298,12 +310,21 @@ def compress(
         raise ValueError("--offload belongs to --recipe feedback: paper keeps no hidden states.")
     scope = SharedCodebooks(codebook_scope or ("model" if recipe == "feedback" else "layer")).scope
     left_dense = ("lm_head", *(ignore or ()))
+    if recipe == "paper" and launched() > 1:
+        raise ValueError("torchrun is for --recipe feedback alone: start this without it.")
+    if launched_rank() > 0:
+        _help_compress(
+            model, output, dtype, trust_remote_code, method, left_dense, codebook_scope=scope,
+            offload_dir=offload, overrides=overrides, min_coverage=min_coverage, **settings,
+        )  # fmt: skip
+        return
     with _option("--output"):
         target = check_vacant(output, overwrite=overwrite)
         check_apart(target, model)
     with (
         _kept(target, resume) as store,
         temporary_directory(store.directory, "converted") as converted,
+        ExitStack() as running,
     ):
         norms = None
         if act_norms is not None:
@@ -336,6 +357,7 @@ def compress(
         outline = skeleton(model, named_dtype(dtype))
         if outline is not None:
             check(outline)
+        group = running.enter_context(process_group())
         # Layers stay on disk, but where calibration goes through all of them for every window.
         in_memory = recipe == "paper" and norms is None
         with loading(_err, model):
@@ -360,7 +382,7 @@ def compress(
             if norms is None:
                 compress_blocks(
                     loaded, torch.cat(windows), method, left_dense, codebook_scope=scope,
-                    offload_dir=offload, progress=progress, **common,
+                    offload_dir=offload, progress=progress, group=group, **common,
                 )  # fmt: skip
             else:
                 compress_model(loaded, norms, method, left_dense, progress=progress, **common)
@@ -387,6 +409,26 @@ def compress(
     for name, reason in left_out.items():
         _err.print(f"{name} was not copied: {reason}.", soft_wrap=True)
     _out.print(f"The checkpoint, report.json and layers.csv are in {target}.", soft_wrap=True)
+
+
+def _help_compress(
+    model: str, output: Path, dtype: str, trust_remote_code: bool, *args: Any, **kwargs: Any
+) -> None:
+    """What a process of torchrun does whose rank is not 0: no more than compress along."""
+    with process_group() as group:
+        kept = work_directory(Path(os.path.realpath(output)))
+        # Another host may not have the disk that the output goes to.
+        room = kept if kept.is_dir() else Path(tempfile.gettempdir())
+        try:
+            with temporary_directory(room, "converted") as converted:
+                loaded, _ = open_dense_model(
+                    model, dtype, offload_folder=converted, trust_remote_code=trust_remote_code
+                )
+                compress_blocks(loaded, None, *args, group=group, **kwargs)
+        except BaseException as stop:
+            if LayerStore(kept).keeps_something():
+                stop.kept = kept  # type: ignore[attr-defined]
+            raise
 
 
 def _writer(checkpoint_format: str) -> Callable[..., dict[str, str]]:
@@ -451,7 +493,8 @@ def _made_with(
         made_with |= {
             "--text": [f"of SHA-256 {text.digest}..." for text in texts],
             "--samples": samples, "--length": length, "--sample-seed": seed,
-            "OMP_NUM_THREADS": torch.get_num_threads(), "torch": str(torch.__version__),
+            "OMP_NUM_THREADS": torch.get_num_threads(), "processes": launched(),
+            "torch": str(torch.__version__),
         }  # fmt: skip
     return made_with
 

@@ -13,6 +13,7 @@ from nowag_ext.codebook_training import train_codebook
 from nowag_ext.feedback import EntrySums, shared_points
 from nowag_ext.methods import VQSettings
 from nowag_ext.pipeline.blocks import Blocks, Group
+from nowag_ext.pipeline.ranks import ALONE, Ranks, common_groups, threads_of_all
 from nowag_ext.pipeline.statistics import GroupStatistics
 from nowag_ext.pipeline.streams import embedded
 from nowag_ext.plan import Unit
@@ -38,15 +39,17 @@ class SharedCodebooks:
     Args:
         scope: which linears share one: of the whole "model", of a "kind" (the last part of their
             names), or each "layer" its own, which this has nothing to do with.
+        ranks: that have the same codebooks: rank 0's.
 
     Raises:
         ValueError: another scope.
     """
 
-    def __init__(self, scope: str) -> None:
+    def __init__(self, scope: str, ranks: Ranks = ALONE) -> None:
         if scope not in SCOPES:
             raise ValueError(f"codebook_scope must be one of {', '.join(SCOPES)}, not {scope!r}.")
         self.scope = scope
+        self._ranks = ranks
         self._codebooks: dict[str, Codebook] = {}
         self._names: dict[str, str] = {}  # of the codebook, by linear
         self._forms: dict[str, VQSettings] = {}  # of the first linear it serves, by its name
@@ -69,16 +72,33 @@ class SharedCodebooks:
     def load(self, store: LayerStore | None, key: str, device: torch.device) -> bool:
         """Takes the codebooks of an interrupted run, if they are there."""
         found = None if store is None else store.get_codebooks(key, device)
-        self._codebooks = found or {}
+        self._share(found or {}, device)
         return set(self._codebooks) == set(self._forms)
+
+    def _share(self, codebooks: Mapping[str, Codebook], device: torch.device) -> None:
+        """Takes rank 0's codebooks."""
+        said, _ = self._ranks.tell(({name: one.entries for name, one in codebooks.items()}, None))
+        self._codebooks = {
+            name: Codebook(entries.to(device), name) for name, entries in said.items()
+        }
 
     def save(self, store: LayerStore | None, key: str) -> None:
         """Keeps the codebooks for a run that goes on from here."""
         if store is not None:
             store.put_codebooks(key, self._codebooks)
 
-    def train(self, units: Mapping[str, Unit], progress: Progress | None) -> None:
+    def train(
+        self, units: Mapping[str, Unit], device: torch.device, progress: Progress | None
+    ) -> None:
         """Trains the codebooks on the weights, under the activation norms."""
+        trained = {}
+        if self._ranks.first:
+            with threads_of_all(self._ranks):
+                trained = self._trained(units, progress)
+        self._share(trained, device)
+
+    def _trained(self, units: Mapping[str, Unit], progress: Progress | None) -> dict[str, Codebook]:
+        trained = {}
         for name, settings in self._forms.items():
             served = [unit for linear, unit in units.items() if self._names.get(linear) == name]
             weights = sum(unit.size for unit in served)
@@ -87,7 +107,7 @@ class SharedCodebooks:
                 if progress is not None:
                     progress(f"codebook {name}", iteration, iters)
 
-            self._codebooks[name] = train_codebook(
+            trained[name] = train_codebook(
                 ((unit.weight, unit.act_norms) for unit in served),
                 d=settings.d,
                 bits=settings.bits,
@@ -98,6 +118,7 @@ class SharedCodebooks:
                 seed=settings.seed,
                 progress=report,
             )
+        return trained
 
     def _name(self, linear: str, settings: VQSettings) -> str:
         whose = "model" if self.scope == "model" else linear.rpartition(".")[2]
@@ -122,30 +143,42 @@ class SharedCodebooks:
             name: EntrySums(len(codebook.entries), codebook.d, weights, codebook.entries.device)
             for name, codebook in self._codebooks.items()
         }
-        hidden = embedded(blocks, windows[:_WINDOWS])
+        ranks = self._ranks
+        windows = windows[: max(_WINDOWS, ranks.count)]
+        hidden = embedded(blocks, windows[ranks.share(len(windows))])
         for index in range(len(blocks.layers)):
             if progress is not None:
                 progress("codebook re-estimated", index, len(blocks.layers))
-            for group, statistics in _advance(blocks, index, hidden):
-                served = [name for name in group.names if name in self._names]
-                if not served or statistics.tokens == 0:
-                    continue
-                hessian = statistics.hessian()
-                for linear in served:
+            hessians = self._hessians(blocks, index, hidden)
+            owners = ranks.owners({linear: units[linear].size for linear in hessians})
+            for linear, hessian in hessians.items():
+                if owners[linear] == ranks.rank:
                     codebook = self._codebooks[self._names[linear]]
-                    weight = units[linear].weight
-                    points = shared_points(weight, hessian, codebook.d)
+                    points = shared_points(units[linear].weight, hessian, codebook.d)
                     points.assign(codebook.entries.float(), sums[self._names[linear]], last=True)
+        ranks.add_up(one.sums for one in sums.values())
         for name, codebook in self._codebooks.items():
             entries = sums[name].solve(codebook.entries.float()).half()
             if torch.isfinite(entries).all():
                 self._codebooks[name] = Codebook(entries, name)
+        self._share(self._codebooks, windows.device)
+
+    def _hessians(self, blocks: Blocks, index: int, hidden: Tensor) -> dict[str, Tensor]:
+        """By linear that shares a codebook and reads anything; the layer is run, in place."""
+        hessians = {}
+        for group, statistics in _advance(blocks, index, hidden, self._ranks):
+            served = [name for name in group.names if name in self._names]
+            if served and statistics.tokens > 0:
+                hessians.update(dict.fromkeys(served, statistics.hessian()))
+        return hessians
 
 
-def _advance(blocks: Blocks, index: int, hidden: Tensor) -> list[tuple[Group, GroupStatistics]]:
-    """Runs a layer on all windows, in place; the Hessians of its groups."""
+def _advance(
+    blocks: Blocks, index: int, hidden: Tensor, ranks: Ranks
+) -> list[tuple[Group, GroupStatistics]]:
+    """Runs a layer on all windows, in place; the statistics of its groups."""
     blocks = blocks.copied(index)
-    groups = blocks.groups(index, hidden[:1])
+    groups = common_groups(ranks, blocks, index, hidden)
     gathered = [GroupStatistics(group.in_features, hidden.device) for group in groups]
 
     def look(statistics: GroupStatistics, tensor: Tensor) -> None:
@@ -157,4 +190,6 @@ def _advance(blocks: Blocks, index: int, hidden: Tensor) -> list[tuple[Group, Gr
     }
     for window in hidden.split(1):
         window.copy_(blocks.run(index, window, looks))
+    for statistics in gathered:
+        statistics.add_up(ranks)
     return list(zip(groups, gathered, strict=True))

@@ -15,32 +15,37 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from nowag_ext.calibrate import checked_batch
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.feedback import check_device
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.linear import PackedWeight
-from nowag_ext.methods import Given, VQSettings
+from nowag_ext.methods import METHODS, Given, VQSettings
 from nowag_ext.model import install, layer_report
 from nowag_ext.pipeline.blocks import Blocks, Group
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.norms import activation_norms
+from nowag_ext.pipeline.ranks import Ranks, common_groups
 from nowag_ext.pipeline.stages import Stages
 from nowag_ext.pipeline.statistics import GroupStatistics
 from nowag_ext.pipeline.streams import CompressedStream, Stream, embedded
-from nowag_ext.plan import Plan, Unit, plan_compression
+from nowag_ext.plan import Plan, plan_compression
 from nowag_ext.report import LayerReport, Progress
 from nowag_ext.resume import LayerStore, open_store, run_key
 
 # Activation norms serve to train codebooks and to check; for that few windows will do.
 _NORM_WINDOWS = 4
 
+# A compressed linear, and how many seconds it took.
+_Made = tuple[PackedWeight, float]
+
 
 @ordinary_tensors
 def compress(
     model: Any,
-    tokens: Tensor,
+    tokens: Tensor | None,
     method: str = "vq",
     ignore: Sequence[str] = ("lm_head",),
     *,
@@ -50,6 +55,7 @@ def compress(
     work_dir: str | os.PathLike[str] | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    group: dist.ProcessGroup | None = None,
     **settings: Any,
 ) -> Any:
     """Compresses a causal LM's decoder layers block by block, with error feedback.
@@ -74,6 +80,11 @@ def compress(
         codebook_scope: which linears of method "vq" share a codebook: "model", all of them; "kind",
             those of one name (all down_proj, say); "layer", none.
         progress: called with (what is done, weights done, weights in all).
+        group: processes that share the work, each of which makes this same call: windows and
+            linears go over them. Rank 0 alone gives tokens (the others None) and a work_dir, and
+            has the model changed; the others' stay as they are. Needs gloo, and nccl for a model on
+            CUDA ("cpu:gloo,cuda:nccl"). Statistics are added up in an order that depends on the
+            number of ranks alone, and all else is what one process would make of them.
 
     Returns:
         The same model, with a ``nowag_report`` (ModelReport), ready for ``save_pretrained``.
@@ -82,10 +93,12 @@ def compress(
         ValueError: unfit settings, layers, weights or tokens, or a model whose layers cannot be run
             one after another; the sentence names the layer.
         TypeError: a setting that the method does not have, tokens that are no integers.
+        RankLostError: another process of the group has ended.
     """
     start = time.perf_counter()
     stages = Stages()
-    codebooks = SharedCodebooks(codebook_scope)
+    ranks = Ranks(group)
+    codebooks = SharedCodebooks(codebook_scope, ranks)
 
     def plan_with(norms: Mapping[str, Tensor]) -> Plan:
         return plan_compression(
@@ -99,27 +112,42 @@ def compress(
     for unit in plan.units.values():
         if isinstance(unit.settings, VQSettings):
             check_device(unit.device)
-    windows, _ = checked_batch(model, tokens)
+    windows = _windows(model, tokens, ranks)
     blocks = Blocks(model, windows.shape[1])
-    with open_store(work_dir) as store:
+    with open_store(work_dir if ranks.first else None) as store:
         with stages("activation norms"):
-            norms = activation_norms(blocks, windows[:_NORM_WINDOWS], progress)
+            few = windows[: max(_NORM_WINDOWS, ranks.count)]
+            norms = activation_norms(blocks, few, ranks, progress)
         plan = plan_with(norms)
         codebooks.assign(plan.units)
         key = "" if store is None else run_key(
-            plan.units, windows=windows, codebook_scope=codebook_scope
+            plan.units, windows=windows, codebook_scope=codebook_scope, processes=ranks.count
         )  # fmt: skip
         if not codebooks.load(store, key, windows.device):
             with stages("codebooks"):
-                codebooks.train(plan.units, progress)
+                codebooks.train(plan.units, windows.device, progress)
             with stages("re-estimation"):
                 codebooks.re_estimate(plan.units, blocks, windows, progress)
             codebooks.save(store, key)
-        run = _Run(plan, blocks, codebooks, stages, progress, store, key, offload_dir)
-        run.through(windows)
-    seconds = time.perf_counter() - start
-    install(model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel())
+        run = _Run(plan, blocks, codebooks, ranks, stages, progress, store, key, offload_dir)
+        run.through(windows[ranks.share(len(windows))])
+    if ranks.first:
+        seconds = time.perf_counter() - start
+        install(model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel())
     return model
+
+
+def _windows(model: Any, tokens: Tensor | None, ranks: Ranks) -> Tensor:
+    """Rank 0's tokens [windows, length], checked."""
+    given = {"windows": checked_batch(model, tokens)[0]} if ranks.first else {}  # type: ignore[arg-type]
+    said, _ = ranks.tell((given, None))
+    windows = said["windows"].to(model.get_input_embeddings().weight.device)
+    if len(windows) < ranks.count:
+        raise ValueError(
+            f"{ranks.count} processes need a window of calibration text each, and there are only "
+            f"{len(windows)}."
+        )
+    return windows
 
 
 class _Run:
@@ -130,6 +158,7 @@ class _Run:
         plan: Plan,
         blocks: Blocks,
         codebooks: SharedCodebooks,
+        ranks: Ranks,
         stages: Stages,
         progress: Progress | None,
         store: LayerStore | None,
@@ -139,14 +168,15 @@ class _Run:
         self.weights: dict[str, PackedWeight] = {}
         self.layers: list[LayerReport] = []
         self._plan, self._blocks = plan, blocks
-        self._codebooks, self._stages, self._progress = codebooks, stages, progress
+        self._codebooks, self._ranks = codebooks, ranks
+        self._stages, self._progress = stages, progress
         self._store, self._key = store, key
         self._offload_dir = offload_dir
         self._total = float(sum(unit.size for unit in plan.units.values()))
         self._done = 0.0
 
     def through(self, windows: Tensor) -> None:
-        """Compresses every unit of the plan."""
+        """Compresses every unit of the plan, under this rank's windows and the other ranks'."""
         with self._stages("forwards"):
             dense = Stream(embedded(self._blocks, windows, self._offload_dir))
             compressed = CompressedStream(embedded(self._blocks, windows, self._offload_dir))
@@ -156,7 +186,7 @@ class _Run:
     def _layer(self, index: int, dense: Stream, compressed: CompressedStream) -> None:
         dense.blocks, compressed.blocks = (self._blocks.copied(index) for _ in range(2))
         weights = compressed.blocks.weights(index)
-        groups = dense.blocks.groups(index, dense.hidden[:1])
+        groups = common_groups(self._ranks, dense.blocks, index, dense.hidden)
         for stream in (dense, compressed):
             stream.enter(index, groups)
         for group in groups:
@@ -165,7 +195,7 @@ class _Run:
                 continue
             finished = self._finished(here)
             if finished is None:
-                finished = self._compress(self._given(index, group, here, dense, compressed))
+                finished = self._compress(index, group, here, dense, compressed)
             else:
                 with self._stages("forwards"):
                     compressed.look(index, group)
@@ -173,10 +203,38 @@ class _Run:
                 weights[name].copy_(packed.dequantize(torch.float32))
             with self._stages("forwards"):
                 compressed.replaced(index, group)
-        self._check_reached(weights)
+        self._check_reached(weights, groups)
         with self._stages("forwards"):
             for stream in (dense, compressed):
                 stream.advance(index)
+
+    def _compress(
+        self,
+        index: int,
+        group: Group,
+        weights: Mapping[str, Tensor],
+        dense: Stream,
+        compressed: Stream,
+    ) -> dict[str, PackedWeight]:
+        """The linears of a group, each compressed by one rank."""
+        owners = self._ranks.owners({name: weight.numel() for name, weight in weights.items()})
+        own = {name: one for name, one in weights.items() if owners[name] == self._ranks.rank}
+        made: dict[str, _Made] = {}
+        for name, given in self._given(index, group, own, dense, compressed).items():
+            began = time.perf_counter()
+            packed = self._compress_unit(name, given, sum(own[done].numel() for done in made))
+            made[name] = packed, time.perf_counter() - began
+        finished = {}
+        for name in weights:
+            packed, seconds = self._exchange(name, made.get(name), owners[name])
+            if self._store is not None:
+                self._store.put(name, self._key, packed, seconds)
+                # From the file, whose pages need not stay in memory.
+                stored = self._store.get(name, self._key, self._plan.units[name])
+                packed = packed if stored is None else stored[0]
+            self._report(name, packed, seconds)
+            finished[name] = packed
+        return finished
 
     def _given(
         self,
@@ -186,7 +244,7 @@ class _Run:
         dense: Stream,
         compressed: Stream,
     ) -> dict[str, Given]:
-        """What the linears of a group are compressed under, from both streams."""
+        """What these linears of a group are compressed under, from both streams of all ranks."""
         statistics = GroupStatistics(group.in_features, dense.hidden.device)
         for window in range(len(dense.hidden)):
             with self._stages("forwards"):
@@ -198,6 +256,7 @@ class _Run:
                     all_summed=None not in group.taps,
                 )  # fmt: skip
         with self._stages("statistics"):
+            statistics.add_up(self._ranks)
             hessian = statistics.hessian()
             corrections = statistics.corrections(weights)
         return {
@@ -205,24 +264,35 @@ class _Run:
             for name in weights
         }
 
-    def _compress(self, given: Mapping[str, Given]) -> dict[str, PackedWeight]:
-        finished = {}
-        for name, one in given.items():
-            unit = self._plan.units[name]
-            began = time.perf_counter()
-            packed = self._compress_unit(name, unit, one)
-            seconds = time.perf_counter() - began
-            finished[name] = packed
-            if self._store is not None:
-                self._store.put(name, self._key, packed, seconds)
-                # From the file, whose pages need not stay in memory.
-                stored = self._store.get(name, self._key, unit)
-                finished[name] = packed if stored is None else stored[0]
-            self._report(name, packed, seconds)
-        return finished
+    def _exchange(self, name: str, made: _Made | None, owner: int) -> _Made:
+        """What one rank has made of a linear, on all of them."""
+        if self._ranks.count == 1:
+            assert made is not None
+            return made
+        message = None
+        if made is not None:
+            message = made[0].tensors(), {"weight": made[0].facts(), "seconds": made[1]}
+        tensors, facts = self._ranks.tell(message, owner)
+        unit = self._plan.units[name]
+        weight = METHODS[unit.settings.method].weight(
+            **tensors, **facts["weight"], shape=unit.shape
+        )
+        return weight.to(unit.device), facts["seconds"]
 
     def _finished(self, names: Iterable[str]) -> dict[str, PackedWeight] | None:
         """A group's weights from an interrupted run, if all of them are there."""
+        stored = self._stored(names)
+        if not self._ranks.tell(({}, stored is not None))[1]:
+            return None
+        finished = {}
+        for name in names:
+            one = None if stored is None else stored[name]
+            finished[name], seconds = self._exchange(name, one, owner=0)
+            self._report(name, finished[name], seconds, resumed=True)
+        return finished
+
+    def _stored(self, names: Iterable[str]) -> dict[str, _Made] | None:
+        """What rank 0's store has of these linears, if it has them all."""
         if self._store is None:
             return None
         stored = {}
@@ -231,19 +301,18 @@ class _Run:
             if one is None:
                 return None
             stored[name] = one
-        for name, (packed, seconds) in stored.items():
-            self._report(name, packed, seconds, resumed=True)
-        return {name: packed for name, (packed, _) in stored.items()}
+        return stored
 
-    def _compress_unit(self, name: str, unit: Unit, given: Given) -> PackedWeight:
-        size = unit.size
+    def _compress_unit(self, name: str, given: Given, before: int) -> PackedWeight:
+        """Of a linear before which this rank has compressed so many weights of its group."""
+        unit = self._plan.units[name]
         assert given.hessian is not None
         norms = given.hessian.diagonal().clamp(min=0).sqrt()
         try:
             with self._stages("compression"):
                 return unit.settings.compress(
                     unit.weight, norms,
-                    lambda share: self._tell(name, share * size), given,
+                    lambda share: self._tell(name, before + share * unit.size), given,
                 )  # fmt: skip
         except Exception as error:
             raise RuntimeError(
@@ -257,16 +326,18 @@ class _Run:
     def _report(
         self, name: str, packed: PackedWeight, seconds: float, *, resumed: bool = False
     ) -> None:
+        if not self._ranks.first:
+            return
         unit = self._plan.units[name]
         self.weights[name] = packed
         self.layers.append(layer_report(name, unit, packed, seconds, resumed=resumed))
         self._done += packed.shape[0] * packed.shape[1]
         self._tell(name, 0.0)
 
-    def _check_reached(self, linears: Iterable[str]) -> None:
+    def _check_reached(self, linears: Iterable[str], groups: Iterable[Group]) -> None:
         """Raises for a linear that is in no group: experts that no token is routed to."""
-        units = self._plan.units
-        missing = [name for name in linears if name in units and name not in self.weights]
+        reached = {name for group in groups for name in group.names}
+        missing = [name for name in linears if name in self._plan.units and name not in reached]
         if missing:
             raise RuntimeError(
                 f"{missing[0]} was not reached by the calibration text, and the model is "

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nowag_ext.hessian import DAMPING
+from nowag_ext.pipeline.ranks import Ranks
 
 # The Hessian is symmetric: of each block of so many rows only what is right of the diagonal.
 _BLOCK_COLUMNS = 256
@@ -65,6 +66,15 @@ class GroupStatistics:
             if name not in self._lacks:
                 self._lacks[name] = lack.new_zeros(compressed.shape[1], lack.shape[1])
             self._lacks[name].addmm_(compressed.T, lack)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Adds what the other ranks have seen, each in windows of its own (at least one)."""
+        counts = torch.tensor([self.tokens, not self._paired], device="cpu")
+        ranks.add_up([counts])
+        self.tokens, self._paired = int(counts[0]), int(counts[1]) == 0
+        ranks.add_up([self._upper])
+        if self._paired:
+            ranks.add_up(sums for sums in (self._drift, *self._lacks.values()) if sums is not None)
 
     def hessian(self) -> Tensor:
         """E[x~ x~^T], exactly symmetric. Ends the sums, in whose memory it is."""
