@@ -45,7 +45,14 @@ from nowag_ext.methods import LayerSettings
 from nowag_ext.model import compress_model
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
-from nowag_ext.pipeline.ranks import launched, launched_rank, launcher, one_voice, process_group
+from nowag_ext.pipeline.ranks import (
+    launched,
+    launched_rank,
+    launcher,
+    one_voice,
+    process_group,
+    spoken_for,
+)
 from nowag_ext.plan import plan_compression
 from nowag_ext.render import (
     dtype_name,
@@ -153,7 +160,8 @@ def _on_terminate(_number: int, _frame: Any) -> NoReturn:
 
 
 def _say(sentence: str) -> None:
-    _err.print(sentence, soft_wrap=True)
+    if not spoken_for():
+        _err.print(sentence, soft_wrap=True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -63,8 +64,8 @@ class Ranks:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
-        self.count = 1 if group is None else dist.get_world_size(group)
-        self.rank = 0 if group is None else dist.get_rank(group)
+        self.count = 1 if group is None else group.size()
+        self.rank = 0 if group is None else group.rank()
 
     @property
     def first(self) -> bool:
@@ -91,7 +92,7 @@ class Ranks:
                 self._together(partial(dist.all_reduce, tensor))
 
     def tell(self, message: Message | None = None, source: int = 0) -> Message:
-        """What rank ``source`` says, on all ranks: to the others its tensors come on the CPU."""
+        """What rank ``source`` says, in its order, on all ranks; on the others tensors on the CPU."""
         if self.count > 1:
             message = self._tell(message if self.rank == source else None, source)
         assert message is not None
@@ -101,7 +102,8 @@ class Ranks:
         data = b""
         if message is not None:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in message[0].items()}
-            data = save({**tensors, _FACTS: _bytes_tensor(json.dumps(message[1]).encode())})
+            facts = json.dumps([list(tensors), message[1]]).encode()
+            data = save({**tensors, _FACTS: _bytes_tensor(facts)})
         broadcast = partial(dist.broadcast, group_src=source)
         size = torch.tensor([len(data)], dtype=torch.int64)
         self._together(partial(broadcast, size))
@@ -109,8 +111,9 @@ class Ranks:
         self._together(partial(broadcast, body))
         if message is not None:
             return message
-        tensors = load(body.numpy().tobytes())
-        return tensors, json.loads(tensors.pop(_FACTS).numpy().tobytes())
+        tensors = load(body.numpy().tobytes())  # in an order of its own
+        names, said = json.loads(tensors[_FACTS].numpy().tobytes())
+        return {name: tensors[name] for name in names}, said
 
     def _together(self, exchange: Callable[..., Any]) -> None:
         """Begins an exchange and waits for its end, with an ear to signals."""
@@ -170,7 +173,8 @@ def launcher() -> list[str]:
     hosts = os.environ["GROUP_WORLD_SIZE"]
     several = ["--nnodes", hosts, "..."] if hosts != "1" else []
     here = os.environ["LOCAL_WORLD_SIZE"]
-    return ["torchrun", *several, "--nproc-per-node", here, "-m", "nowag_ext"]
+    # Without the "--" Python 3.11's torchrun takes our --d for the beginning of an option of its.
+    return ["torchrun", *several, "--nproc-per-node", here, "-m", "--", "nowag_ext"]
 
 
 @cache
@@ -205,14 +209,16 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Of torchrun's processes one alone speaks: rank 0, or if that stays silent the first to fail.
+    """Of torchrun's processes one alone says why a run ends: rank 0, or if it cannot, another.
 
     What the others print is held back, and shown only if they end with an error and rank 0 does not
-    within seconds. They end after it: torchrun kills the rest once one has failed.
+    within seconds. They end after it: torchrun terminates the rest once one has ended so, and that
+    must not keep this one from speaking. To be open for as long as a process has anything to say.
     """
     if launched() == 1:
         yield
         return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if launched_rank() == 0:
         try:
             yield
@@ -245,3 +251,12 @@ def _may_speak() -> bool:
         return _store().add("speakers", 1) == 1
     except RuntimeError:  # whoever had the store is gone
         return True
+
+
+def spoken_for() -> bool:
+    """Whether another of torchrun's processes has said why the run ends."""
+    if launched() == 1:
+        return False
+    with suppress(RuntimeError):
+        return _store().check(["speakers"])
+    return False
