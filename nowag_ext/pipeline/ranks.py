@@ -92,7 +92,7 @@ class Ranks:
                 self._together(partial(dist.all_reduce, tensor))
 
     def tell(self, message: Message | None = None, source: int = 0) -> Message:
-        """What rank ``source`` says, in its order, on all ranks; on the others tensors on the CPU."""
+        """What rank ``source`` says, on all ranks; to the others its tensors come on the CPU."""
         if self.count > 1:
             message = self._tell(message if self.rank == source else None, source)
         assert message is not None
@@ -137,7 +137,12 @@ def common_groups(ranks: Ranks, blocks: Blocks, index: int, hidden: Tensor) -> l
     """``Blocks.groups`` of rank 0's first window, on all ranks."""
     found = blocks.groups(index, hidden[:1]) if ranks.first else []
     _, said = ranks.tell(({}, [asdict(group) for group in found]))
-    return [Group(tuple(one["names"]), one["in_features"], tuple(one["taps"])) for one in said]
+    return [Group(**{name: _as_tuple(value) for name, value in one.items()}) for one in said]
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON has lists alone."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 @contextmanager
