@@ -135,7 +135,7 @@ def _reported(command: Command) -> Command:
             terminated = isinstance(stop, _Terminated)
             why = "Terminated" if terminated else "Interrupted"
             if terminated and launched() > 1:
-                why += ", as torchrun does with all processes when one has ended"
+                why += " by torchrun: it was ended itself, or another process has ended"
             _say(f"{why}.{_how_to_go_on(stop)}")
             raise typer.Exit(143 if terminated else 130) from None
         except (typer.Exit, typer.Abort):

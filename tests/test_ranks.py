@@ -302,10 +302,9 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_there(work: Path, tmp_
     assert whole.stdout.count("Calibrating on 6 windows") == 1
     assert whole.stdout.count("The checkpoint, report.json and layers.csv are in") == 1
     for failing, sentence in {
-        "1 killed": "Error: another process of this run has ended|Terminated, as torchrun does",
-        "0 killed": "Error: another process of this run has ended|Terminated, as torchrun does",
+        "1 killed": "Error: another process of this run has ended|Terminated by torchrun: ",
+        "0 killed": "Error: another process of this run has ended|Terminated by torchrun: ",
         "1 raises": "Error: MemoryError: there is none left",
-        "0 raises": "Error: MemoryError: there is none left",
     }.items():
         began = time.monotonic()
         run = torchrun(work, *given, failing=failing)
@@ -363,5 +362,5 @@ def test_interrupts_end_all_of_them(work: Path, tmp_path: Path) -> None:
     began = time.monotonic()
     _, stderr = process.communicate(timeout=120)
     assert time.monotonic() - began < 20
-    assert len(re.findall(r"^Terminated, as torchrun does.*go on with", stderr, re.MULTILINE)) == 1
+    assert len(re.findall(r"^Terminated by torchrun: .*go on with", stderr, re.MULTILINE)) == 1
     assert (tmp_path / "out.partial").is_dir()

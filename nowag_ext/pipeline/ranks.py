@@ -36,7 +36,7 @@ _POLL = 0.001
 
 # A rank may wait for as long as another works. That the other has died shows by its connections,
 # which are closed then, not by a time limit.
-_LONGEST_WAIT = timedelta(days=30)
+_LONGEST_WAIT = timedelta(days=1)
 
 # Seconds that other ranks give rank 0 to say why a run ends.
 _PATIENCE = 5.0
@@ -117,8 +117,8 @@ class Ranks:
 
     def _together(self, exchange: Callable[..., Any]) -> None:
         """Begins an exchange and waits for its end, with an ear to signals."""
+        work = exchange(group=self._group, async_op=True)
         try:
-            work = exchange(group=self._group, async_op=True)
             while not work.is_completed():
                 time.sleep(_POLL)
             work.wait()
