@@ -43,8 +43,9 @@ def train_codebook(
         share: of each layer's rows to train on, evenly spaced, in (0, 1].
         iters: most iterations; stops earlier once no code changes.
         init, seed: as for ``vq_compress``.
-        progress: called after every iteration with the number of iterations done, the most there
-            can be, and the relative objective.
+        progress: called before the starting codebook is drawn and after every iteration with the
+            number of iterations done, the most there can be, and the relative objective, at first
+            infinite.
 
     Raises:
         TypeError, ValueError: as ``vq_compress`` for unfit layers or settings; a share outside
@@ -78,5 +79,6 @@ def train_codebook(
         if progress is not None:
             progress(iteration, iters, objective)
 
+    report(0, math.inf)
     start = ops.kmeans_seed(points.w, points.h, entries, d, init, seed)
     return Codebook(half_entries(points.improve(start, iters, report)), name)

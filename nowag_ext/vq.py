@@ -166,8 +166,10 @@ def vq_compress(
             [in_features, in_features] on W's device; symmetric, positive semi-definite.
         extra: with a Hessian only: what to add to W for the target, fp32 [out_features,
             in_features], such as a correction for the errors of layers before this one.
-        progress: called after every iteration with the number of iterations done in all runs, the
-            most there can be, and the relative objective.
+        progress: called before each run's starting codebook is drawn, which takes as long as some
+            iterations (of 65536 entries minutes), and after every iteration, with the number of
+            iterations done in all runs, the most there can be, and the relative objective; before a
+            run has one it is infinite.
 
     Raises:
         TypeError: a wrong type or dtype of W, act_norms, codebook, hessian or extra.
@@ -348,6 +350,7 @@ def _best_of(
             if progress is not None:
                 progress(before + iteration, n_init * iters, objective)
 
+        report(0, math.inf)
         start_seed = (seed + start * _SEED_STRIDE) % 2**63
         codebook = ops.kmeans_seed(points.w, points.h, entries, points.d, init, start_seed)
         result = points.run(codebook, iters, report)

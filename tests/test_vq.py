@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,19 +107,33 @@ def test_stops_when_nothing_changes() -> None:
     assert vq.history[-1] <= vq.history[0]
 
 
-def test_progress_sees_every_iteration_and_can_stop() -> None:
+def test_progress_sees_seeding_and_every_iteration_and_can_stop() -> None:
     weight, act_norms = layer()
     seen: list[tuple[int, int, float]] = []
     vq = vq_compress(
         weight, act_norms, d=2, bits=2, iters=4, progress=lambda *state: seen.append(state)
     )
-    assert seen == [(i + 1, 4, value) for i, value in enumerate(vq.history)]
+    assert seen == [(i, 4, value) for i, value in enumerate([math.inf, *vq.history])]
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         vq_compress(weight, act_norms, d=2, bits=2, progress=interrupt)
+
+
+def test_progress_of_several_runs_says_when_each_is_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, act_norms = layer()
+    seen: list[Any] = []
+    seed = ops.kmeans_seed
+    monkeypatch.setattr(ops, "kmeans_seed", lambda *given: (seen.append("seeded"), seed(*given))[1])
+    vq_compress(
+        weight, act_norms, d=2, bits=2, iters=1, n_init=2,
+        progress=lambda *told: seen.append((*told[:2], told[2] == math.inf)),
+    )  # fmt: skip
+    assert seen == [
+        (0, 2, True), "seeded", (1, 2, False), (1, 2, True), "seeded", (2, 2, False),
+    ]  # fmt: skip
 
 
 def test_empty_entries_are_reseeded() -> None:

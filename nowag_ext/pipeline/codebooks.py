@@ -105,7 +105,8 @@ class SharedCodebooks:
 
             def report(iteration: int, iters: int, _objective: float, name: str = name) -> None:
                 if progress is not None:
-                    progress(f"codebook {name}", iteration, iters)
+                    now = "" if iteration else " being seeded"
+                    progress(f"codebook {name}{now}", iteration, iters)
 
             trained[name] = train_codebook(
                 ((unit.weight, unit.act_norms) for unit in served),
