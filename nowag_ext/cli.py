@@ -64,6 +64,7 @@ from nowag_ext.render import (
 )
 from nowag_ext.resume import LayerStore, open_store, run_key, work_directory
 from nowag_ext.source import mixed_batches, named_dtype, open_dense_model, open_model
+from nowag_ext.startup import raise_again
 from nowag_ext.text import Text
 from nowag_ext.version import __version__
 
@@ -127,6 +128,7 @@ def _reported(command: Command) -> Command:
     def run(*args: Any, **kwargs: Any) -> Any:
         before = signal.signal(signal.SIGTERM, _on_terminate)
         try:
+            raise_again()
             _quiet_libraries()
             if launched() > 1 and command.__name__ != "compress":
                 raise ValueError("torchrun is for compress alone: start this without it.")
