@@ -75,9 +75,24 @@ def load_dense_model(
 ) -> tuple[Any, Any]:
     """A dense model, in eval mode, and its tokenizer: from a directory, the hub or a .gguf file.
 
+    The tokenizer is None where there is none. Arguments and errors are those of ``dense_model``.
+    """
+    model = dense_model(path_or_id, dtype, offload_folder=offload_folder, **kwargs)
+    return model, load_tokenizer(path_or_id, **kwargs)
+
+
+def dense_model(
+    path_or_id: str | os.PathLike[str],
+    dtype: torch.dtype | str = "auto",
+    *,
+    offload_folder: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A dense model, in eval mode, from a directory, the hub or a .gguf file.
+
     A GGUF file's weights are dequantised to ``dtype`` ("auto": float32), and the model is an
-    ordinary one. The tokenizer is None where there is none. Weights are read from safetensors and
-    GGUF files alone. kwargs are those of ``load``.
+    ordinary one. Weights are read from safetensors and GGUF files alone. kwargs are those of
+    ``load``.
 
     With an ``offload_folder`` the decoder layers stay on disk, and are read when they are needed
     (offload.py): from the checkpoint itself, or, where transformers converts its tensors, from that
@@ -100,16 +115,21 @@ def load_dense_model(
             "needed."
         )
     if offload_folder is not None:
-        with _explained(path_or_id), torch.device("meta"):
-            trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-            config = AutoConfig.from_pretrained(path_or_id, **trust)
-            shape = AutoModelForCausalLM.from_config(config, **trust)
+        shape = model_outline(path_or_id, trust_remote_code=kwargs.get("trust_remote_code", False))
         kwargs = {
             "device_map": layers_on_disk(shape), "offload_folder": offload_folder, **kwargs
         }  # fmt: skip
     model = _load_complete(path_or_id, dtype=dtype, **kwargs)
     model.nowag_source = source_folder(path_or_id, **kwargs)
-    return model, load_tokenizer(path_or_id, **kwargs)
+    return model
+
+
+def model_outline(path_or_id: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The dense model of a configuration on the meta device; ValueError for one unknown here."""
+    with _explained(path_or_id), torch.device("meta"):
+        trust = {"trust_remote_code": trust_remote_code}
+        config = AutoConfig.from_pretrained(path_or_id, **trust)
+        return AutoModelForCausalLM.from_config(config, **trust)
 
 
 def is_compressed(path_or_id: str | os.PathLike[str]) -> bool:
@@ -135,6 +155,7 @@ def load_tokenizer(
     path = Path(path_or_id)
     with _explained(path_or_id, "the tokenizer of "):
         if path.suffix == ".gguf":
+            _check_gguf(path)
             # Alone in a folder: transformers would take other models' vocabularies for this one's.
             with TemporaryDirectory() as alone:
                 (Path(alone) / path.name).symlink_to(path.resolve())
@@ -156,11 +177,15 @@ def _quantization(config: Mapping[str, Any]) -> Any:
     return quantization
 
 
-def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+def _check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
     check_no_adapter(path.parent)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> Any:
+    _check_gguf(path)
     try:
         # Where transformers can keep GGUF blocks packed, it must be told to unpack them.
         from transformers import GgufConfig
@@ -171,12 +196,11 @@ def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> 
     try:
         model = _load_complete(path.parent, gguf_file=path.name, dtype=dtype, **kwargs)
         model.nowag_source = path
-        tokenizer = load_tokenizer(path)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever the parser stumbled over
         raise ValueError(f"{path} is damaged, or of a model unknown here: {error}") from error
-    return model, tokenizer
+    return model
 
 
 def _load_complete(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ from nowag_ext.checkpoint import save_compressed, save_dense
 from nowag_ext.decoder import check_patterns, decoder_linears, matches
 from nowag_ext.demo import Effort, run_demo
 from nowag_ext.environment import describe_environment
-from nowag_ext.evaluate import perplexity
+from nowag_ext.evaluate import perplexity, split_windows
 from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
 from nowag_ext.forecast import skeleton, written_bytes
 from nowag_ext.gemm import gemm_dtype
@@ -63,7 +63,13 @@ from nowag_ext.render import (
     stages_text,
 )
 from nowag_ext.resume import LayerStore, open_store, run_key, work_directory
-from nowag_ext.source import mixed_batches, named_dtype, open_dense_model, open_model
+from nowag_ext.source import (
+    mixed_batches,
+    named_dtype,
+    open_dense_model,
+    open_model,
+    open_tokenizer,
+)
 from nowag_ext.startup import raise_again
 from nowag_ext.text import Text
 from nowag_ext.version import __version__
@@ -265,9 +271,12 @@ def calibrate(
     with _kept(target, resume) as store:
         texts = _open_texts(text)
         store.begin(_made_with(model, dtype, texts, samples, length, seed))
-        with loading(_err, model):
-            loaded, tokenizer = open_dense_model(model, dtype, trust_remote_code=trust_remote_code)
+        tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
         windows = _windows(tokenizer, texts, samples, length, seed)
+        with loading(_err, model):
+            loaded, _ = open_dense_model(
+                model, dtype, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+            )
         statistics = _calibrate(loaded, windows, store)
         statistics.save(target)
         store.clear()
@@ -367,19 +376,21 @@ def compress(
         outline = skeleton(model, named_dtype(dtype))
         if outline is not None:
             check(outline)
+        tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+        windows: list[Tensor] = []
+        if texts:
+            windows = _windows(tokenizer, texts, samples, length, sample_seed)
         group = running.enter_context(process_group())
         # Layers stay on disk, but where calibration goes through all of them for every window.
         in_memory = recipe == "paper" and norms is None
         with loading(_err, model):
-            loaded, tokenizer = open_dense_model(
-                model, dtype, offload_folder=None if in_memory else converted,
+            loaded, _ = open_dense_model(
+                model, dtype, tokenizer=tokenizer,
+                offload_folder=None if in_memory else converted,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
         if outline is None:
             check(loaded)
-        windows: list[Tensor] = []
-        if texts:
-            windows = _windows(tokenizer, texts, samples, length, sample_seed)
         common: dict[str, Any] = {
             "overrides": overrides, "min_coverage": min_coverage, "work_dir": store, **settings,
         }  # fmt: skip
@@ -570,11 +581,15 @@ def evaluate(
 ) -> None:
     """Perplexity of a model, compressed or dense, on a text file."""
     (document,) = _open_texts([text])
-    with loading(_err, model):
-        loaded, tokenizer = open_model(model, dtype, trust_remote_code=trust_remote_code)
-    _advise_dtype(loaded, "nowag-ext eval --dtype float32")
+    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
     with _option("--text"):
         tokens = document.tokens(tokenizer, None if windows is None else windows * window)
+    split_windows(tokens, window, windows)  # raises for what cannot be, before weights are read
+    with loading(_err, model):
+        loaded, _ = open_model(
+            model, dtype, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+        )
+    _advise_dtype(loaded, "nowag-ext eval --dtype float32")
     with progress_bar(_err) as progress:
         result = perplexity(loaded, tokens, window=window, windows=windows, progress=progress)
     _out.print(f"perplexity {result.perplexity:.4f}")
@@ -595,9 +610,12 @@ def generate(
 ) -> None:
     """Text from a model, compressed or dense, and its speed."""
     check_generation(max_new_tokens, temperature)
-    with loading(_err, model):
-        loaded, tokenizer = open_model(model, dtype, trust_remote_code=trust_remote_code)
+    tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
     ids = encode_prompt(tokenizer, prompt, chat=chat)
+    with loading(_err, model):
+        loaded, _ = open_model(
+            model, dtype, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+        )
     run = generate_text(
         loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
     )

@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nowag_ext.checkpoint import is_compressed, load, load_dense_model, load_tokenizer
+from nowag_ext.checkpoint import (
+    dense_model,
+    is_compressed,
+    load,
+    load_tokenizer,
+    model_outline,
+)
 from nowag_ext.evaluate import split_windows
+from nowag_ext.stored import checked_config
 
 DTYPES: dict[str, torch.dtype | str] = {
     "auto": "auto",
@@ -30,44 +37,72 @@ def named_dtype(name: str) -> torch.dtype | str:
     return DTYPES[name]
 
 
+def open_tokenizer(source: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, compressed or dense, whose weights are not read.
+
+    Raises:
+        OSError: there is no such model.
+        ValueError: it has no tokenizer, or a damaged one, or its configuration is none that can be
+            loaded, or it brings code that is not trusted.
+    """
+    _check_found(source)
+    if Path(source).suffix != ".gguf":
+        checked_config(source)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        # Where the model is of no use either, that is the first thing to know.
+        model_outline(source, trust_remote_code=trust_remote_code)
+        raise ValueError(f"there is no tokenizer beside the model {os.fspath(source)}.")
+    return tokenizer
+
+
 def open_dense_model(
     source: str | os.PathLike[str],
     dtype: str = "auto",
     *,
+    tokenizer: Any = None,
     offload_folder: str | os.PathLike[str] | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A dense model and its tokenizer from a directory, a hub id or a .gguf file.
 
-    With an ``offload_folder`` decoder layers stay on disk (``load_dense_model``).
+    With an ``offload_folder`` decoder layers stay on disk (``dense_model``). A tokenizer that is
+    given (``open_tokenizer``) is not read again.
 
     Raises:
         OSError: there is no such model.
         ValueError: it is already compressed, has no tokenizer, or brings code that is not trusted.
     """
-    _check_found(source)
-    model, tokenizer = load_dense_model(
+    if tokenizer is None:
+        tokenizer = open_tokenizer(source, trust_remote_code=trust_remote_code)
+    model = dense_model(
         source, dtype=named_dtype(dtype), offload_folder=offload_folder,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return model, _require_tokenizer(source, tokenizer)
+    return model, tokenizer
 
 
 def open_model(
-    source: str | os.PathLike[str], dtype: str = "auto", *, trust_remote_code: bool = False
+    source: str | os.PathLike[str],
+    dtype: str = "auto",
+    *,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """A model, compressed or dense, and its tokenizer.
+    """A model, compressed or dense, and its tokenizer, which may be given (``open_tokenizer``).
 
     Raises:
         OSError: there is no such model.
         ValueError: it has no tokenizer, is damaged, or brings code that is not trusted.
     """
-    _check_found(source)
+    if tokenizer is None:
+        tokenizer = open_tokenizer(source, trust_remote_code=trust_remote_code)
     if not is_compressed(source):
-        return open_dense_model(source, dtype, trust_remote_code=trust_remote_code)
+        return open_dense_model(
+            source, dtype, tokenizer=tokenizer, trust_remote_code=trust_remote_code
+        )
     model = load(source, dtype=named_dtype(dtype), trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-    return model, _require_tokenizer(source, tokenizer)
+    return model, tokenizer
 
 
 def calibration_batches(
@@ -116,9 +151,3 @@ def _check_found(source: str | os.PathLike[str]) -> None:
             f"there is no model {os.fspath(source)}: no directory or .gguf file of this name "
             "exists, and the hub (or its cache here) gave no model of this name."
         ) from None
-
-
-def _require_tokenizer(source: str | os.PathLike[str], tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise ValueError(f"there is no tokenizer beside the model {os.fspath(source)}.")
-    return tokenizer

@@ -548,6 +548,58 @@ def test_room_is_looked_for_before_the_model_is_read(
     assert needed == sum(tensors.values()) + model.nowag_report.bytes
 
 
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing reads weights."""
+    for function in ("dense_model", "load"):
+        monkeypatch.setattr(f"nowag_ext.source.{function}", None)
+
+
+WITH_TEXT: dict[str, list[str]] = {
+    "calibrate": ["-o", "out"], "compress": ["-o", "out"], "eval": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", WITH_TEXT)
+def test_a_short_text_is_refused_before_weights_are_read(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unread: None, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("It is.")
+    long = ["--text", work / "text.txt"] if command != "eval" else []
+    fails_with(
+        r"the text has \d+ tokens, less than one window of 64",
+        command, work / "model", *long, "--text", "short.txt", *WITH_TEXT[command],
+        "--window" if command == "eval" else "--length", 64,
+    )  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
+
+
+@pytest.mark.parametrize("command", [*WITH_TEXT, "generate", "compress from statistics"])
+def test_a_missing_tokenizer_is_found_before_weights_are_read(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unread: None, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_llama().save_pretrained("model")
+    given = ["--text", work / "text.txt", *WITH_TEXT.get(command, [])]
+    if command == "generate":
+        given = ["--prompt", "It"]
+    elif command == "compress from statistics":
+        given = ["--act-norms", work / "stats.safetensors", "-o", "out", *VQ]
+    fails_with("there is no tokenizer beside the model model", command.split()[0], "model", *given)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_prompt_is_refused_before_weights_are_read(
+    work: Path, tmp_path: Path, unread: None
+) -> None:
+    shutil.copytree(work / "model", tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    fails_with("has no chat template: leave --chat out",
+               "generate", tmp_path / "model", "--prompt", "It", "--chat")  # fmt: skip
+    fails_with("the prompt is empty", "generate", tmp_path / "model", "--prompt", "")
+
+
 def test_a_model_of_another_kind_is_refused_briefly(tmp_path: Path) -> None:
     """transformers lists all models that it has; one sentence is enough."""
     (tmp_path / "model").mkdir()
