@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nowag_ext import ops
-from nowag_ext.hessian import factorise
+from nowag_ext.hessian import factorise, product
 
 # Columns settled one after another; what lies before them comes in by one matrix product.
 _BLOCK_COLUMNS = 128
@@ -185,7 +185,7 @@ def _descend(
 ) -> Tensor:
     """What to add to the kept values; all fp32 [rows, n]."""
     change = torch.zeros_like(error)
-    residual = error @ metric
+    residual = product(error, metric)
     left = float((residual * error).sum(dtype=torch.float64))
     residual *= mask
     start = residual.clone()
@@ -195,7 +195,7 @@ def _descend(
     enough = _CONVERGED * size
     for _ in range(iterations):
         active = size > enough
-        image = (direction @ metric).mul_(mask)
+        image = product(direction, metric).mul_(mask)
         curvature = (image * direction).sum(1)
         length = torch.where(active & (curvature > 0), size / curvature, 0)
         change.addcmul_(direction, length[:, None])

@@ -18,9 +18,12 @@ import pytest
 import torch
 from compare import assert_same_bits
 from cpu_stub import operations
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nowag_ext
-from nowag_ext import ops
+from nowag_ext import hessian, ops
+from nowag_ext.pipeline import statistics
+from nowag_ext.pipeline.statistics import GroupStatistics
 
 CPU = Path(__file__).resolve().parent.parent / "csrc" / "cpu"
 
@@ -181,6 +184,63 @@ def test_the_same_call_again(alarm: Callable[[float], None], threads: int) -> No
     warm(codes, sums)
     assert_same_bits(codes, right[0])
     assert_same_bits(sums, right[1])
+
+
+# Multiplications and additions by the shapes of the operands.
+_WORK: dict[str, Callable[..., int]] = {
+    "mm": lambda a, b: a[0] * a[1] * b[1],
+    "addmm": lambda _, a, b: a[0] * a[1] * b[1],
+    "linalg_cholesky_ex": lambda a: a[0] ** 3 // 3,
+    "linalg_solve_triangular": lambda a, b: a[0] ** 2 * b[1],
+    "cholesky_solve": lambda b, a: 2 * a[0] ** 2 * b[1],
+}
+
+
+class _Longest(TorchDispatchMode):
+    """The most of these that one of torch's operations does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name in _WORK:
+            work = _WORK[name](*(tuple(x.shape) for x in args if isinstance(x, torch.Tensor)))
+            self.seen[name] = max(self.seen.get(name, 0), work)
+        return func(*args, **(kwargs or {}))
+
+
+def correct(W: torch.Tensor, x: torch.Tensor) -> None:
+    seen = GroupStatistics(W.shape[1], W.device)
+    residual = {"residual": x[:, : len(W)]}
+    seen.add_pair(x + 1, x, residual, residual, all_summed=False)
+    assert set(seen.corrections({"residual": W, "other": W})) == {"residual", "other"}
+
+
+UNDER_A_HESSIAN: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]] = {
+    "vq": lambda W, x, H: nowag_ext.vq_compress(
+        W, H.diagonal().sqrt(), d=4, bits=1, hessian=H, codebook=torch.randn(16, 4)
+    ),
+    "prune": lambda W, x, H: nowag_ext.prune(W, H.diagonal().sqrt(), sparsity=0.5, hessian=H),
+    "corrections": lambda W, x, H: correct(W, x),
+}
+
+
+@pytest.mark.parametrize("call", UNDER_A_HESSIAN.values(), ids=UNDER_A_HESSIAN.keys())
+def test_torch_is_given_work_in_parts(monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    """Signals are answered between calls only: none does all of a layer's products or factor."""
+    rows, inputs = 600, 1100
+    monkeypatch.setattr(hessian, "_AT_ONCE", 0)
+    monkeypatch.setattr(statistics, "_PART", 100 * inputs**2)
+    x = normal(rows, inputs)
+    H = x.T @ x / rows
+    with _Longest() as longest:
+        call(normal(rows, inputs, seed=1), x, H)
+    assert longest.seen.keys() >= {"linalg_cholesky_ex", "linalg_solve_triangular"}
+    assert max(longest.seen.values()) <= rows * inputs * 512, longest.seen
 
 
 def test_what_polling_throws_becomes_a_status() -> None:

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nowag_ext.hessian import DAMPING
+from nowag_ext.hessian import DAMPING, cholesky_
 from nowag_ext.pipeline.ranks import Ranks
 
 # The Hessian is symmetric: of each block of so many rows only what is right of the diagonal.
 _BLOCK_COLUMNS = 256
+
+# Rows of a weight that are corrected at once, times the square of its inputs: signals are answered
+# in between, within a second.
+_PART = 1 << 34
 
 
 class GroupStatistics:
@@ -60,12 +64,12 @@ class GroupStatistics:
         if not all_summed:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._upper)
-            self._drift.addmm_(compressed.T, dense - compressed)
+            _add_product(self._drift, compressed, dense - compressed)
         for name, wanted in dense_sums.items():
             lack = wanted - compressed_sums[name]
             if name not in self._lacks:
                 self._lacks[name] = lack.new_zeros(compressed.shape[1], lack.shape[1])
-            self._lacks[name].addmm_(compressed.T, lack)
+            _add_product(self._lacks[name], compressed, lack)
 
     def add_up(self, ranks: Ranks) -> None:
         """Adds what the other ranks have seen, each in windows of its own (at least one)."""
@@ -98,18 +102,27 @@ class GroupStatistics:
             return {}
         lower = self.hessian().clone()
         lower.diagonal().add_(DAMPING * float(lower.diagonal().mean()))
-        # In place: LAPACK's matrices are column by column, and this one is symmetric.
-        lower = lower.mT
-        info = torch.empty((), dtype=torch.int32, device=lower.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, info))
-        if int(info) != 0:
+        if not cholesky_(lower):
             return {}
+        step = max(1, _PART // len(lower) ** 2)
         corrections = {}
         for name, weight in weights.items():
-            lack = self._lacks.get(name)
-            if lack is None:
-                if self._drift is None:
-                    continue
-                lack = self._drift @ weight.float().T
-            corrections[name] = torch.cholesky_solve(lack / self.tokens, lower).T.contiguous()
+            sums = self._lacks.get(name, self._drift)
+            if sums is None:
+                continue
+            correction = corrections[name] = lower.new_empty(weight.shape)
+            for first in range(0, len(weight), step):
+                here = slice(first, first + step)
+                # LAPACK's matrices are column by column: it reads the factor as it lies.
+                own = name in self._lacks
+                lack = sums[:, here] if own else sums @ weight[here].float().T
+                solved = torch.cholesky_solve(lack / self.tokens, lower.mT, upper=True)
+                correction[here] = solved.T
         return corrections
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right, a few rows at a time, between which signals are answered."""
+    for first in range(0, len(total), _BLOCK_COLUMNS):
+        here = slice(first, first + _BLOCK_COLUMNS)
+        total[here].addmm_(left[:, here].T, right)
