@@ -7,6 +7,7 @@ and hooks that read them from the checkpoint's own files for the time of a forwa
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -22,7 +23,8 @@ def layers_on_disk(model: nn.Module) -> dict[str, str]:
     """The device_map for a model like this one (on the meta device, say) to be read layer by layer.
 
     All of it is in memory but the decoder layers; those too where a module around them has
-    parameters of its own, which no such map can name apart from the layers.
+    parameters of its own, which no such map can name apart from the layers, and where a layer
+    shares a parameter, which accelerate does not find again.
     """
     lists = {name.rpartition(".")[0] for name in decoder_layers(model)}
     places: dict[str, str] = {}
@@ -39,7 +41,23 @@ def layers_on_disk(model: nn.Module) -> dict[str, str]:
                 places[name] = "disk" if name in lists else "cpu"
 
     place("", model)
-    return places if apart else {"": "cpu"}
+    return places if apart and not _shares(model, lists) else {"": "cpu"}
+
+
+def _shares(model: nn.Module, lists: set[str]) -> bool:
+    """Whether a parameter within these lists of layers goes by another name, too."""
+    every = dict(model.named_parameters(remove_duplicate=False))
+    times = Counter(map(id, every.values()))
+    within = tuple(f"{name}." for name in lists)
+    return any(times[id(p)] > 1 for name, p in every.items() if name.startswith(within))
+
+
+@contextmanager
+def own_parameters(module: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """A module's own parameters by name, read from disk if they are there, while this is open."""
+    with align_module_device(module):
+        own = module._parameters.items()
+        yield {name: parameter for name, parameter in own if parameter is not None}
 
 
 @contextmanager

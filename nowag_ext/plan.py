@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nowag_ext.decoder import check_patterns, decoder_linears, decoder_weights, matches
 from nowag_ext.methods import LayerSettings, Settings
 from nowag_ext.normalize import as_importance, as_weight
-from nowag_ext.offload import device_of, weight_of
+from nowag_ext.offload import device_of, own_parameters, weight_of
 from nowag_ext.weight_reads import weight_readers, weight_readers_text
 
 _SHOWN = 3  # names in a sentence about many
@@ -93,9 +93,7 @@ def plan_compression(
         name: _check_layer(name, linear, act_norms, settings.of(name), shared_codebooks)
         for name, linear in linears.items()
     }
-    reached = {id(linear.weight) for linear in linears.values()}
-    rest = {name: p for name, p in model.named_parameters() if id(p) not in reached}
-    check_finite(rest, "must be finite, but it")
+    _check_rest(model, {f"{name}.weight" for name in linears})
     total = sum(weight.numel() for _, weight in decoder_weights(model))
     return Plan(settings.default, units, ignored, not_reached, total)
 
@@ -146,8 +144,15 @@ def _check_shared(model: nn.Module, linears: Mapping[str, nn.Linear]) -> None:
     owners: dict[int, set[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), set()).add(name)
+    # Of weights on disk transformers alone knows, by one name of each, once they have been read.
+    tied: dict[str, set[str]] = {}
+    for alias, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        tied.setdefault(source, {source}).add(alias)
+    by_name = {name: names for names in tied.values() for name in names}
     for name, linear in linears.items():
         names = owners[id(linear.weight)]
+        if linear.weight.is_meta:
+            names = names | by_name.get(f"{name}.weight", set())
         if len(names) > 1:
             raise ValueError(
                 f"{name} shares its weight with {', '.join(sorted(names - {f'{name}.weight'}))}: "
@@ -164,6 +169,18 @@ def check_weight_reads(model: Any, linears: Mapping[str, nn.Linear]) -> None:
             f"{weight_readers_text(readers)}: leave it dense with ignore={parts} "
             f"({' '.join(f'--ignore {part}' for part in parts)})."
         )
+
+
+def _check_rest(model: nn.Module, weights: set[str]) -> None:
+    """Raises for a parameter other than these that is not finite, wherever it lies."""
+    rest = {name for name, _ in model.named_parameters()} - weights
+    for prefix, module in model.named_modules():
+        names = {f"{prefix}.{own}".lstrip("."): own for own in module._parameters}
+        if rest.isdisjoint(names):
+            continue
+        with own_parameters(module) as own:
+            found = {full: own[name] for full, name in names.items() if full in rest}
+            check_finite(found, "must be finite, but it")
 
 
 def check_finite(parameters: Mapping[str, Tensor], what: str) -> None:

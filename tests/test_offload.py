@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from compare import assert_same_bits
 from tiny_models import ARCHITECTURES, logits, random_act_norms, tiny_model, tiny_tokens
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import nowag_ext
 from nowag_ext import compress, compress_model
@@ -46,6 +48,77 @@ def test_a_parameter_beside_the_layers_keeps_them_in_memory() -> None:
     assert layers_on_disk(model)["model.layers"] == "disk"
     model.model.register_parameter("scale", nn.Parameter(torch.ones(2)))
     assert layers_on_disk(model) == {"": "cpu"}
+
+
+def tied(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str]
+) -> tuple[Any, dict[str, Any]]:
+    """A tiny model that ties these parameters too, saved; how to have its layers left on disk."""
+    every = {"lm_head.weight": "model.embed_tokens.weight", **keys}
+    monkeypatch.setattr(LlamaForCausalLM, "_tied_weights_keys", every)
+    model = tiny_model()
+    for alias, source in keys.items():
+        assert model.get_parameter(alias) is model.get_parameter(source)
+    model.save_pretrained(directory / "dense")
+    where = {"device_map": {**layers_on_disk(tiny_model("qwen3")), "model.rotary_emb": "cpu"}}
+    return model, {**where, "offload_folder": directory / "converted"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model.layers.0.input_layernorm.weight": "model.norm.weight"},
+        {"model.norm.weight": "model.layers.0.input_layernorm.weight"},
+        {"model.layers.1.input_layernorm.weight": "model.layers.0.input_layernorm.weight"},
+    ],
+    ids=["of memory in a layer", "of a layer in memory", "of a layer in another"],
+)
+def test_layers_that_share_a_parameter_are_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, str]
+) -> None:
+    dense, _ = tied(tmp_path, monkeypatch, keys)
+    model, _ = load_dense_model(tmp_path / "dense", offload_folder=tmp_path / "converted")
+    assert held(model) == {name for name, _ in model.named_parameters()}
+    assert_same_bits(logits(model), logits(dense))
+    for one in (model, dense):
+        compress(one, tiny_tokens(8, 16), **SETTINGS)
+    save_compressed(model, None, tmp_path / "out")
+    assert_same_state(nowag_ext.load(tmp_path / "out"), dense)
+
+
+def test_weights_shared_on_disk_are_refused_though_they_have_been_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate forgets that they are one when it puts them back."""
+    one, other = (f"model.layers.{index}.mlp.up_proj" for index in range(2))
+    _, where = tied(tmp_path, monkeypatch, {f"{other}.weight": f"{one}.weight"})
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "dense", **where)
+    assert model.get_parameter(f"{one}.weight").is_meta
+    logits(model)
+    sentence = f"{re.escape(one)} shares its weight with {re.escape(other)}.weight: ignore"
+    with pytest.raises(ValueError, match=sentence):
+        compress(model, tiny_tokens(8, 16), **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.input_layernorm.weight", "model.layers.0.self_attn.k_proj.bias",
+        "model.layers.1.self_attn.v_proj.weight", "model.layers.0.mlp.up_proj.weight",
+        "model.norm.weight",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_a_parameter_that_is_not_finite_is_named(tmp_path: Path, name: str, value: float) -> None:
+    dense = tiny_model()
+    dense.get_parameter(name).data.view(-1)[3] = value
+    dense.save_pretrained(tmp_path / "dense")
+    model, _ = load_dense_model(tmp_path / "dense", offload_folder=tmp_path / "converted")
+    before = held(model)
+    subject = name if "up_proj" not in name else "model.layers.0.mlp.up_proj: W"
+    with pytest.raises(ValueError, match=f"^{re.escape(subject)} must be finite, but it holds a"):
+        compress(model, tiny_tokens(8, 16), ignore=("v_proj",), **SETTINGS)
+    assert held(model) == before
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
