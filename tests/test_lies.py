@@ -269,3 +269,75 @@ def test_vq(d: int, bits: int, value: float, what: int, tokens: int, seed: int) 
     ops.vq_linear_grad(torch.randn(tokens, 37, generator=draw), *vq)
     ops.vq_dequantize(*vq, torch.float32)
     assert ops.unpack_codes(vq[0], 37).shape == (37, vq[0].shape[1])
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """The same, but for where its elements begin."""
+    moved = torch.frombuffer(
+        bytearray(tensor.nbytes + 1), dtype=tensor.dtype, count=tensor.numel(), offset=1
+    ).view(tensor.shape)
+    return moved.copy_(tensor)
+
+
+def operands_of_everything() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
+    """Every operation, with operands that it takes."""
+    draw = generator(0)
+    W, bitmap, offsets, values = sparse(6, 72, 0.5, torch.float32, draw)
+    vq, x, bias = random_vq(37, 50, 4, 2, 0), torch.randn(2, 50), torch.randn(37)
+    w, h, codebook = torch.randn(40, 12, generator=draw), torch.ones(12), torch.randn(16, 4)
+    codes, gaps = torch.zeros(40, 3, dtype=torch.uint16), torch.zeros(40, 3)
+    sums = torch.ones(16, 9, dtype=torch.int64)
+    of_feedback = torch.zeros(16, ops.feedback_sums_columns(4), dtype=torch.int64)
+
+    def assign(*tensors: Tensor) -> Tensor:
+        w, h, codebook, codes, sums, previous, gaps = ([tensor] for tensor in tensors)
+        return ops.kmeans_assign(w, h, codebook, codes, sums, 1.0, True, previous, gaps)
+
+    return {
+        "vq_gemv": (ops.vq_gemv, [x, *vq, bias]),
+        "vq_linear": (ops.vq_linear, [x, *vq, bias]),
+        "vq_linear of many": (lambda *t: ops.vq_linear(x.repeat(400, 1), *t), [*vq, bias]),
+        "vq_dequantize": (lambda *t: ops.vq_dequantize(*t, torch.bfloat16), [*vq]),
+        "sparse_gemv": (ops.sparse_gemv, [W[:2].clone(), bitmap, values, offsets, torch.ones(6)]),
+        "sparse_linear": (
+            lambda *t: ops.sparse_linear(W.repeat(9, 1), *t), [bitmap, values, offsets]
+        ),
+        "sparse_dequantize": (
+            lambda *t: ops.sparse_dequantize(*t, 72, torch.float32), [bitmap, values, offsets]
+        ),
+        "sparse_pack": (lambda *t: ops.sparse_pack(*t, values.numel()), [W, bitmap, offsets]),
+        "pack_codes": (lambda c: ops.pack_codes(c, 4), [codes]),
+        "normalize": (ops.normalize, [w]),
+        "prune_select": (lambda *t: ops.prune_select(*t, 9), [w, h]),
+        "kmeans_assign": (assign, [w, h, codebook, codes, sums, codebook.clone(), gaps]),
+        "kmeans_update": (lambda s, c: ops.kmeans_update(s, 1.0, c), [sums, codebook]),
+        "kmeans_errors": (ops.kmeans_errors, [w, h, codebook, codes]),
+        "kmeans_merge_costs": (
+            lambda s, c, chosen: ops.kmeans_merge_costs(s, c, 1.0, chosen),
+            [sums, codebook, torch.tensor([3])],
+        ),
+        "kmeans_seed": (lambda w, h: ops.kmeans_seed([w], [h], 4, 4, "kmeans++", 0), [w, h]),
+        "kmeans_feedback": (
+            lambda *t: ops.kmeans_feedback(*t[:-1], 1.0, t[-1]),
+            [w.clone(), torch.zeros(40, 12), torch.eye(12), codebook, codes, of_feedback],
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", operands_of_everything())
+def test_elements_that_begin_anywhere(name: str) -> None:
+    call, operands = operands_of_everything()[name]
+    call(*operands)  # whatever is remembered of these shapes
+    for index, operand in enumerate(operands):
+        if operand.element_size() == 1:
+            continue
+        moved = [misaligned(o) if i == index else o for i, o in enumerate(operands)]
+        before = [o.clone() for o in moved]
+        with pytest.raises(
+            ValueError, match=r"must begin at a multiple of the \d bytes of an elem"
+        ):
+            call(*moved)
+        for now, then in zip(moved, before, strict=True):
+            assert torch.equal(now, then)
+    bytewise = [misaligned(o) if o.element_size() == 1 else o for o in operands]
+    call(*bytewise)

@@ -31,14 +31,24 @@ def dtype_code(tensor: Tensor, what: str) -> int:
 
 
 def check(tensor: Tensor, what: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
-    """Raises unless ``tensor`` is contiguous and of this dtype and shape."""
+    """Raises unless ``tensor`` is contiguous, aligned and of this dtype and shape."""
     if tensor.dtype != dtype:
         raise TypeError(f"{what} must be {dtype}, not {tensor.dtype}.")
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{what} must have shape {tuple(shape)}, not {tuple(tensor.shape)}.")
     require(tensor.is_contiguous(), f"{what} must be contiguous.")
+    check_aligned(tensor, what)
     if tensor.is_cuda and dtype == torch.uint8:
         check_words(what, tensor.data_ptr(), shape[-1])
+
+
+def check_aligned(tensor: Tensor, what: str) -> None:
+    """Raises where elements do not begin at multiples of their size, as of ``torch.frombuffer``."""
+    if tensor.data_ptr() % tensor.dtype.itemsize:
+        raise ValueError(
+            f"{what} must begin at a multiple of the {tensor.dtype.itemsize} bytes of an element, "
+            f"not at {tensor.data_ptr():#x}: pass a clone()."
+        )
 
 
 def check_words(what: str, address: int, row_bytes: int) -> None:

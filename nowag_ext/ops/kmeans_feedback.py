@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nowag_ext import _cpu
-from nowag_ext.ops.checks import check, require, same_device
+from nowag_ext.ops.checks import check, check_aligned, require, same_device
 from nowag_ext.ops.registry import cpu_threads
 
 
@@ -53,6 +53,7 @@ def kmeans_feedback(
             tensor.stride(1) == 1 and tensor.stride(0) >= columns,
             f"the rows of {name} must be contiguous, and not overlap.",
         )
+        check_aligned(tensor, name)
     check(carried, "carried", torch.float32, (rows, columns))
     check(codebook, "codebook", torch.float32, (entries, d))
     check(codes, "codes", torch.uint16, (rows, positions))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nowag_ext.ops.checks import dtype_code, require
+from nowag_ext.ops.checks import check_aligned, dtype_code, require
 from nowag_ext.ops.registry import backend_of, operation
 
 
@@ -26,6 +26,7 @@ def normalize(weight: Tensor) -> tuple[Tensor, ...]:
     )
     if weight.stride(1) != 1 or weight.stride(0) < weight.shape[1]:
         weight = weight.contiguous()
+    check_aligned(weight, "weight")
     rows, cols = weight.shape
     out, row_norms, col_norms = outputs = _normalize_fake(weight)
     backend, queue = backend_of(weight.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from nowag_ext import _cpu
-from nowag_ext.ops.checks import DTYPES, dtype_code, require, same_device
+from nowag_ext.ops.checks import DTYPES, check_aligned, dtype_code, require, same_device
 from nowag_ext.ops.linear import (
     check_linear,
     tiled_linear,
@@ -32,10 +32,13 @@ def _run_sparse_gemv(
     bitmap, values, row_offsets = sparse
     y = x.new_empty((*x.shape[:-1], rows))
     if tokens:
+        x_at = x.data_ptr()
+        if x_at % x.element_size():
+            check_aligned(x, "x")
         backend, queue = backend_of(x.device)
         try:
             backend.sparse_gemv(
-                x.data_ptr(), DTYPES[x.dtype], tokens, bitmap.data_ptr(), values.data_ptr(),
+                x_at, DTYPES[x.dtype], tokens, bitmap.data_ptr(), values.data_ptr(),
                 DTYPES[values.dtype], row_offsets.data_ptr(), values.numel(),
                 bias.data_ptr() if bias is not None else 0, rows, x.shape[-1], y.data_ptr(), queue,
             )  # fmt: skip

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from nowag_ext.ops.checks import DTYPES, check, dtype_code, require, same_device
+from nowag_ext.ops.checks import (
+    DTYPES,
+    check,
+    check_aligned,
+    check_words,
+    dtype_code,
+    require,
+    same_device,
+)
 from nowag_ext.ops.format import bitmap_shape
 from nowag_ext.ops.registry import backend_of, operation
 
@@ -43,6 +53,7 @@ def sparse_pack(weight: Tensor, bitmap: Tensor, row_offsets: Tensor, kept: int) 
     same_device(weight.device, bitmap=bitmap, row_offsets=row_offsets)
     if weight.stride(1) != 1 or weight.stride(0) < cols:
         weight = weight.contiguous()
+    check_aligned(weight, "weight")
     require(
         int(row_offsets[-1]) == kept, f"row_offsets must end at {kept}, not {int(row_offsets[-1])}."
     )
@@ -60,14 +71,40 @@ def sparse_pack(weight: Tensor, bitmap: Tensor, row_offsets: Tensor, kept: int) 
     return values
 
 
+_SPARSE_ROWS: dict[tuple[Any, ...], int] = {}
+
+
 def check_sparse(bitmap: Tensor, values: Tensor, row_offsets: Tensor, cols: int) -> int:
-    """Number of rows of a sparse weight whose shapes, dtypes and devices agree."""
+    """Number of rows of a sparse weight whose shapes, dtypes and devices agree.
+
+    Run for every token, as ``vq_sizes``, and remembers as much.
+    """
+    key = (
+        bitmap.shape, values.shape, row_offsets.shape, cols,
+        bitmap.dtype, values.dtype, row_offsets.dtype,
+        bitmap.device, values.device, row_offsets.device,
+    )  # fmt: skip
+    rows = _SPARSE_ROWS.get(key)
+    if rows is None:
+        rows = _SPARSE_ROWS[key] = _check_sparse(bitmap, values, row_offsets, cols)
+    for tensor in (bitmap, values, row_offsets):
+        if not tensor.is_contiguous():
+            raise ValueError("bitmap, values and row_offsets must be contiguous.")
+    if row_offsets.data_ptr() % 4 or values.data_ptr() % values.element_size():
+        check_aligned(row_offsets, "row_offsets")
+        check_aligned(values, "values")
+    if bitmap.is_cuda:
+        check_words("bitmap", bitmap.data_ptr(), bitmap.shape[-1])
+    return rows
+
+
+def _check_sparse(bitmap: Tensor, values: Tensor, row_offsets: Tensor, cols: int) -> int:
     rows = row_offsets.numel() - 1
     require(rows > 0 and cols > 0, f"the shape must not be empty, not {(rows, cols)}.")
     check(bitmap, "bitmap", torch.uint8, bitmap_shape(rows, cols))
     check(row_offsets, "row_offsets", torch.int32, (rows + 1,))
     dtype_code(values, "values")
-    require(values.dim() == 1 and values.is_contiguous(), "values must be a contiguous vector.")
+    require(values.dim() == 1, f"values must be a vector, not of shape {tuple(values.shape)}.")
     same_device(bitmap.device, values=values, row_offsets=row_offsets)
     return rows
 

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from nowag_ext import _cpu
 from nowag_ext.gemm import gemm_dtype
-from nowag_ext.ops.checks import DTYPES, check_features, dtype_code, require, same_device
+from nowag_ext.ops.checks import (
+    DTYPES,
+    check_aligned,
+    check_features,
+    dtype_code,
+    require,
+    same_device,
+)
 from nowag_ext.ops.linear import (
     GEMV_MAX_TOKENS,
     check_linear,
@@ -16,7 +23,7 @@ from nowag_ext.ops.linear import (
 )
 from nowag_ext.ops.linear_autograd import register_linear_autograd
 from nowag_ext.ops.registry import backend_of, operation
-from nowag_ext.ops.vq_pack import VqSizes, dequantize_vq_rows, vq_sizes
+from nowag_ext.ops.vq_pack import VqSizes, check_vq_aligned, dequantize_vq_rows, vq_sizes
 
 _WEIGHT = "Tensor codes, Tensor codebook, Tensor row_norms, Tensor col_norms"
 
@@ -43,13 +50,18 @@ def _run_vq_gemv(
 ) -> Tensor:
     rows, cols, d, code_bits = sizes
     y = x.new_empty((*x.shape[:-1], rows))
-    codes, codebook, row_norms, col_norms = vq
     backend, queue = backend_of(x.device)
+    size, x_at = x.element_size(), x.data_ptr()
+    codes, codebook, row_norms, col_norms = vq
+    codebook_at, rows_at, cols_at = codebook.data_ptr(), row_norms.data_ptr(), col_norms.data_ptr()
+    if x_at % size or (codebook_at | rows_at | cols_at) & 1:
+        check_aligned(x, "x")
+        check_vq_aligned(*vq)
     for begin in range(0, tokens, GEMV_MAX_TOKENS):
-        offset = begin * x.element_size()
+        offset = begin * size
         backend.vq_gemv(
-            x.data_ptr() + offset * cols, DTYPES[x.dtype], min(tokens - begin, GEMV_MAX_TOKENS),
-            codes.data_ptr(), codebook.data_ptr(), row_norms.data_ptr(), col_norms.data_ptr(),
+            x_at + offset * cols, DTYPES[x.dtype], min(tokens - begin, GEMV_MAX_TOKENS),
+            codes.data_ptr(), codebook_at, rows_at, cols_at,
             bias.data_ptr() if bias is not None else 0, rows, cols, d, code_bits,
             y.data_ptr() + offset * rows, queue,
         )  # fmt: skip

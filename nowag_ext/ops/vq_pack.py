@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nowag_ext.ops.checks import DTYPES, check, check_words, dtype_code, require, same_device
+from nowag_ext.ops.checks import (
+    DTYPES,
+    check,
+    check_aligned,
+    check_words,
+    dtype_code,
+    require,
+    same_device,
+)
 from nowag_ext.ops.format import MAX_CODE_BITS, MAX_SUBVECTOR, packed_shape
 from nowag_ext.ops.registry import backend_of, operation
 
@@ -106,6 +114,15 @@ def _check_vq(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Ten
     return rows, cols, d, code_bits
 
 
+def check_vq_aligned(
+    _codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tensor
+) -> None:
+    """Raises where one of the float16 tensors of a weight does not begin at a whole element."""
+    check_aligned(codebook, "codebook")
+    check_aligned(row_norms, "row_norms")
+    check_aligned(col_norms, "col_norms")
+
+
 def dequantize_vq_rows(
     vq: tuple[Tensor, Tensor, Tensor, Tensor],
     sizes: tuple[int, int, int, int],
@@ -114,6 +131,7 @@ def dequantize_vq_rows(
     out: Tensor,
 ) -> None:
     """Writes rows [begin, end) as dense values into the first rows of ``out``."""
+    check_vq_aligned(*vq)
     codes, codebook, row_norms, col_norms = vq
     backend, queue = backend_of(out.device)
     backend.vq_dequantize(
