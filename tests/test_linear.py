@@ -278,7 +278,7 @@ def test_sparse_validate_refuses_what_kernels_must_not_trust() -> None:
         broken("bitmap", 7, 0x80).validate()
     with pytest.raises(ValueError, match="bitmap must not have bits set past in_features 52"):
         broken("bitmap", 6, 0xFF).validate()
-    with pytest.raises(ValueError, match="values must be finite, but 1 are NaN or infinite"):
+    with pytest.raises(ValueError, match="values must be finite, but 1 values are NaN or inf"):
         broken("values", 5, float("inf")).validate()
     layer = SparseLinear.from_weight(sparse_weight())
     layer.values = frozen(layer.values[:-1])
