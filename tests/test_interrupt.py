@@ -235,6 +235,7 @@ def test_torch_is_given_work_in_parts(monkeypatch: pytest.MonkeyPatch, call: Any
     rows, inputs = 600, 1100
     monkeypatch.setattr(hessian, "_AT_ONCE", 0)
     monkeypatch.setattr(statistics, "_PART", 100 * inputs**2)
+    monkeypatch.setattr(statistics, "_SUM_ROWS", 256)
     x = normal(rows, inputs)
     H = x.T @ x / rows
     with _Longest() as longest:

@@ -13,6 +13,9 @@ from nowag_ext.pipeline.ranks import Ranks
 # The Hessian is symmetric: of each block of so many rows only what is right of the diagonal.
 _BLOCK_COLUMNS = 256
 
+# Rows of other sums that are added to at once, between which signals are answered.
+_SUM_ROWS = 2048
+
 # Rows of a weight that are corrected at once, times the square of its inputs: signals are answered
 # in between, within a second.
 _PART = 1 << 34
@@ -123,6 +126,6 @@ class GroupStatistics:
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left^T right, a few rows at a time, between which signals are answered."""
-    for first in range(0, len(total), _BLOCK_COLUMNS):
-        here = slice(first, first + _BLOCK_COLUMNS)
+    for first in range(0, len(total), _SUM_ROWS):
+        here = slice(first, first + _SUM_ROWS)
         total[here].addmm_(left[:, here].T, right)
