@@ -35,9 +35,9 @@ if TYPE_CHECKING:
         save_dense,
         to_dense,
     )
+    from nowag_ext.disk import compress
     from nowag_ext.integrations.transformers import NowagConfig, NowagHfQuantizer
     from nowag_ext.model import compress_model
-    from nowag_ext.pipeline.compress import compress
 
 __all__ = [
     "CalibrationStatistics",
@@ -70,7 +70,7 @@ __all__ = [
 _WHOLE_MODELS = {
     "NowagConfig": "integrations.transformers",
     "NowagHfQuantizer": "integrations.transformers",
-    "compress": "pipeline.compress",
+    "compress": "disk",
     "compress_model": "model",
     "load": "checkpoint",
     "load_dense_model": "checkpoint",

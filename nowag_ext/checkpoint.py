@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -320,7 +321,10 @@ def _save(
     check_vacant(path, overwrite=overwrite)
     with atomic_directory(path, overwrite=overwrite) as directory:
         require_space(directory, _model_bytes(model) + _OTHER_BYTES)
-        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        with warnings.catch_warnings():
+            # Of layers on disk a shard is in memory while it is written: by now little is left.
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            model.save_pretrained(directory, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
         report: ModelReport | None = getattr(model, "nowag_report", None)

@@ -11,9 +11,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -31,17 +29,15 @@ from nowag_ext.calibrate import (
     collect_statistics,
     load_act_norms,
 )
-from nowag_ext.checkpoint import save_compressed, save_dense
-from nowag_ext.decoder import check_patterns, decoder_linears, matches
+from nowag_ext.decoder import decoder_linears
 from nowag_ext.demo import Effort, run_demo
+from nowag_ext.disk import Job, kept, of_argument, source_facts
 from nowag_ext.environment import describe_environment
 from nowag_ext.evaluate import perplexity, split_windows
-from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
-from nowag_ext.forecast import skeleton, written_bytes
+from nowag_ext.files import temporary_directory
 from nowag_ext.gemm import gemm_dtype
 from nowag_ext.generate import check_generation, encode_prompt
 from nowag_ext.generate import generate as generate_text
-from nowag_ext.methods import LayerSettings
 from nowag_ext.model import compress_model
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
@@ -62,14 +58,8 @@ from nowag_ext.render import (
     report_table,
     stages_text,
 )
-from nowag_ext.resume import LayerStore, open_store, run_key, work_directory
-from nowag_ext.source import (
-    mixed_batches,
-    named_dtype,
-    open_dense_model,
-    open_model,
-    open_tokenizer,
-)
+from nowag_ext.resume import LayerStore, run_key, work_directory
+from nowag_ext.source import mixed_batches, open_dense_model, open_model, open_tokenizer
 from nowag_ext.startup import raise_again
 from nowag_ext.text import Text
 from nowag_ext.version import __version__
@@ -172,36 +162,6 @@ def _say(sentence: str) -> None:
         _err.print(sentence, soft_wrap=True)
 
 
-@contextmanager
-def _option(name: str) -> Iterator[None]:
-    """What is refused in here is said to be of this option."""
-    try:
-        yield
-    except Exception as error:
-        error.option = name  # type: ignore[attr-defined]
-        raise
-
-
-@contextmanager
-def _kept(output: Path, resume: bool) -> Iterator[LayerStore]:
-    """Where what is finished is kept until the output is whole, held by this run alone."""
-    directory = work_directory(output)
-    if os.path.lexists(directory) and not directory.is_dir():
-        raise FileExistsError(
-            f"--output: {directory}, where finished work is to be kept, exists and is no directory."
-        )
-    with open_store(directory) as store:
-        assert store is not None
-        try:
-            if not resume:
-                store.clear()
-            yield store
-        except BaseException as stop:
-            if store.keeps_something():
-                stop.kept = directory  # type: ignore[attr-defined]
-            raise
-
-
 def _how_to_go_on(stop: BaseException) -> str:
     directory = getattr(stop, "kept", None)
     if directory is None:
@@ -211,11 +171,20 @@ def _how_to_go_on(stop: BaseException) -> str:
 
 # Of Python's arguments those that a sentence may begin with or that can be nothing else.
 _ARGUMENTS = re.compile(
-    r"^(bits|codebook_scope|d|dtype|format|ignore|init|iters|max_new_tokens|method|min_coverage|n_init"
-    r"|pattern|recipe|seed|sparsity|temperature)(?= must | names )"
+    r"^(bits|checkpoint_format|codebook_scope|d|dtype|ignore|init|iters|max_new_tokens|method"
+    r"|min_coverage|n_init|pattern|recipe|seed|sparsity|temperature)(?= must | names )"
     r"|\b(codebook_scope|max_new_tokens|min_coverage|n_init)\b"
 )
+# Options that are not called as the argument is.
+_OPTIONS = {
+    "model": "MODEL", "overrides": "--override", "checkpoint_format": "--format",
+    **{name: name for name in ("nowag_ext", "torch", "processes", "OMP_NUM_THREADS")},
+}  # fmt: skip
 _LONGEST = 400  # characters of a refusal; libraries list all models that they know
+
+
+def _option(argument: str) -> str:
+    return _OPTIONS.get(argument, f"--{argument.replace('_', '-')}")
 
 
 def _one_sentence(error: Exception) -> str:
@@ -226,10 +195,10 @@ def _one_sentence(error: Exception) -> str:
     text = text.partition(" Model type should be one of ")[0]
     if len(text) > _LONGEST:
         text = f"{text[:_LONGEST]}... (all of it: nowag-ext --traceback)"
-    text = _ARGUMENTS.sub(lambda m: f"--{m.group().replace('_', '-')}", text)
-    option = getattr(error, "option", None)
-    if option is not None and not text.startswith(option):
-        text = f"{option}: {text}"
+    text = _ARGUMENTS.sub(lambda m: _option(m.group()), text)
+    argument = getattr(error, "argument", None)
+    if argument is not None and not text.startswith(_option(argument)):
+        text = f"{_option(argument)}: {text}"
     expected = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
     return text if text and expected else f"{type(error).__name__}: {text}"
 
@@ -266,11 +235,12 @@ def calibrate(
     resume: options.Resume = True,
 ) -> None:
     """Measures activation norms on text, once for all later compressions of the model."""
-    with _option("--output"):
+    with of_argument("output"):
         target = check_statistics_file(output)
-    with _kept(target, resume) as store:
+    with kept(target, resume=resume) as store:
         texts = _open_texts(text)
-        store.begin(_made_with(model, dtype, texts, samples, length, seed))
+        facts = _text_facts(texts, samples, length, seed)
+        store.begin(_named_options({**source_facts(model, dtype), **facts}))
         tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
         windows = _windows(tokenizer, texts, samples, length, seed)
         with loading(_err, model):
@@ -315,20 +285,18 @@ def compress(
     sample_seed: options.SampleSeed = None,
 ) -> None:
     """Compresses a model's linear layers and writes a checkpoint, report.json and layers.csv."""
-    save = _writer(checkpoint_format)
     settings = _settings(
         d=d, bits=bits, iters=iters, n_init=n_init, init=init, seed=seed,
         sparsity=sparsity, pattern=pattern,
     )  # fmt: skip
     overrides = options.parse_overrides(override or ())
-    by_layer = LayerSettings(method, settings, overrides)
+    left_dense = ("lm_head", *(ignore or ()))
     recipe = _recipe(recipe, act_norms, text)
     if recipe == "paper" and codebook_scope not in (None, "layer"):
         raise ValueError("--codebook-scope belongs to --recipe feedback: paper has one a layer.")
     if recipe == "paper" and offload is not None:
         raise ValueError("--offload belongs to --recipe feedback: paper keeps no hidden states.")
     scope = SharedCodebooks(codebook_scope or ("model" if recipe == "feedback" else "layer")).scope
-    left_dense = ("lm_head", *(ignore or ()))
     if recipe == "paper" and launched() > 1:
         raise ValueError("torchrun is for --recipe feedback alone: start this without it.")
     if launched_rank() > 0:
@@ -337,79 +305,58 @@ def compress(
             offload_dir=offload, overrides=overrides, min_coverage=min_coverage, **settings,
         )  # fmt: skip
         return
-    with _option("--output"):
-        target = check_vacant(output, overwrite=overwrite)
-        check_apart(target, model)
-    with (
-        _kept(target, resume) as store,
-        temporary_directory(store.directory, "converted") as converted,
-        ExitStack() as running,
-    ):
-        norms = None
-        if act_norms is not None:
-            with _option("--act-norms"):
-                norms = load_act_norms(act_norms)
-        texts = _open_texts(text or ())
-        samples = samples or _SAMPLES[recipe]
-        store.begin(
-            {
-                **_made_with(model, dtype, texts, samples, length, sample_seed),
-                "--act-norms": None if act_norms is None else str(act_norms),
-                "--recipe": recipe, "--codebook-scope": scope, "--method": method,
-                **{f"--{name}": value for name, value in asdict(by_layer.default).items()},
-                "--override": overrides, "--ignore": left_dense[1:],
-            }
-        )  # fmt: skip
+    job = Job(
+        model, output, method, settings, overrides, left_dense,
+        scope,
+        dtype=dtype, checkpoint_format=checkpoint_format, trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+    )  # fmt: skip
+    norms = None
+    if act_norms is not None:
+        with of_argument("act_norms"):
+            norms = load_act_norms(act_norms)
+    texts = _open_texts(text or ())
+    samples = samples or _SAMPLES[recipe]
+    made_with = {
+        **job.made_with(), **_text_facts(texts, samples, length, sample_seed), "recipe": recipe,
+        "act_norms": None if act_norms is None else str(act_norms),
+    }  # fmt: skip
 
-        def check(subject: Any) -> None:
-            """Raises for what does not fit the model, before anything takes its time."""
-            check_patterns(subject, left_dense, "ignore")
-            check_patterns(subject, list(overrides), "overrides")
-            _check_layers(subject, by_layer, left_dense, shared_codebook=scope != "layer")
-            size = written_bytes(
-                subject, by_layer, left_dense, shared_codebook=scope != "layer",
-                dense=checkpoint_format == "dense",
-            )  # fmt: skip
-            with _option("--output"):
-                require_space(target, size - store.nbytes())
-
-        outline = skeleton(model, named_dtype(dtype))
-        if outline is not None:
-            check(outline)
-        tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
+    def prepare(tokenizer: Any, store: LayerStore) -> Callable[[Any], None]:
         windows: list[Tensor] = []
         if texts:
             windows = _windows(tokenizer, texts, samples, length, sample_seed)
-        group = running.enter_context(process_group())
-        # Layers stay on disk, but where calibration goes through all of them for every window.
-        in_memory = recipe == "paper" and norms is None
-        with loading(_err, model):
-            loaded, _ = open_dense_model(
-                model, dtype, tokenizer=tokenizer,
-                offload_folder=None if in_memory else converted,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
-        if outline is None:
-            check(loaded)
         common: dict[str, Any] = {
             "overrides": overrides, "min_coverage": min_coverage, "work_dir": store, **settings,
         }  # fmt: skip
-        if recipe == "paper" and norms is None:
-            every = decoder_linears(loaded).items()
-            ones = {name: torch.ones(linear.in_features) for name, linear in every}
-            plan_compression(loaded, ones, (method, settings), left_dense, overrides, min_coverage)
-            norms = _calibrate(loaded, windows, store).act_norms()
-        with progress_bar(_err) as progress:
-            if norms is None:
-                compress_blocks(
-                    loaded, torch.cat(windows), method, left_dense, codebook_scope=scope,
-                    offload_dir=offload, progress=progress, group=group, **common,
-                )  # fmt: skip
-            else:
-                compress_model(loaded, norms, method, left_dense, progress=progress, **common)
-        left_out = save(loaded, tokenizer, target, overwrite=overwrite)
-        store.clear()
-    report = loaded.nowag_report
+
+        def compress_loaded(loaded: Any) -> None:
+            found = norms
+            if recipe == "paper" and found is None:
+                ones = {
+                    name: torch.ones(linear.in_features)
+                    for name, linear in decoder_linears(loaded).items()
+                }
+                plan_compression(
+                    loaded, ones, (method, settings), left_dense, overrides, min_coverage
+                )
+                found = _calibrate(loaded, windows, store).act_norms()
+            with process_group() as group, progress_bar(_err) as progress:
+                if found is None:
+                    compress_blocks(
+                        loaded, torch.cat(windows), method, left_dense, codebook_scope=scope,
+                        offload_dir=offload, progress=progress, group=group, **common,
+                    )  # fmt: skip
+                else:
+                    compress_model(loaded, found, method, left_dense, progress=progress, **common)
+
+        return compress_loaded
+
+    report, left_out = job.run(
+        prepare, _named_options(made_with), resume=resume, loading=loading(_err, model),
+        # Layers stay on disk, but where calibration goes through all of them for every window.
+        in_memory=recipe == "paper" and norms is None,
+    )  # fmt: skip
     _out.print(report_table(report))
     if report.stages:
         _out.print(stages_text(report), soft_wrap=True)
@@ -429,7 +376,7 @@ def compress(
         )
     for name, reason in left_out.items():
         _err.print(f"{name} was not copied: {reason}.", soft_wrap=True)
-    _out.print(f"The checkpoint, report.json and layers.csv are in {target}.", soft_wrap=True)
+    _out.print(f"The checkpoint, report.json and layers.csv are in {job.target}.", soft_wrap=True)
 
 
 def _help_compress(
@@ -452,35 +399,12 @@ def _help_compress(
             raise
 
 
-def _writer(checkpoint_format: str) -> Callable[..., dict[str, str]]:
-    writers = {"nowag": save_compressed, "dense": save_dense}
-    if checkpoint_format not in writers:
-        raise ValueError(
-            f"--format must be one of {', '.join(writers)}, not {checkpoint_format!r}."
-        )
-    return writers[checkpoint_format]
-
-
 def _settings(**given: Any) -> dict[str, Any]:
     """The settings that were given."""
     settings = {name: value for name, value in given.items() if value is not None}
     if "bits" in settings and settings["bits"].is_integer():
         settings["bits"] = int(settings["bits"])
     return settings
-
-
-def _check_layers(
-    model: Any, settings: LayerSettings, ignore: Sequence[str], *, shared_codebook: bool
-) -> None:
-    """Raises for a layer that its settings do not fit, before calibration takes its time."""
-    for name, linear in decoder_linears(model).items():
-        if not matches(name, ignore):
-            try:
-                settings.of(name).check_layer(
-                    linear.out_features, linear.in_features, shared_codebook
-                )
-            except ValueError as error:
-                raise ValueError(f"{name} {error}.") from None
 
 
 def _recipe(recipe: str | None, act_norms: Path | None, text: Sequence[Path] | None) -> str:
@@ -497,27 +421,27 @@ def _recipe(recipe: str | None, act_norms: Path | None, text: Sequence[Path] | N
 
 
 def _open_texts(paths: Sequence[Path]) -> list[Text]:
-    with _option("--text"):
+    with of_argument("text"):
         return [Text(path) for path in paths]
 
 
-def _made_with(
-    model: str, dtype: str, texts: Sequence[Text], samples: int, length: int, seed: int | None
+def _text_facts(
+    texts: Sequence[Text], samples: int, length: int, seed: int | None
 ) -> dict[str, Any]:
-    """What the results of a run follow from, by what the command line calls it."""
-    made_with: dict[str, Any] = {
-        "MODEL": os.path.realpath(model) if Path(model).exists() else model,
-        "--dtype": dtype,
-        "nowag_ext": __version__,
-    }
-    if texts:
-        made_with |= {
-            "--text": [f"of SHA-256 {text.digest}..." for text in texts],
-            "--samples": samples, "--length": length, "--sample-seed": seed,
-            "OMP_NUM_THREADS": torch.get_num_threads(), "processes": launched(),
-            "torch": str(torch.__version__),
-        }  # fmt: skip
-    return made_with
+    """What results follow from where there are texts, by argument."""
+    if not texts:
+        return {}
+    return {
+        "text": [f"of SHA-256 {text.digest}..." for text in texts],
+        "samples": samples, "length": length, "sample_seed": seed,
+        "OMP_NUM_THREADS": torch.get_num_threads(), "processes": launched(),
+        "torch": str(torch.__version__),
+    }  # fmt: skip
+
+
+def _named_options(made_with: dict[str, Any]) -> dict[str, Any]:
+    """By option what was by argument."""
+    return {_option(name): value for name, value in made_with.items()}
 
 
 def _windows(
@@ -526,7 +450,7 @@ def _windows(
     """Windows of the texts, as many of each, and says so."""
     # Windows at random are of the whole text.
     enough = samples * length if seed is None else None
-    with _option("--text"):
+    with of_argument("text"):
         tokens = [text.tokens(tokenizer, enough) for text in texts]
     windows = mixed_batches(tokens, samples=samples, length=length, seed=seed)
     which = "the first of the text" if seed is None else f"taken at random (seed {seed})"
@@ -582,7 +506,7 @@ def evaluate(
     """Perplexity of a model, compressed or dense, on a text file."""
     (document,) = _open_texts([text])
     tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
-    with _option("--text"):
+    with of_argument("text"):
         tokens = document.tokens(tokenizer, None if windows is None else windows * window)
     split_windows(tokens, window, windows)  # raises for what cannot be, before weights are read
     with loading(_err, model):

@@ -196,7 +196,8 @@ class LayerStore:
                     + ", ".join(f"{name} {_shown(known.get(name))}" for name in other)
                     + ", not "
                     + ", ".join(f"{name} {_shown(wanted.get(name))}" for name in other)
-                    + f": pass the same, remove {self.directory}, or start anew with --no-resume."
+                    + f": pass the same, remove {self.directory}, or start anew "
+                    "with resume=False (--no-resume)."
                 )
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")

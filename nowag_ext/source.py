@@ -45,7 +45,7 @@ def open_tokenizer(source: str | os.PathLike[str], *, trust_remote_code: bool = 
         ValueError: it has no tokenizer, or a damaged one, or its configuration is none that can be
             loaded, or it brings code that is not trusted.
     """
-    _check_found(source)
+    check_found(source)
     if Path(source).suffix != ".gguf":
         checked_config(source)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -140,7 +140,7 @@ def mixed_batches(
     return mixed[:samples]
 
 
-def _check_found(source: str | os.PathLike[str]) -> None:
+def check_found(source: str | os.PathLike[str]) -> None:
     """Raises OSError for a name that is neither a local path nor a model of the hub."""
     if Path(source).exists():
         return

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 import nowag_ext
-from nowag_ext import _cpu, cli, gemm, render
+from nowag_ext import _cpu, cli, disk, gemm, render
 from nowag_ext.cli import app
 from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.forecast import written_bytes
@@ -537,7 +537,7 @@ def test_room_is_looked_for_before_the_model_is_read(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=needed - 1))
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "open_dense_model", None)
+        patched.setattr(disk, "open_dense_model", None)
         fails_with("--output: .*0.2 MB are needed but the disk has 0.2 MB free", *arguments)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()

@@ -1,0 +1,312 @@
+"""Compression from disk to disk: a model is read layer by layer, and never whole in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nowag_ext.checkpoint import save_compressed, save_dense
+from nowag_ext.decoder import check_patterns, decoder_linears, matches
+from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
+from nowag_ext.forecast import skeleton, written_bytes
+from nowag_ext.methods import LayerSettings
+from nowag_ext.pipeline.codebooks import SharedCodebooks
+from nowag_ext.pipeline.compress import compress as compress_blocks
+from nowag_ext.report import ModelReport, Progress
+from nowag_ext.resume import LayerStore, open_store, work_directory
+from nowag_ext.source import check_found, named_dtype, open_dense_model, open_tokenizer
+from nowag_ext.version import __version__
+
+_WRITERS = {"nowag": save_compressed, "dense": save_dense}
+
+# Given a model's tokenizer and where finished work is kept, what compresses the model in place.
+Prepare = Callable[[Any, LayerStore], Callable[[Any], None]]
+
+
+def compress(
+    model_or_path: Any,
+    tokens: Tensor,
+    method: str = "vq",
+    ignore: Sequence[str] = ("lm_head",),
+    *,
+    output: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    codebook_scope: str = "model",
+    min_coverage: float = 0.8,
+    work_dir: str | os.PathLike[str] | None = None,
+    offload_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    dtype: str | torch.dtype = "auto",
+    checkpoint_format: str = "nowag",
+    trust_remote_code: bool = False,
+    resume: bool = True,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Any:
+    """Compresses a causal LM's decoder layers block by block, with error feedback.
+
+    At the same bits the error is less than half of ``compress_model``'s, which looks at every layer
+    alone and at nothing but its activation norms. Everything is checked before work starts.
+
+    A model in memory is changed in place, at the very end: after any exception, an interrupt
+    included, it is as it was. A model on disk is read layer by layer and written to ``output``, as
+    by ``nowag-ext compress``: the model need not fit into memory, and what is finished is kept in
+    ``output``.partial until the output is whole. The same call, interrupted, goes on from there and
+    ends in the same bits (at the same number of threads).
+
+    Args:
+        model_or_path: a Hugging Face causal LM, dense; or a directory, a hub id or a .gguf file.
+        tokens: calibration text, int64 or int32 [windows, length], without padding. More text helps
+            more than anything else; text like what the model will read helps most.
+        method, ignore, overrides, min_coverage, settings: as for ``compress_model``. A codebook
+            that is shared takes at most 30 iterations.
+        output: the directory to write, for a model on disk.
+        codebook_scope: which linears of method "vq" share a codebook: "model", all of them; "kind",
+            those of one name (all down_proj, say); "layer", none.
+        work_dir: for a model in memory, a directory for what is finished, as ``output``.partial is;
+            remove it when the model is saved. None: nothing is kept.
+        offload_dir: a directory for the hidden states of the calibration text, twice 4 bytes a
+            token and hidden unit, which are otherwise in memory. They leave nothing there.
+        progress: called with (what is done, weights done, weights in all).
+        dtype, checkpoint_format, trust_remote_code, resume, overwrite: with an ``output`` only.
+            dtype: of the model, "auto" (default) for the checkpoint's own (float32 for .gguf).
+            checkpoint_format: "nowag" (default), or "dense", which loads anywhere and is no
+            smaller. trust_remote_code: run the code that the model brings. resume: False forgets
+            what an earlier call has left in ``output``.partial. overwrite: replace ``output`` if
+            nowag_ext wrote all that is in it.
+
+    Returns:
+        The same model, with a ``nowag_report`` (ModelReport), ready for ``save_pretrained``; with
+        an ``output``, the ModelReport.
+
+    Raises:
+        ValueError: unfit settings, layers, weights or tokens, or a model whose layers cannot be run
+            one after another (the sentence names the layer); an output without a path, or a path
+            without one; what is kept was made with other arguments.
+        TypeError: a setting that the method does not have, tokens that are no integers.
+        OSError: no such model; an output that is not empty or cannot be written; a full disk.
+    """
+    common: dict[str, Any] = {
+        "overrides": overrides or {}, "codebook_scope": codebook_scope,
+        "min_coverage": min_coverage, "offload_dir": offload_dir, "progress": progress,
+        "work_dir": work_dir, **settings,
+    }  # fmt: skip
+    if not isinstance(model_or_path, str | os.PathLike):
+        of_files = (output, dtype, checkpoint_format, trust_remote_code, resume, overwrite)
+        if of_files != (None, "auto", "nowag", False, True, False):
+            raise ValueError(
+                "output, dtype, checkpoint_format, trust_remote_code, resume and overwrite are for "
+                "a model on disk, given by its path or hub id, not for one in memory "
+                f"({type(model_or_path).__name__}): save that with save_compressed."
+            )
+        return compress_blocks(model_or_path, tokens, method, ignore, **common)
+    if output is None:
+        raise ValueError(
+            f"output must be given, the directory to write, where the model is on disk "
+            f"({os.fspath(model_or_path)}): to have it in memory, load it first."
+        )
+    if work_dir is not None:
+        raise ValueError(
+            "work_dir is for a model in memory: with an output, what is finished is kept in "
+            f"{work_directory(Path(output))}."
+        )
+    job = Job(
+        os.fspath(model_or_path), output, method, settings, overrides or {}, tuple(ignore),
+        SharedCodebooks(codebook_scope).scope, dtype=dtype, checkpoint_format=checkpoint_format,
+        trust_remote_code=trust_remote_code, overwrite=overwrite,
+    )  # fmt: skip
+    made_with = {
+        **job.made_with(), "tokens": _digest(tokens), "torch": str(torch.__version__),
+        "OMP_NUM_THREADS": torch.get_num_threads(),
+    }  # fmt: skip
+
+    def prepare(_tokenizer: Any, store: LayerStore) -> Callable[[Any], None]:
+        given = {**common, "work_dir": store}
+        return lambda model: compress_blocks(model, tokens, method, ignore, **given)
+
+    report, left_out = job.run(prepare, made_with, resume=resume)
+    for name, reason in left_out.items():
+        warnings.warn(f"{name} was not copied: {reason}.", stacklevel=2)
+    return report
+
+
+def _digest(tokens: Any) -> str:
+    """Tells texts apart; raises for what is none, before anything else is done."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
+        kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise TypeError(f"tokens must be a tensor of int64 or int32, not {kind}.")
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens must have shape [windows, length], not {tuple(tokens.shape)}.")
+    digest = hashlib.sha256(str(tuple(tokens.shape)).encode())
+    digest.update(tokens.detach().cpu().long().contiguous().numpy().data)
+    return f"of SHA-256 {digest.hexdigest()[:12]}..."
+
+
+@contextmanager
+def of_argument(name: str) -> Iterator[None]:
+    """What is refused in here is said to be of this argument, where a command shows it."""
+    try:
+        yield
+    except Exception as error:
+        error.argument = name  # type: ignore[attr-defined]
+        raise
+
+
+@contextmanager
+def kept(output: Path, *, resume: bool) -> Iterator[LayerStore]:
+    """Where what is finished is kept until the output is whole, held by this run alone.
+
+    An exception has the directory as its ``kept`` if there is something to go on from.
+    """
+    directory = work_directory(output)
+    if os.path.lexists(directory) and not directory.is_dir():
+        with of_argument("output"):
+            raise FileExistsError(
+                f"{directory}, where finished work is to be kept, exists and is no directory."
+            )
+    with open_store(directory) as store:
+        assert store is not None
+        try:
+            if not resume:
+                store.clear()
+            yield store
+        except BaseException as stop:
+            if store.keeps_something():
+                stop.kept = directory  # type: ignore[attr-defined]
+            raise
+
+
+def source_facts(source: str, dtype: str) -> dict[str, Any]:
+    """What the results of any run on a model follow from, by argument (``LayerStore.begin``)."""
+    return {
+        "model": os.path.realpath(source) if Path(source).exists() else source,
+        "dtype": dtype,
+        "nowag_ext": __version__,
+    }
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is compressed, how, and where to: checked as far as can be without the model.
+
+    Attributes:
+        layers: the settings of every layer.
+        target: ``output``, links followed.
+
+    Raises:
+        ValueError, TypeError: unfit settings.
+        OSError: the output cannot be written.
+    """
+
+    source: str
+    output: str | os.PathLike[str]
+    method: str
+    settings: Mapping[str, Any]
+    overrides: Mapping[str, Mapping[str, Any]]
+    ignore: tuple[str, ...]
+    codebook_scope: str
+    dtype: str | torch.dtype = "auto"
+    checkpoint_format: str = "nowag"
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    layers: LayerSettings = field(init=False)
+    target: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_format not in _WRITERS:
+            raise ValueError(
+                f"checkpoint_format must be one of {', '.join(_WRITERS)}, "
+                f"not {self.checkpoint_format!r}."
+            )
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        named_dtype(str(self.dtype))
+        layers = LayerSettings(self.method, self.settings, self.overrides)
+        object.__setattr__(self, "layers", layers)
+        with of_argument("output"):
+            target = check_vacant(self.output, overwrite=self.overwrite)
+            check_apart(target, self.source)
+        object.__setattr__(self, "target", target)
+
+    def made_with(self) -> dict[str, Any]:
+        """What the results follow from but for the text, by argument."""
+        return {
+            **source_facts(self.source, str(self.dtype)),
+            "codebook_scope": self.codebook_scope, "method": self.method,
+            **asdict(self.layers.default), "overrides": self.overrides,
+            "ignore": [pattern for pattern in self.ignore if pattern != "lm_head"],
+        }  # fmt: skip
+
+    def run(
+        self,
+        prepare: Prepare,
+        made_with: Mapping[str, Any],
+        *,
+        resume: bool = True,
+        in_memory: bool = False,
+        loading: AbstractContextManager[None] | None = None,
+    ) -> tuple[ModelReport, dict[str, str]]:
+        """Reads the model, has it compressed, and writes it.
+
+        Args:
+            prepare: called before weights are read.
+            made_with: what the results follow from, by name; what is kept goes on with the same.
+            resume: False forgets what an earlier run has left.
+            in_memory: the layers are not left on disk.
+            loading: open while the model is being loaded.
+
+        Returns:
+            The report, and the files beside the model that were left out, by name, and why.
+        """
+        with (
+            kept(self.target, resume=resume) as store,
+            temporary_directory(store.directory, "converted") as converted,
+        ):
+            store.begin(made_with)
+            check_found(self.source)
+            outline = skeleton(self.source, named_dtype(str(self.dtype)))
+            if outline is not None:
+                self.check(outline, store)
+            tokenizer = open_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
+            compress_loaded = prepare(tokenizer, store)
+            with loading or nullcontext():
+                model, _ = open_dense_model(
+                    self.source, str(self.dtype), tokenizer=tokenizer,
+                    offload_folder=None if in_memory else converted,
+                    trust_remote_code=self.trust_remote_code,
+                )  # fmt: skip
+            if outline is None:
+                self.check(model, store)
+            compress_loaded(model)
+            write = _WRITERS[self.checkpoint_format]
+            left_out = write(model, tokenizer, self.target, overwrite=self.overwrite)
+            store.clear()
+        return model.nowag_report, left_out
+
+    def check(self, model: Any, store: LayerStore) -> None:
+        """Raises for what does not fit a model (or its outline), and where there is no room."""
+        check_patterns(model, self.ignore, "ignore")
+        check_patterns(model, list(self.overrides), "overrides")
+        for name, linear in decoder_linears(model).items():
+            if matches(name, self.ignore):
+                continue
+            try:
+                self.layers.of(name).check_layer(
+                    linear.out_features, linear.in_features, self.codebook_scope != "layer"
+                )
+            except ValueError as error:
+                raise ValueError(f"{name} {error}.") from None
+        size = written_bytes(
+            model, self.layers, self.ignore, shared_codebook=self.codebook_scope != "layer",
+            dense=self.checkpoint_format == "dense",
+        )  # fmt: skip
+        with of_argument("output"):
+            require_space(self.target, size - store.nbytes())
