@@ -29,6 +29,7 @@ from nowag_ext.calibrate import (
     collect_statistics,
     load_act_norms,
 )
+from nowag_ext.cost import Work, forecast
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.demo import Effort, run_demo
 from nowag_ext.disk import Job, kept, of_argument, source_facts
@@ -53,6 +54,7 @@ from nowag_ext.plan import plan_compression
 from nowag_ext.render import (
     dtype_name,
     environment_tables,
+    forecast_tables,
     loading,
     progress_bar,
     report_table,
@@ -280,6 +282,7 @@ def compress(
     resume: options.Resume = True,
     offload: options.Offload = None,
     overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
     samples: options.CompressSamples = None,
     length: options.Length = 1024,
     sample_seed: options.SampleSeed = None,
@@ -299,6 +302,8 @@ def compress(
     scope = SharedCodebooks(codebook_scope or ("model" if recipe == "feedback" else "layer")).scope
     if recipe == "paper" and launched() > 1:
         raise ValueError("torchrun is for --recipe feedback alone: start this without it.")
+    if dry_run and launched() > 1:
+        raise ValueError("--dry-run is for one process: start it without torchrun.")
     if launched_rank() > 0:
         _help_compress(
             model, output, dtype, trust_remote_code, method, left_dense, codebook_scope=scope,
@@ -315,8 +320,12 @@ def compress(
     if act_norms is not None:
         with of_argument("act_norms"):
             norms = load_act_norms(act_norms)
-    texts = _open_texts(text or ())
     samples = samples or _SAMPLES[recipe]
+    if dry_run:
+        taken = Work(recipe, samples if text else 0, length, offload=offload is not None)
+        _show_forecast(job, taken)
+        return
+    texts = _open_texts(text or ())
     made_with = {
         **job.made_with(), **_text_facts(texts, samples, length, sample_seed), "recipe": recipe,
         "act_norms": None if act_norms is None else str(act_norms),
@@ -397,6 +406,21 @@ def _help_compress(
             if LayerStore(kept).keeps_something():
                 stop.kept = kept  # type: ignore[attr-defined]
             raise
+
+
+def _show_forecast(job: Job, work: Work) -> None:
+    model = job.outline()
+    if model is None:
+        raise ValueError(
+            f"--dry-run: {job.source} brings Python code of its own, so that nothing can be said "
+            "of it before it is loaded."
+        )
+    job.check(model)
+    taken = forecast(model, job.layers, job.ignore, job.codebook_scope, job.sizes(model), work)
+    for part in forecast_tables(taken):
+        _out.print(part)
+    windows = f"{work.samples} windows of {work.length} tokens" if work.samples else "norms"
+    _out.print(f"From {windows}, by --recipe {work.recipe}. Nothing was written.", soft_wrap=True)
 
 
 def _settings(**given: Any) -> dict[str, Any]:

@@ -166,6 +166,14 @@ Offload = Annotated[
         "memory: twice 4 bytes for each token and hidden unit. They leave nothing there.",
     ),
 ]  # fmt: skip
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Say what it would take (bits, bytes, memory, time) and do nothing: from MODEL's "
+        "configuration, and the speed of this machine, measured for some seconds.",
+    ),
+]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Replace OUTPUT, if nowag_ext wrote all that is in it."),

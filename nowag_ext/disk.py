@@ -17,7 +17,7 @@ from torch import Tensor
 from nowag_ext.checkpoint import save_compressed, save_dense
 from nowag_ext.decoder import check_patterns, decoder_linears, matches
 from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
-from nowag_ext.forecast import skeleton, written_bytes
+from nowag_ext.forecast import Sizes, sizes, skeleton
 from nowag_ext.methods import LayerSettings
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
@@ -271,10 +271,9 @@ class Job:
             temporary_directory(store.directory, "converted") as converted,
         ):
             store.begin(made_with)
-            check_found(self.source)
-            outline = skeleton(self.source, named_dtype(str(self.dtype)))
+            outline = self.outline()
             if outline is not None:
-                self.check(outline, store)
+                self.check(outline, store.nbytes())
             tokenizer = open_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
             compress_loaded = prepare(tokenizer, store)
             with loading or nullcontext():
@@ -284,15 +283,23 @@ class Job:
                     trust_remote_code=self.trust_remote_code,
                 )  # fmt: skip
             if outline is None:
-                self.check(model, store)
+                self.check(model, store.nbytes())
             compress_loaded(model)
             write = _WRITERS[self.checkpoint_format]
             left_out = write(model, tokenizer, self.target, overwrite=self.overwrite)
             store.clear()
         return model.nowag_report, left_out
 
-    def check(self, model: Any, store: LayerStore) -> None:
-        """Raises for what does not fit a model (or its outline), and where there is no room."""
+    def outline(self) -> Any:
+        """The model without its weights, or None where only loading it tells (``skeleton``)."""
+        check_found(self.source)
+        return skeleton(self.source, named_dtype(str(self.dtype)))
+
+    def check(self, model: Any, finished: int = 0) -> None:
+        """Raises for what does not fit a model (or its outline), and where there is no room.
+
+        ``finished`` bytes of what is to be written are there already.
+        """
         check_patterns(model, self.ignore, "ignore")
         check_patterns(model, list(self.overrides), "overrides")
         for name, linear in decoder_linears(model).items():
@@ -304,9 +311,13 @@ class Job:
                 )
             except ValueError as error:
                 raise ValueError(f"{name} {error}.") from None
-        size = written_bytes(
-            model, self.layers, self.ignore, shared_codebook=self.codebook_scope != "layer",
+        size = self.sizes(model).written
+        with of_argument("output"):
+            require_space(self.target, size - finished)
+
+    def sizes(self, model: Any) -> Sizes:
+        """What will be written of a model, or its outline."""
+        return sizes(
+            model, self.layers, self.ignore, self.codebook_scope,
             dense=self.checkpoint_format == "dense",
         )  # fmt: skip
-        with of_argument("output"):
-            require_space(self.target, size - store.nbytes())

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from nowag_ext.codebook import OWNER
 from nowag_ext.decoder import decoder_linears, matches
-from nowag_ext.methods import METHODS, LayerSettings
+from nowag_ext.methods import METHODS, LayerSettings, VQSettings
+from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.stored import checked_config
+from nowag_ext.vq import check_code
 
 
 def skeleton(source: str | os.PathLike[str], dtype: torch.dtype | str) -> Any:
@@ -40,35 +45,77 @@ def skeleton(source: str | os.PathLike[str], dtype: torch.dtype | str) -> Any:
         return AutoModelForCausalLM.from_config(built, dtype=dtype)
 
 
-def written_bytes(
-    model: Any,
-    settings: LayerSettings,
-    ignore: Sequence[str],
-    *,
-    shared_codebook: bool,
-    dense: bool,
-) -> int:
-    """Bytes of the tensors on disk when a compression ends: finished layers and the checkpoint."""
-    own = {id(parameter): parameter.nbytes for parameter in model.parameters()}
-    total = sum(own.values())
-    layers = 0
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that a compression writes.
+
+    Attributes:
+        checkpoint: of the safetensors files of the output.
+        tensors: of the tensors in them.
+        compressed: of the tensors that stand for compressed weights, packed.
+        weights: how many weights those are.
+    """
+
+    checkpoint: int
+    tensors: int
+    compressed: int
+    weights: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the compressed weights, everything stored for them counted."""
+        return 8 * self.compressed / self.weights if self.weights else 0.0
+
+    @property
+    def written(self) -> int:
+        """Of the tensors on disk when a compression ends: finished layers and the checkpoint."""
+        return self.tensors + self.compressed
+
+
+def sizes(
+    model: Any, settings: LayerSettings, ignore: Sequence[str], codebook_scope: str, *, dense: bool
+) -> Sizes:
+    """What compressing a model, or its skeleton, writes; ``dense``: as an ordinary checkpoint."""
+    codebooks = SharedCodebooks(codebook_scope)
+    tensors = {**model.state_dict(), **dict(model.named_parameters(remove_duplicate=False))}
+    # Tied parameters are one, and stored once.
+    stored = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    dense_form = {name: tensors[name] for name in stored.values()}
+    packed: dict[str, Tensor] = {}
+    replaced = set()
+    weights = 0
     for name, linear in decoder_linears(model).items():
         if matches(name, ignore):
             continue
-        layers += _packed_bytes(linear, settings, name, shared_codebook)
-        if not dense:
-            total -= own[id(linear.weight)]
-    return total + layers + (0 if dense else layers)
+        one = settings.of(name)
+        form = one.form()
+        if isinstance(one, VQSettings) and codebook_scope != "layer":
+            form["codebook"] = codebooks.name_for(name, one)
+            entries = torch.empty(
+                1 << check_code(one.d, one.bits), one.d, dtype=torch.float16, device="meta"
+            )
+            packed[f"{OWNER}.{form['codebook']}"] = entries
+        module = METHODS[one.method].empty(
+            form, linear.in_features, linear.out_features, linear.weight.dtype, torch.device("meta")
+        )
+        packed |= {f"{name}.{part}": tensor for part, tensor in module.named_parameters()}
+        replaced.add(f"{name}.weight")
+        weights += linear.weight.numel()
+    others = {name: tensor for name, tensor in dense_form.items() if name not in replaced}
+    written = dense_form if dense else {**others, **packed}
+    total = _bytes(written)
+    return Sizes(_header_bytes(written) + total, total, _bytes(packed), weights)
 
 
-def _packed_bytes(
-    linear: nn.Linear, settings: LayerSettings, name: str, shared_codebook: bool
-) -> int:
-    one = settings.of(name)
-    form = one.form()
-    if shared_codebook and one.method == "vq":
-        form["codebook"] = "shared"
-    module = METHODS[one.method].empty(
-        form, linear.in_features, linear.out_features, linear.weight.dtype, torch.device("meta")
-    )
-    return sum(parameter.nbytes for parameter in module.parameters())
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _header_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """What a safetensors file of these tensors has before them."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        offsets = [end, end := end + tensor.nbytes]
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": offsets}
+    return 8 + len(json.dumps(header, separators=(",", ":")))

@@ -21,6 +21,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from nowag_ext.cost import Forecast
 from nowag_ext.environment import Environment
 from nowag_ext.report import LayerReport, ModelReport, Progress, settings_text
 
@@ -108,6 +109,25 @@ def report_table(report: ModelReport) -> Table:
     rows.append(_kind_row("all", report.layers, shared))
     columns = ("linears", "number", "relative objective", "bits/weight", "MB", "seconds")
     return table(f"{report.method}: {settings_text(report.settings)}", columns, rows)
+
+
+def forecast_tables(forecast: Forecast) -> list[Table]:
+    """What a run will write, and what it will take."""
+    sizes = forecast.sizes
+    facts = [
+        ("bits per compressed weight, all in", f"{sizes.bits_per_weight:.3f}"),
+        ("MB of the weights' files", megabytes(sizes.checkpoint)),
+        ("MB on disk at the end, with what is finished", megabytes(sizes.written)),
+        ("MB of memory at most", megabytes(forecast.peak_memory)),
+        ("time", str(timedelta(seconds=round(forecast.seconds)))),
+    ]
+    memory = [(name, megabytes(size)) for name, size in forecast.memory.items()]
+    seconds = [(name, f"{value:.1f}") for name, value in forecast.stages.items()]
+    return [
+        table("Forecast", ("", ""), facts),
+        table("Memory where it is most", ("of", "MB"), memory),
+        table("Time, as fast as this machine is now", ("stage", "seconds"), seconds),
+    ]
 
 
 def _otherwise(layer: LayerReport, report: ModelReport) -> str:

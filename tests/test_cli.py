@@ -28,7 +28,7 @@ import nowag_ext
 from nowag_ext import _cpu, cli, disk, gemm, render
 from nowag_ext.cli import app
 from nowag_ext.evaluate import perplexity, tokenize
-from nowag_ext.forecast import written_bytes
+from nowag_ext.forecast import sizes
 from nowag_ext.methods import LayerSettings
 from nowag_ext.source import calibration_batches
 
@@ -528,10 +528,8 @@ def test_room_is_looked_for_before_the_model_is_read(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The configuration alone says how much will be written."""
-    needed = written_bytes(
-        tiny_llama(), LayerSettings("vq", {"d": 4, "bits": 2}, {}), ["lm_head"],
-        shared_codebook=False, dense=False,
-    )  # fmt: skip
+    settings = LayerSettings("vq", {"d": 4, "bits": 2}, {})
+    needed = sizes(tiny_llama(), settings, ["lm_head"], "layer", dense=False).written
     arguments = ["compress", work / "model", "-o", tmp_path / "out", *VQ,
                  "--act-norms", work / "stats.safetensors"]  # fmt: skip
     usage = shutil.disk_usage(tmp_path)

@@ -59,13 +59,18 @@ class SharedCodebooks:
         name = self._names.get(linear)
         return None if name is None else self._codebooks[name]
 
+    def name_for(self, linear: str, settings: VQSettings) -> str:
+        """What the codebook is called that a linear of these settings shares."""
+        whose = "model" if self.scope == "model" else linear.rpartition(".")[2]
+        return f"{whose}-d{settings.d}-{check_code(settings.d, settings.bits)}"
+
     def assign(self, units: Mapping[str, Unit]) -> None:
         """Says which codebook serves which linear, before there are any."""
         if self.scope == "layer":
             return
         for linear, unit in units.items():
             if isinstance(unit.settings, VQSettings):
-                name = self._name(linear, unit.settings)
+                name = self.name_for(linear, unit.settings)
                 self._names[linear] = name
                 self._forms.setdefault(name, unit.settings)
 
@@ -120,10 +125,6 @@ class SharedCodebooks:
                 progress=report,
             )
         return trained
-
-    def _name(self, linear: str, settings: VQSettings) -> str:
-        whose = "model" if self.scope == "model" else linear.rpartition(".")[2]
-        return f"{whose}-d{settings.d}-{check_code(settings.d, settings.bits)}"
 
     def re_estimate(
         self,

@@ -1,0 +1,378 @@
+"""What a compression will cost in memory and time, from a model's outline alone.
+
+Memory is added up from what is alive at once; time is counted operations over speeds that are
+measured on this machine, for a second or two, at the model's own sizes. Groups of linears that read
+the same input are guessed from names and shapes: linears of one parent and one number of inputs,
+where the last, if it gives hidden states, writes to the residual stream.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nowag_ext.codebook_training import train_codebook
+from nowag_ext.decoder import decoder_layers, decoder_linears, matches
+from nowag_ext.forecast import Sizes
+from nowag_ext.methods import Given, LayerSettings, Settings, VQSettings
+from nowag_ext.pipeline import codebooks, streams
+from nowag_ext.pipeline import compress as pipeline
+
+_FLOAT = 4
+
+# Copies of a weight, and of the metric, that compressing one linear under a Hessian takes.
+_WEIGHT_COPIES = 4
+_METRIC_COPIES = 3
+
+# Runs of one window that finding out a layer's groups takes.
+_TRACES = 4
+
+# Sizes that speeds are measured at, at most; and for how long, each.
+_MOST_FEATURES = 4096
+_MOST_LENGTH = 2048
+_SEARCH_FEATURES = 768
+_SEARCH_ROWS = 256
+_SECONDS = 0.15
+_POINTS = 1 << 17
+_ITERATIONS = (1, 4)
+_MOST_CODE_BITS = 12
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much calibration text a run takes: ``samples`` windows of ``length`` tokens.
+
+    ``offload``: its hidden states are on disk. 0 samples: none, norms are given.
+    """
+
+    recipe: str
+    samples: int
+    length: int
+    offload: bool
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        sizes: what it writes.
+        memory: bytes by what they are for; their sum is the largest resident size.
+        stages: seconds by stage, as in a report.
+    """
+
+    work: Work
+    sizes: Sizes
+    memory: dict[str, int]
+    stages: dict[str, float]
+
+    @property
+    def peak_memory(self) -> int:
+        return sum(self.memory.values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears that read the same input; ``sums`` is whether they add to the residual stream."""
+
+    inputs: int
+    outputs: tuple[int, ...]
+    sums: bool
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * sum(self.outputs)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    groups: tuple[_Group, ...]  # of the linears to be compressed
+    weights: int  # of all its linears
+    parameters: int
+
+
+@dataclass(frozen=True)
+class _Speeds:
+    """Of this machine at a model's sizes.
+
+    Attributes:
+        products: floating-point operations a second of matrix products.
+        attention, elementwise: seconds a layer and window.
+        compression: seconds a weight, beside products.
+        seeding: seconds a weight of the starting points of k-means.
+        training: seconds a weight and iteration of k-means; later ones take less.
+    """
+
+    products: float
+    attention: float
+    elementwise: float
+    compression: float
+    seeding: float
+    training: float
+
+
+def forecast(
+    model: Any,
+    settings: LayerSettings,
+    ignore: Sequence[str],
+    codebook_scope: str,
+    sizes: Sizes,
+    work: Work,
+) -> Forecast:
+    """What compressing a model will take, given its outline (``forecast.skeleton``)."""
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    hidden = model.get_input_embeddings().weight.shape[1]
+    layers = [_layer(name, layer, ignore, hidden) for name, layer in decoder_layers(model).items()]
+    linears = decoder_linears(model).items()
+    compressed = {name: linear for name, linear in linears if not matches(name, ignore)}
+    by_settings: dict[Settings, int] = {}
+    trained = 0
+    for name, linear in compressed.items():
+        one = settings.of(name)
+        by_settings[one] = by_settings.get(one, 0) + linear.weight.numel()
+        if isinstance(one, VQSettings) and codebook_scope != "layer":
+            trained += linear.weight.numel()
+    # Times are those of the settings of most weights.
+    typical = max(by_settings, key=lambda one: by_settings[one], default=settings.default)
+    memory = {"the program": base, **_memory(model, layers, sizes, work, hidden, trained)}
+    speeds = _speeds(model, typical, work.length, hidden)
+    return Forecast(work, sizes, memory, _seconds(layers, typical, work, trained, speeds))
+
+
+def _layer(name: str, layer: nn.Module, ignore: Sequence[str], hidden: int) -> _Layer:
+    linears = {n: part for n, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    last = {part.rpartition(".")[0]: part for part in linears}
+    members: dict[tuple[str, int, bool], list[int]] = {}
+    for part, linear in linears.items():
+        if matches(f"{name}.{part}" if part else name, ignore):
+            continue
+        parent = part.rpartition(".")[0]
+        sums = last[parent] == part and linear.out_features == hidden
+        members.setdefault((parent, linear.in_features, sums), []).append(linear.out_features)
+    groups = tuple(_Group(key[1], tuple(outputs), key[2]) for key, outputs in members.items())
+    weights = sum(linear.weight.numel() for linear in linears.values())
+    return _Layer(groups, weights, sum(parameter.numel() for parameter in layer.parameters()))
+
+
+def _memory(
+    model: Any, layers: Sequence[_Layer], sizes: Sizes, work: Work, hidden: int, trained: int
+) -> dict[str, int]:
+    """Bytes by what they are for, where most is alive."""
+    of_layers = {
+        id(parameter)
+        for layer in decoder_layers(model).values()
+        for parameter in layer.parameters()
+    }
+    every = {id(parameter): parameter for parameter in model.parameters()}
+    inside = sum(parameter.nbytes for key, parameter in every.items() if key in of_layers)
+    outside = sum(parameter.nbytes for parameter in every.values()) - inside
+    always = {"weights outside the layers": outside}
+    if work.recipe != "feedback":
+        if work.samples:
+            always["the layers, dense"] = inside
+        widest = max((g.inputs * max(g.outputs) for one in layers for g in one.groups), default=0)
+        return {
+            **always, "what is compressed": sizes.compressed,
+            "compressing a linear": _WEIGHT_COPIES * _FLOAT * widest,
+        }  # fmt: skip
+    window = work.length * hidden * _FLOAT
+    most = max(layers, key=lambda one: one.parameters)
+    block = most.parameters * _FLOAT
+    # Layers are copied twice while the two copies of the one before, and what was seen of it, are
+    # still there; later the statistics of a group take more than those did.
+    seen = _seen(most, work, hidden)
+    last = max(map(_group_bytes, most.groups), default=0)
+    through = {
+        "what is compressed": sizes.compressed,
+        "hidden states": 0 if work.offload else 2 * work.samples * window,
+        "what windows show of a layer": seen,
+        "layers in fp32, and statistics": 2 * block + max(2 * block, last),
+    }
+    # Before that, codebooks are trained on what is sampled of the weights: points, codes, gaps ...
+    sampled = min(trained, codebooks._TRAINING_WEIGHTS)
+    training = {"training codebooks": int(sampled * _FLOAT * 1.6)} if trained else {}
+    # ... and re-estimated under the Hessians of a layer's groups.
+    windows = min(codebooks._WINDOWS, work.samples)
+    hessians = _FLOAT * sum(group.inputs**2 for group in most.groups)
+    estimating = {
+        "hidden states": windows * window,
+        "layers in fp32, and statistics": 2 * block + hessians + last,
+    }
+    stages: list[dict[str, int]] = [through, training, estimating if trained else {}]
+    largest = max(stages, key=lambda stage: sum(stage.values()))
+    return {**always, **largest}
+
+
+def _seen(layer: _Layer, work: Work, hidden: int) -> int:
+    """What both streams may keep of a layer (streams.py), the outputs of the dense one included."""
+    sums = sum(group.sums for group in layer.groups)
+    dense = sum(group.inputs for group in layer.groups) + hidden * sums
+    total = 0
+    sizes = [(dense, hidden)]
+    if layer.groups and layer.groups[-1].sums:
+        sizes.append((layer.groups[-1].inputs + hidden, 0))
+    for shown, besides in sizes:
+        of_window = shown * work.length * _FLOAT
+        windows = min(work.samples, streams._SEEN_BYTES // of_window)
+        total += windows * (of_window + besides * work.length * _FLOAT)
+    return total
+
+
+def _group_bytes(group: _Group) -> int:
+    """The statistics of a group while its corrections are solved for, or its linears compressed."""
+    square, every = group.inputs**2, group.weights
+    widest = group.inputs * max(group.outputs)
+    solving = square * (2 + (not group.sums)) + every * (1 + group.sums) + 2 * widest
+    compressing = square * (1 + _METRIC_COPIES) + every + _WEIGHT_COPIES * widest
+    return _FLOAT * max(solving, compressing)
+
+
+def _seconds(
+    layers: Sequence[_Layer],
+    settings: Settings,
+    work: Work,
+    trained: int,
+    speeds: _Speeds,
+) -> dict[str, float]:
+    length = work.length
+    iters = settings.iters if isinstance(settings, VQSettings) else 1
+
+    def products(operations: float) -> float:
+        return operations / speeds.products
+
+    def run(layer: _Layer) -> float:
+        """One window through one layer."""
+        return products(2 * layer.weights * length) + speeds.attention + speeds.elementwise
+
+    once = sum(run(layer) for layer in layers)
+    weights = sum(group.weights for layer in layers for group in layer.groups)
+    if work.recipe != "feedback":
+        stages = {"activation norms": work.samples * once} if work.samples else {}
+        return {**stages, "compression": weights * (speeds.seeding + iters * speeds.training)}
+    stages = {"activation norms": min(pipeline._NORM_WINDOWS, work.samples) * once}
+    if trained:
+        sample = min(trained, codebooks._TRAINING_WEIGHTS)
+        most = min(iters, codebooks._TRAINING_ITERATIONS)
+        stages["codebooks"] = sample * (speeds.seeding + most * speeds.training)
+    forwards = statistics = compression = solving = hessians = 0.0
+    for layer in layers:
+        before = 0  # weights that a window goes through before it reaches a group
+        for group in layer.groups:
+            reached = before + (group.weights if group.sums else 0)
+            share = reached / max(1, layer.weights)
+            forwards += work.samples * run(layer) * min(1.0, share)
+            before += group.weights
+            square = group.inputs**2
+            hessians += products(square * length)
+            beside = group.weights if group.sums else square
+            statistics += work.samples * products((square + 2 * beside) * length)
+            statistics += products(group.inputs**3 / 3 + 2 * group.inputs * group.weights)
+            solving += len(group.outputs) * products(group.inputs**3 / 3)
+            solving += products(3 * group.inputs * group.weights)
+            compression += group.weights * speeds.compression
+        last = layer.groups[-1].weights if layer.groups else 0
+        forwards += (work.samples + _TRACES) * run(layer) + work.samples * products(
+            2 * last * length
+        )
+    if trained:
+        windows = min(codebooks._WINDOWS, work.samples)
+        stages["re-estimation"] = windows * (once + hessians) + solving + compression
+    elif isinstance(settings, VQSettings):
+        compression += weights * (speeds.seeding + iters * speeds.training)
+    return {
+        **stages, "forwards": forwards, "statistics": statistics,
+        "compression": solving + compression,
+    }  # fmt: skip
+
+
+def _speeds(model: Any, settings: Settings, length: int, hidden: int) -> _Speeds:
+    """Measures them on random numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    linears = [
+        part
+        for layer in decoder_layers(model).values()
+        for part in layer.modules()
+        if isinstance(part, nn.Linear)
+    ]
+    widest = max(linears, key=lambda linear: linear.weight.numel())
+    inputs = min(widest.in_features, _MOST_FEATURES)
+    outputs = min(widest.out_features, _MOST_FEATURES)
+    rows = min(length, _MOST_LENGTH)
+    x, weight = random(rows, inputs), random(outputs, inputs)
+    products = 2 * rows * inputs * outputs / _timed(lambda: functional.linear(x, weight))
+    windows = length / rows
+
+    inner = max(linear.out_features for linear in linears)
+    states, gate = random(rows, hidden), random(rows, inner)
+    elementwise = windows * _timed(lambda: _elementwise(states, gate))
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "head_dim", None) or hidden // heads
+    query = random(1, heads, rows, size)
+    attention = windows**2 * _timed(
+        lambda: functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+    )
+
+    features = min(inputs, _SEARCH_FEATURES)
+    layer, norms = random(_SEARCH_ROWS, features), random(features).abs() + 0.1
+    activations = random(2 * features, features)
+    hessian = activations.T @ activations / len(activations)
+    seeding, training, codebook = 0.0, 0.0, None
+    scale = 1.0
+    if isinstance(settings, VQSettings):
+        code_bits = round(settings.d * settings.bits)
+        # Larger codebooks would take minutes; what they cost grows no faster than they do.
+        scale = 2.0 ** max(0, code_bits - _MOST_CODE_BITS)
+        code_bits = min(code_bits, _MOST_CODE_BITS)
+        settings = replace(settings, bits=code_bits / settings.d)
+        weights = settings.d * max(_POINTS, 4 << code_bits)
+        sample = random(math.ceil(weights / features), features)
+        seconds = {}
+        for iters in _ITERATIONS:
+            began = time.perf_counter()
+            codebook = train_codebook(
+                [(sample, norms)], d=settings.d, bits=settings.bits, init=settings.init, iters=iters
+            )
+            seconds[iters] = (time.perf_counter() - began) / sample.numel()
+        few, more = _ITERATIONS
+        training = scale * max(0.0, seconds[more] - seconds[few]) / (more - few)
+        seeding = max(0.0, scale * seconds[few] - few * training)
+    given = Given(hessian=hessian, codebook=codebook)
+    spent = (features**3 / 3 + 3 * features * layer.numel()) / products
+    compression = _timed(lambda: settings.compress(layer, norms, lambda _share: None, given))
+    compression = scale * max(0.1 * compression, compression - spent) / layer.numel()
+    return _Speeds(products, attention, elementwise, compression, seeding, training)
+
+
+def _elementwise(states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """What a layer does beside products and attention, roughly: norms, an activation, sums."""
+    for _ in range(2):
+        variance = states.pow(2).mean(-1, keepdim=True)
+        states = states + (states * torch.rsqrt(variance + 1e-6)) * 0.1
+    return (functional.silu(gate) * gate)[:, :1] + states[:, :1]
+
+
+def _timed(function: Callable[[], Any]) -> float:
+    """Seconds a call, the first one not counted."""
+    function()
+    calls, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < _SECONDS:
+        function()
+        calls += 1
+    return passed / calls

@@ -1,0 +1,164 @@
+"""What a compression will write and take, foretold from a model's outline."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import TEXT, save_tiny, tiny_llama
+from tiny_models import ARCHITECTURES, tiny_model, tiny_tokens
+from typer.testing import CliRunner, Result
+
+import nowag_ext
+from nowag_ext import cost, disk
+from nowag_ext.cli import app
+from nowag_ext.cost import Work, forecast
+from nowag_ext.decoder import decoder_layers, decoder_linears
+from nowag_ext.forecast import sizes, skeleton
+from nowag_ext.methods import LayerSettings
+from nowag_ext.pipeline.blocks import Blocks
+
+TOKENS = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(1))
+VQ: dict[str, Any] = {"d": 4, "bits": 2, "iters": 2}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield save_tiny(tmp_path_factory.mktemp("source") / "model")
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_SECONDS", 0.001)
+    monkeypatch.setattr(cost, "_POINTS", 1024)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "settings"),
+    [
+        ("vq", {}, VQ),
+        ("vq", {"codebook_scope": "kind", "ignore": ["o_proj"], "dtype": "bfloat16"}, VQ),
+        ("prune", {"overrides": {"up_proj": {"method": "vq", **VQ}}}, {"pattern": "2:4"}),
+        ("vq", {"checkpoint_format": "dense", "dtype": "float16"}, VQ),
+    ],
+)
+def test_bytes_and_bits_are_those_of_the_run(
+    source: Path, tmp_path: Path, method: str, more: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    output = tmp_path / "out"
+    report = nowag_ext.compress(source, TOKENS, method, output=output, **more, **settings)
+    job = disk.Job(
+        str(source), tmp_path / "other", method, settings, more.get("overrides", {}),
+        tuple(more.get("ignore", ["lm_head"])), more.get("codebook_scope", "model"),
+        dtype=more.get("dtype", "auto"), checkpoint_format=more.get("checkpoint_format", "nowag"),
+    )  # fmt: skip
+    foretold = job.sizes(job.outline())
+    written = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+    assert foretold.checkpoint == pytest.approx(written, rel=2e-3)
+    assert foretold.bits_per_weight == report.bits_per_weight
+    assert foretold.weights == report.compressed_weights
+    assert foretold.compressed == report.bytes
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_groups_are_those_that_a_run_finds(architecture: str) -> None:
+    model = tiny_model(architecture)
+    blocks = Blocks(model, 8)
+    hidden = blocks.embed(tiny_tokens(1, 8)).float()
+    found = [
+        (
+            group.in_features,
+            tuple(decoder_linears(model)[name].out_features for name in group.names),
+            None not in group.taps,
+        )
+        for group in blocks.groups(0, hidden)
+    ]
+    name, layer = next(iter(decoder_layers(model).items()))
+    guessed = cost._layer(name, layer, ["lm_head"], 64)
+    assert [(one.inputs, one.outputs, one.sums) for one in guessed.groups] == found
+
+
+def foretold(source: Path, settings: LayerSettings, scope: str, work: Work) -> cost.Forecast:
+    outline = skeleton(source, "auto")
+    written = sizes(outline, settings, ["lm_head"], scope, dense=False)
+    return forecast(outline, settings, ["lm_head"], scope, written, work)
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+@pytest.mark.parametrize("method", ["vq", "prune"])
+def test_stages_are_those_of_a_run(source: Path, scope: str, method: str) -> None:
+    settings = VQ if method == "vq" else {}
+    model = nowag_ext.compress(tiny_llama(), TOKENS, method, codebook_scope=scope, **settings)
+    taken = foretold(
+        source, LayerSettings(method, settings, {}), scope, Work("feedback", 4, 16, False)
+    )
+    stages = set(model.nowag_report.stages)
+    if scope == "layer" or method == "prune":
+        stages -= {"codebooks", "re-estimation"}  # entered, but there is nothing to do
+    assert set(taken.stages) == stages
+    assert all(seconds > 0 for seconds in taken.stages.values())
+
+
+def test_what_takes_more(source: Path) -> None:
+    settings = LayerSettings("vq", VQ, {})
+    few, many, offloaded = (
+        foretold(source, settings, "model", Work("feedback", windows, 512, offload))
+        for windows, offload in ((4, False), (4000, False), (4000, True))
+    )
+    assert many.stages["forwards"] > 100 * few.stages["forwards"]
+    states = 2 * 4000 * 512 * 64 * 4
+    assert many.memory["hidden states"] == states
+    assert many.peak_memory - offloaded.peak_memory == pytest.approx(states, rel=0.1)
+    paper = foretold(source, settings, "layer", Work("paper", 4, 512, False))
+    assert set(paper.stages) == {"activation norms", "compression"}
+    given = foretold(source, settings, "layer", Work("paper", 0, 512, False))
+    assert set(given.stages) == {"compression"}
+    assert given.peak_memory < paper.peak_memory
+
+
+def test_a_dry_run_reads_no_weights_and_writes_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model").mkdir()
+    for file in source.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "text").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    common = ["compress", "model", "-o", "out", "--d", 4, "--bits", 2, "--dry-run"]
+    before = sorted(map(str, tmp_path.rglob("*")))
+    result = run(*common, "--text", "text", "--samples", 5, "--length", 64)
+    assert result.exit_code == 0, result.output
+    assert "bits per compressed weight" in result.output
+    assert "2.750" in result.output
+    assert "From 5 windows of 64 tokens, by --recipe feedback. Nothing was written." in (
+        " ".join(result.output.split())
+    )
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+    for more, sentence in {
+        ("--codebook-scope", "layer", "--d", 8): "is too small",
+        ("--ignore", "nope"): "names no linear",
+        ("-o", "model"): "--output: .*exists and is not empty",
+    }.items():
+        result = run(*common, "--text", "text", *more)
+        assert result.exit_code == 1, result.output
+        assert re.match(f"Error: .*{sentence}", result.stderr)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoConfig": "own.Config"}})
+    )
+    result = run(*common, "--text", "text")
+    assert "--dry-run: model brings Python code of its own" in result.stderr
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
