@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from nowag_ext.files import atomic_directory, check_vacant, require_space
+from nowag_ext.files import atomic_directory, check_vacant, remove, require_space
+from nowag_ext.gguf_source import check_gguf, convert_gguf, explained
 from nowag_ext.integrations.transformers import QUANT_METHOD, NowagConfig, replace_by_dense
 from nowag_ext.methods import METHODS
 from nowag_ext.offload import layers_on_disk
 from nowag_ext.report import ModelReport, settings_text
 from nowag_ext.side_files import copy_side_files, licence_of, source_folder
-from nowag_ext.stored import check_no_adapter, checked_config, shown
+from nowag_ext.stored import checked_config, shown
 
 REPORT_FILE = "report.json"
 LAYERS_FILE = "layers.csv"
@@ -96,8 +97,8 @@ def dense_model(
     ``load``.
 
     With an ``offload_folder`` the decoder layers stay on disk, and are read when they are needed
-    (offload.py): from the checkpoint itself, or, where transformers converts its tensors, from that
-    directory, which must outlive the model. Those of a GGUF file are in memory all the same.
+    (offload.py): from the checkpoint itself, or, where transformers converts its tensors and of a
+    GGUF file, from that directory, which must outlive the model.
 
     Raises:
         OSError: nothing is found under that name.
@@ -107,7 +108,15 @@ def dense_model(
     _check_exists(path_or_id)
     path = Path(path_or_id)
     if path.suffix == ".gguf":
-        return _load_gguf(path, torch.float32 if dtype == "auto" else dtype, kwargs)
+        wanted = torch.float32 if isinstance(dtype, str) else dtype
+        converted = None
+        if offload_folder is not None:
+            converted = _convert_gguf(path, wanted, Path(offload_folder))
+        if converted is None:
+            return _load_gguf(path, wanted, kwargs)
+        model = dense_model(converted, wanted, offload_folder=offload_folder, **kwargs)
+        model.nowag_source = path
+        return model
     quantization = _quantization(checked_config(path_or_id, **kwargs))
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
@@ -156,7 +165,7 @@ def load_tokenizer(
     path = Path(path_or_id)
     with _explained(path_or_id, "the tokenizer of "):
         if path.suffix == ".gguf":
-            _check_gguf(path)
+            check_gguf(path)
             # Alone in a folder: transformers would take other models' vocabularies for this one's.
             with TemporaryDirectory() as alone:
                 (Path(alone) / path.name).symlink_to(path.resolve())
@@ -178,15 +187,8 @@ def _quantization(config: Mapping[str, Any]) -> Any:
     return quantization
 
 
-def _check_gguf(path: Path) -> None:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
-    check_no_adapter(path.parent)
-
-
 def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> Any:
-    _check_gguf(path)
+    check_gguf(path)
     try:
         # Where transformers can keep GGUF blocks packed, it must be told to unpack them.
         from transformers import GgufConfig
@@ -194,14 +196,24 @@ def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> 
         kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs}
     except ImportError:
         pass
-    try:
+    with explained(path):
         model = _load_complete(path.parent, gguf_file=path.name, dtype=dtype, **kwargs)
         model.nowag_source = path
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # whatever the parser stumbled over
-        raise ValueError(f"{path} is damaged, or of a model unknown here: {error}") from error
     return model
+
+
+def _convert_gguf(path: Path, dtype: torch.dtype, folder: Path) -> Path | None:
+    """The directory of a GGUF file's model in safetensors, None if it can be read only whole."""
+    directory = folder / "dequantised"
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        convert_gguf(path, directory, dtype)
+    except ValueError as error:
+        # If it is damaged, loading it says so.
+        warnings.warn(f"{path} is read as a whole, into memory: {error}", stacklevel=2)
+        remove(directory)
+        return None
+    return directory
 
 
 def _load_complete(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from nowag_ext.codebook import OWNER
 from nowag_ext.decoder import decoder_linears, matches
+from nowag_ext.gguf_source import gguf_config
 from nowag_ext.methods import METHODS, LayerSettings, VQSettings
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.stored import checked_config
@@ -24,20 +25,22 @@ from nowag_ext.vq import check_code
 def skeleton(source: str | os.PathLike[str], dtype: torch.dtype | str) -> Any:
     """The model without its weights, on the meta device.
 
-    None where only loading it tells: GGUF files, and models that bring their own code.
+    None where only loading it tells: models that bring their own code.
 
     Raises:
         OSError: there is no such model.
-        ValueError: it is quantised, or transformers knows none of its kind.
+        ValueError: it is quantised or damaged, or transformers knows none of its kind.
     """
     if Path(source).is_file():
-        return None
-    config = checked_config(source)
-    if config.get("quantization_config") is not None:
-        raise ValueError(f"{os.fspath(source)} is already quantised: a dense model is needed.")
-    if "auto_map" in config or "model_type" not in config:
-        return None
-    built = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        built = gguf_config(Path(source))
+        dtype = torch.float32 if dtype == "auto" else dtype
+    else:
+        config = checked_config(source)
+        if config.get("quantization_config") is not None:
+            raise ValueError(f"{os.fspath(source)} is already quantised: a dense model is needed.")
+        if "auto_map" in config or "model_type" not in config:
+            return None
+        built = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if dtype == "auto":
         # Where the configuration names none the weights do: no more than they may take is told.
         dtype = getattr(built, "dtype", None) or torch.float16

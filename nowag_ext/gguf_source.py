@@ -1,0 +1,171 @@
+"""GGUF files read a part at a time: their weights dequantised to a checkpoint of safetensors files.
+
+transformers dequantises all that a GGUF file holds at once. So it is given one layer after another,
+each as a small GGUF file of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from nowag_ext.decoder import decoder_layers
+from nowag_ext.files import require_space
+from nowag_ext.stored import check_no_adapter
+
+_MAGIC = b"GGUF"
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """One sentence with the file's name, whatever the parser stumbled over."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is damaged, or of a model unknown here: {error}") from error
+
+
+def check_gguf(path: Path) -> None:
+    """Raises ValueError for what is no GGUF file, or has an adapter beside it."""
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise ValueError(f"{path} is not a GGUF file: it does not start with the letters GGUF.")
+    check_no_adapter(path.parent)
+
+
+def gguf_config(path: Path) -> Any:
+    """The configuration of a GGUF file's model; none of its tensors is read.
+
+    Raises:
+        ValueError: it is damaged, or of a model that transformers does not read.
+    """
+    check_gguf(path)
+    with explained(path):
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def convert_gguf(path: Path, directory: Path, dtype: torch.dtype) -> None:
+    """Writes a GGUF file's model as a checkpoint of safetensors files, a layer in memory at a time.
+
+    Args:
+        directory: exists; takes config.json, the weights and their index.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: the file is damaged, or transformers reads no such model from a part of a file.
+        DiskFullError: there is no room for the weights.
+    """
+    from gguf import GGUFReader
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = gguf_config(path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    require_space(directory, sum(parameter.nbytes for parameter in model.parameters()))
+    places: dict[str, str] = {}
+    part = directory / "part.gguf"
+    with explained(path), _quiet():
+        reader = GGUFReader(os.fspath(path))
+        for number, (layer, tensors) in enumerate(_by_layer(reader.tensors).items()):
+            _write_part(path, reader, tensors, part)
+            with _of_layers(model, layer):
+                found = load_gguf_checkpoint(
+                    os.fspath(part), return_tensors=True, model_to_load=model
+                )["tensors"]
+            file = f"model-{number:05}.safetensors"
+            converted = {name: one.to(dtype).contiguous() for name, one in found.items()}
+            save_file(converted, directory / file, {"format": "pt"})
+            places |= dict.fromkeys(converted, file)
+    part.unlink()
+    config.dtype = dtype
+    config.save_pretrained(directory)
+    index = {"metadata": {}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _by_layer(tensors: Sequence[Any]) -> dict[str, list[Any]]:
+    """Tensors that are read together: those of a layer, by its number, and each other alone."""
+    parts: dict[str, list[Any]] = {}
+    for tensor in tensors:
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
+        parts.setdefault(layer[1] if layer else tensor.name, []).append(tensor)
+    return parts
+
+
+@contextmanager
+def _of_layers(model: Any, number: str) -> Iterator[None]:
+    """The model without its layers but that of this number, if there is one.
+
+    For each module of a model transformers makes a list of all names that there can be.
+    """
+    lists = {name.rpartition(".")[0] for name in decoder_layers(model)}
+    whole = {name: model.get_submodule(name) for name in lists}
+    for name, layers in whole.items():
+        one = {n: layer for n, layer in layers.named_children() if n == number}
+        model.set_submodule(name, nn.ModuleDict(one))
+    try:
+        yield
+    finally:
+        for name, layers in whole.items():
+            model.set_submodule(name, layers)
+
+
+def _write_part(path: Path, reader: Any, tensors: Sequence[Any], part: Path) -> None:
+    """A GGUF file of some of another's tensors, and all that it says but for its vocabulary."""
+    fields = [
+        field
+        for name, field in reader.fields.items()
+        if not name.startswith(("GGUF.", "tokenizer."))
+    ]
+    version = int(reader.fields["GGUF.version"].parts[-1][0])
+    head = [_MAGIC, struct.pack("<IQQ", version, len(tensors), len(fields))]
+    head += [_bytes_of(field) for field in fields]
+    offset = 0
+    for tensor in tensors:
+        # The last 8 bytes of what is said of a tensor are where it begins.
+        head += [_bytes_of(tensor.field)[:-8], struct.pack("<Q", offset)]
+        offset += _padded(tensor.n_bytes, reader.alignment)
+    begin = b"".join(head)
+    with path.open("rb") as source, part.open("wb") as file:
+        file.write(begin.ljust(_padded(len(begin), reader.alignment), b"\0"))
+        for tensor in tensors:
+            # Read, not mapped: what is read once need not stay in memory.
+            source.seek(tensor.data_offset)
+            data = source.read(tensor.n_bytes)
+            file.write(data.ljust(_padded(len(data), reader.alignment), b"\0"))
+
+
+def _bytes_of(field: Any) -> bytes:
+    return b"".join(part.tobytes() for part in field.parts)
+
+
+def _padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bar and no advice from transformers for each part."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

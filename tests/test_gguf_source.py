@@ -1,0 +1,95 @@
+"""GGUF files read a layer at a time: the same weights as from the whole, and nothing left over."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_same_bits
+from test_checkpoint import gguf_model, write_gguf
+
+import nowag_ext
+from nowag_ext import checkpoint, gguf_source
+from nowag_ext.checkpoint import load_dense_model
+from nowag_ext.decoder import decoder_linears
+from nowag_ext.files import DiskFullError
+from nowag_ext.offload import weight_of
+
+TOKENS = torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write_gguf(file, gguf_model())
+    return file
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
+def test_weights_are_those_of_the_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
+) -> None:
+    read: list[list[str]] = []
+    write = gguf_source._write_part
+
+    def look(path: Path, reader: Any, tensors: Any, part: Path) -> None:
+        read.append([tensor.name for tensor in tensors])
+        write(path, reader, tensors, part)
+
+    monkeypatch.setattr(gguf_source, "_write_part", look)
+    whole, _ = load_dense_model(source, dtype)
+    parts, tokenizer = load_dense_model(source, dtype, offload_folder=tmp_path)
+    # A layer at a time, the rest one by one.
+    assert sorted(map(len, read)) == [1, 1, 9, 9]
+    assert not any("layers" in n for n, one in parts.named_parameters() if not one.is_meta)
+    for name, linear in decoder_linears(whole).items():
+        assert_same_bits(weight_of(parts.get_submodule(name)), linear.weight, name)
+    assert_same_bits(parts.lm_head.weight, whole.lm_head.weight)
+    assert_same_bits(parts.model.norm.weight, whole.model.norm.weight)
+    assert parts.dtype == whole.dtype
+    assert tokenizer is not None
+    assert parts.nowag_source == source
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_is_compressed_as_the_whole(source: Path, tmp_path: Path) -> None:
+    nowag_ext.compress(source, TOKENS, "prune", output=tmp_path / "out", pattern="2:4")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    whole, _ = load_dense_model(source)
+    nowag_ext.compress(whole, TOKENS, "prune", pattern="2:4")
+    stored = nowag_ext.load(tmp_path / "out").state_dict()
+    for name, tensor in whole.state_dict().items():
+        assert_same_bits(stored[name], tensor, name)
+
+
+def test_room_is_looked_for(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
+    with pytest.raises(DiskFullError, match="MB are needed"):
+        load_dense_model(source, offload_folder=tmp_path)
+
+
+def test_what_can_be_read_only_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any) -> None:
+        raise ValueError("no such model")
+
+    monkeypatch.setattr(checkpoint, "convert_gguf", refuse)
+    with pytest.warns(UserWarning, match="is read as a whole, into memory: no such model"):
+        model, _ = load_dense_model(source, offload_folder=tmp_path)
+    assert not any(one.is_meta for one in model.parameters())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_is_said(source: Path, tmp_path: Path) -> None:
+    content = source.read_bytes()
+    (tmp_path / "tiny.gguf").write_bytes(content[: len(content) // 2])
+    with (
+        pytest.warns(UserWarning, match="as a whole"),
+        pytest.raises(ValueError, match=r"tiny\.gguf is damaged"),
+    ):
+        load_dense_model(tmp_path / "tiny.gguf", offload_folder=tmp_path / "folder")
