@@ -1,7 +1,7 @@
 """GGUF files read a part at a time: their weights dequantised to a checkpoint of safetensors files.
 
-transformers dequantises all that a GGUF file holds at once. So it is given one layer after another,
-each as a small GGUF file of its own.
+transformers dequantises all that a GGUF file holds at once. So it is given some layers after
+others, as small GGUF files of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ from nowag_ext.files import require_space
 from nowag_ext.stored import check_no_adapter
 
 _MAGIC = b"GGUF"
+
+# Weights that are dequantised together, or those of one layer where it has more: each part costs
+# transformers a second or so.
+_PART_WEIGHTS = 1 << 26
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def gguf_config(path: Path) -> Any:
 
 
 def convert_gguf(path: Path, directory: Path, dtype: torch.dtype) -> None:
-    """Writes a GGUF file's model as a checkpoint of safetensors files, a layer in memory at a time.
+    """Writes a GGUF file's model as a checkpoint of safetensors files, some layers at a time.
 
     Args:
         directory: exists; takes config.json, the weights and their index.
@@ -80,9 +84,9 @@ def convert_gguf(path: Path, directory: Path, dtype: torch.dtype) -> None:
     part = directory / "part.gguf"
     with explained(path), _quiet():
         reader = GGUFReader(os.fspath(path))
-        for number, (layer, tensors) in enumerate(_by_layer(reader.tensors).items()):
+        for number, (layers, tensors) in enumerate(_parts(reader.tensors)):
             _write_part(path, reader, tensors, part)
-            with _of_layers(model, layer):
+            with _of_layers(model, layers):
                 found = load_gguf_checkpoint(
                     os.fspath(part), return_tensors=True, model_to_load=model
                 )["tensors"]
@@ -97,26 +101,36 @@ def convert_gguf(path: Path, directory: Path, dtype: torch.dtype) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def _by_layer(tensors: Sequence[Any]) -> dict[str, list[Any]]:
-    """Tensors that are read together: those of a layer, by its number, and each other alone."""
-    parts: dict[str, list[Any]] = {}
+def _parts(tensors: Sequence[Any]) -> list[tuple[set[str], list[Any]]]:
+    """Tensors that are read together, and the numbers of the layers that they are of."""
+    layers: dict[str, list[Any]] = {}
     for tensor in tensors:
         layer = re.match(r"blk\.(\d+)\.", tensor.name)
-        parts.setdefault(layer[1] if layer else tensor.name, []).append(tensor)
+        layers.setdefault(layer[1] if layer else tensor.name, []).append(tensor)
+    parts: list[tuple[set[str], list[Any]]] = []
+    room = 0
+    for number, of_layer in layers.items():
+        size = sum(int(tensor.n_elements) for tensor in of_layer)
+        if size > room:
+            parts.append((set(), []))
+            room = _PART_WEIGHTS
+        parts[-1][0].add(number)
+        parts[-1][1].extend(of_layer)
+        room -= size
     return parts
 
 
 @contextmanager
-def _of_layers(model: Any, number: str) -> Iterator[None]:
-    """The model without its layers but that of this number, if there is one.
+def _of_layers(model: Any, numbers: Collection[str]) -> Iterator[None]:
+    """The model without its layers but those of these numbers.
 
     For each module of a model transformers makes a list of all names that there can be.
     """
     lists = {name.rpartition(".")[0] for name in decoder_layers(model)}
     whole = {name: model.get_submodule(name) for name in lists}
     for name, layers in whole.items():
-        one = {n: layer for n, layer in layers.named_children() if n == number}
-        model.set_submodule(name, nn.ModuleDict(one))
+        some = {n: layer for n, layer in layers.named_children() if n in numbers}
+        model.set_submodule(name, nn.ModuleDict(some))
     try:
         yield
     finally:

@@ -28,9 +28,18 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+# A layer at a time, the rest one by one; two layers that have room together; all at once.
+@pytest.mark.parametrize(
+    ("room", "parts"), [(1, [1, 1, 9, 9]), (50000, [10, 10]), (gguf_source._PART_WEIGHTS, [20])]
+)
 @pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
 def test_weights_are_those_of_the_whole(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Any
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: Any,
+    room: int,
+    parts: list[int],
 ) -> None:
     read: list[list[str]] = []
     write = gguf_source._write_part
@@ -40,18 +49,18 @@ def test_weights_are_those_of_the_whole(
         write(path, reader, tensors, part)
 
     monkeypatch.setattr(gguf_source, "_write_part", look)
+    monkeypatch.setattr(gguf_source, "_PART_WEIGHTS", room)
     whole, _ = load_dense_model(source, dtype)
-    parts, tokenizer = load_dense_model(source, dtype, offload_folder=tmp_path)
-    # A layer at a time, the rest one by one.
-    assert sorted(map(len, read)) == [1, 1, 9, 9]
-    assert not any("layers" in n for n, one in parts.named_parameters() if not one.is_meta)
+    model, tokenizer = load_dense_model(source, dtype, offload_folder=tmp_path)
+    assert sorted(map(len, read)) == parts
+    assert not any("layers" in n for n, one in model.named_parameters() if not one.is_meta)
     for name, linear in decoder_linears(whole).items():
-        assert_same_bits(weight_of(parts.get_submodule(name)), linear.weight, name)
-    assert_same_bits(parts.lm_head.weight, whole.lm_head.weight)
-    assert_same_bits(parts.model.norm.weight, whole.model.norm.weight)
-    assert parts.dtype == whole.dtype
+        assert_same_bits(weight_of(model.get_submodule(name)), linear.weight, name)
+    assert_same_bits(model.lm_head.weight, whole.lm_head.weight)
+    assert_same_bits(model.model.norm.weight, whole.model.norm.weight)
+    assert model.dtype == whole.dtype
     assert tokenizer is not None
-    assert parts.nowag_source == source
+    assert model.nowag_source == source
     assert not list(tmp_path.rglob("*.gguf"))
 
 
