@@ -222,11 +222,14 @@ def _memory(
 
 
 def _seen(layer: _Layer, work: Work, hidden: int) -> int:
-    """What both streams may keep of a layer (streams.py): what modules added to the residual."""
-    ends = sum(group.sums for group in layer.groups)
-    of_window = ends * hidden * work.length * _FLOAT
-    room = streams._SEEN_BYTES // max(1, of_window)
-    return 2 * min(work.samples, room) * of_window
+    """What both streams may keep of a layer (streams.py): what modules added to the residual, and
+    of the compressed one what the linears read that they end with."""
+    ending = [group.inputs for group in layer.groups if group.sums]
+    dense = len(ending) * hidden * work.length * _FLOAT
+    compressed = dense + max(ending, default=0) * work.length * _FLOAT
+    room = (streams._SEEN_BYTES // max(1, one) for one in (dense, compressed))
+    kept = (min(work.samples, windows) for windows in room)
+    return sum(windows * one for windows, one in zip(kept, (dense, compressed), strict=True))
 
 
 def _group_bytes(group: _Group) -> int:
@@ -267,8 +270,10 @@ def _seconds(
         stages["codebooks"] = sample * (speeds.seeding + most * speeds.training)
     forwards = statistics = compression = solving = hessians = 0.0
     for layer in layers:
-        # Of what has changed the compressed stream is run again.
-        forwards += (3 * work.samples + _TRACES) * run(layer)
+        # Once in each stream, but for the linears whose outputs are computed again as they change.
+        ending = sum(group.weights for group in layer.groups if group.sums)
+        forwards += (2 * work.samples + _TRACES) * run(layer)
+        forwards += work.samples * products(2 * ending * length)
         for group in layer.groups:
             square = group.inputs**2
             hessians += products(square * length)
