@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,9 +68,19 @@ def n_of_m(n: int, m: int) -> Choice:
     return Choice(m, lambda w, h, first: ops.prune_select_nm(w, h, n, m))
 
 
+class Compensated(NamedTuple):
+    """Values, fp32 [rows, n], 0 where pruned; which are kept, bool [rows, n]; of the Hessian what
+    ``hessian.Factor`` says."""
+
+    values: Tensor
+    kept: Tensor
+    damping: float
+    effective_rank: float
+
+
 def compensate(
     target: Tensor, row_norms: Tensor, col_norms: Tensor, hessian: Tensor, choice: Choice
-) -> tuple[Tensor, Tensor]:
+) -> Compensated:
     """Prunes a target by error feedback and refits what is kept.
 
     Matrix products are torch's, whose bits may depend on the number of threads.
@@ -79,9 +90,6 @@ def compensate(
         row_norms, col_norms: NoWag's of the target, fp32 [rows] and [n], positive.
         hessian: E[x x^T], checked (``as_hessian``), fp32 [n, n].
         choice: ``whole_layer(...)`` or ``n_of_m(...)``.
-
-    Returns:
-        The values, fp32 [rows, n], 0 where pruned, and which are kept, bool [rows, n].
 
     Raises:
         ValueError: the Hessian is far from positive semi-definite.
@@ -94,7 +102,7 @@ def compensate(
     values, kept = feed_back(target, row_norms, col_norms, factor.upper, choice)
     metric.diagonal().add_(factor.added)
     refit(target, values, kept, metric)
-    return values, kept
+    return Compensated(values, kept, factor.damping, factor.effective_rank)
 
 
 def feed_back(

@@ -268,11 +268,12 @@ def _seconds(
         sample = min(trained, codebooks._TRAINING_WEIGHTS)
         most = min(iters, codebooks._TRAINING_ITERATIONS)
         stages["codebooks"] = sample * (speeds.seeding + most * speeds.training)
-    forwards = statistics = compression = solving = hessians = 0.0
+    forwards = traces = statistics = compression = solving = hessians = 0.0
     for layer in layers:
         # Once in each stream, but for the linears whose outputs are computed again as they change.
         ending = sum(group.weights for group in layer.groups if group.sums)
-        forwards += (2 * work.samples + _TRACES) * run(layer)
+        forwards += 2 * work.samples * run(layer)
+        traces += _TRACES * run(layer)
         forwards += work.samples * products(2 * ending * length)
         for group in layer.groups:
             square = group.inputs**2
@@ -285,8 +286,10 @@ def _seconds(
             compression += group.weights * speeds.compression
     if trained:
         windows = min(codebooks._WINDOWS, work.samples)
-        stages["re-estimation"] = windows * (once + hessians) + solving + compression
-    elif isinstance(settings, VQSettings):
+        stages["re-estimation"] = windows * (once + hessians) + traces + solving + compression
+    else:
+        forwards += traces
+    if not trained and isinstance(settings, VQSettings):
         compression += weights * (speeds.seeding + iters * speeds.training)
     return {
         **stages, "forwards": forwards, "statistics": statistics,

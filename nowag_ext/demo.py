@@ -39,9 +39,9 @@ PROMPT = "What is a list in Python? Answer in two sentences."
 class Effort:
     """How much text and how many iterations the demo spends; all of it is printed."""
 
-    window: int = 1024
+    window: int = 512
     calibration_windows: int = 8
-    held_out_windows: int = 4
+    held_out_windows: int = 6
     iters: int = 10
     new_tokens: int = 32
     rounds: int = 2
@@ -116,7 +116,7 @@ class DemoResult:
 
 def methods(effort: Effort) -> list[Method]:
     """The ways of compressing that the demo compares."""
-    bits = {"d": 6, "bits": 2, "iters": effort.iters}
+    bits = {"d": 4, "bits": 2, "iters": effort.iters}
     return [
         Method("VQ 2 bits", "vq-2-bits", "vq", bits, by_block=True),
         Method("50 %", "pruned-50-percent", "prune", {"sparsity": 0.5}),

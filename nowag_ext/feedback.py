@@ -14,13 +14,11 @@ import torch
 from torch import Tensor
 
 from nowag_ext import ops
-from nowag_ext.hessian import energy, factorise
+from nowag_ext.hessian import energy, factorise, sum_of_squares
 from nowag_ext.normalize import half_norms, normalized_by
 
 # Columns that one call of the kernel settles: what lies before them comes in by a matrix product.
 _BLOCK_COLUMNS = 128
-
-_PART_ROWS = 256
 
 # Sums of a codebook's least squares have this many bits after the point, for a metric whose mean
 # diagonal is 1: with points of up to 2^10, 2^33 weights fit.
@@ -75,6 +73,7 @@ class FeedbackPoints:
         self._inside = columns < inputs
         factor = factorise(hessian, col_norms, columns[self._inside])
         self.damping = factor.damping
+        self.effective_rank = factor.effective_rank
         self.added = factor.added
         self.upper = self._padded(factor.upper)
         del factor
@@ -115,10 +114,10 @@ class FeedbackPoints:
                 scale, None if sums is None else sums.sums,
             )  # fmt: skip
             codes[:, here] = chosen.view(torch.int16)
-            total += _squares(carried)
+            total += sum_of_squares(carried)
         # The damping belongs to the search, not to the error.
         errors[:, ~self._inside] = 0
-        damped = self.added * _squares(errors)
+        damped = self.added * sum_of_squares(errors)
         error = max(0.0, total - damped)
         relative = error / self.energy if self.energy > 0 else 0.0
         return Assigned(codes.view(torch.uint16), relative)
@@ -129,11 +128,6 @@ def shared_points(weight: Tensor, hessian: Tensor, d: int) -> FeedbackPoints:
     _, row_norms, col_norms = ops.normalize(weight)
     norms = half_norms(row_norms / math.sqrt(weight.shape[1]), col_norms)
     return FeedbackPoints(normalized_by(weight, norms), hessian, norms[1].float(), d)
-
-
-def _squares(matrix: Tensor) -> float:
-    """The sum of squares in float64, a few rows at a time."""
-    return sum(float(rows.double().square().sum()) for rows in matrix.split(_PART_ROWS))
 
 
 class EntrySums:

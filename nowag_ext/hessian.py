@@ -47,11 +47,14 @@ class Factor:
         upper: V, fp32 [n, n], 0 below the diagonal.
         damping: relative to the mean of M's diagonal.
         added: what was added to every element of M's diagonal.
+        effective_rank: of M, its trace squared over its squared Frobenius norm: n where all
+            directions have the same energy, 1 where one has it all.
     """
 
     upper: Tensor
     damping: float
     added: float
+    effective_rank: float
 
 
 def as_hessian(hessian: Any, in_features: int, device: torch.device) -> Tensor:
@@ -134,15 +137,18 @@ def factorise(hessian: Tensor, scale: Tensor, order: Tensor, damping: float = DA
     """
     # Cholesky's factor of the matrix in reverse order is V in reverse.
     backwards = order.flip(0)
+    rank = 0.0
     for doublings in range(_MOST_DOUBLINGS):
         metric = _gathered(hessian, scale, backwards)
         diagonal = metric.diagonal()
         mean = float(diagonal.double().mean())
+        if doublings == 0:
+            rank = (mean * len(metric)) ** 2 / sum_of_squares(metric)
         relative = damping * 2**doublings
         diagonal.add_(relative * mean)
         if cholesky_(metric):
             _reverse(metric.view(-1))
-            return Factor(metric, relative, relative * mean)
+            return Factor(metric, relative, relative * mean, rank)
     raise ValueError(
         "hessian must be positive semi-definite: it could not be factorised, even with "
         f"{relative:.3g} times the mean of its diagonal added."
@@ -169,6 +175,11 @@ def cholesky_(matrix: Tensor) -> bool:
         square.copy_(factor)
         below.copy_(torch.linalg.solve_triangular(factor, below.mT, upper=False).mT)
     return bool(torch.isfinite(matrix.diagonal()).all())
+
+
+def sum_of_squares(matrix: Tensor) -> float:
+    """In float64, some rows at a time."""
+    return sum(float(rows.double().square().sum()) for rows in matrix.split(_PART_ROWS))
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Clustering:
     codebook: Tensor
     relative_objective: float
     history: list[float]
+    damping: float | None = None  # of a Hessian, as the next
+    effective_rank: float | None = None
 
 
 def half_entries(codebook: Tensor) -> Tensor:

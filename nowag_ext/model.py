@@ -175,6 +175,8 @@ def layer_report(
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         resumed=resumed,
         dead_inputs=int((unit.act_norms == 0).sum()),
+        damping=weight.damping,
+        effective_rank=weight.effective_rank,
     )
 
 

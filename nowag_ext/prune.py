@@ -30,6 +30,7 @@ class SparseWeight:
             Pruned under a Hessian H, with rows e of (Wn - Q), w of Wn and H' = diag(c) H diag(c):
             sum e H' e^T / sum w H' w^T, where Wn, r and c are of the target and Q_ij is the stored
             value over r_i c_j.
+        damping, effective_rank: of H (``hessian.Factor``); None without a Hessian.
     """
 
     bitmap: Tensor
@@ -38,6 +39,8 @@ class SparseWeight:
     shape: tuple[int, int]
     pattern: str | None = None
     relative_objective: float | None = None
+    damping: float | None = None
+    effective_rank: float | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
@@ -45,7 +48,12 @@ class SparseWeight:
 
     def facts(self) -> dict[str, Any]:
         """What there is to store beside the tensors and the shape, for ``SparseWeight(...)``."""
-        return {"relative_objective": self.relative_objective, "pattern": self.pattern}
+        return {
+            "relative_objective": self.relative_objective,
+            "pattern": self.pattern,
+            "damping": self.damping,
+            "effective_rank": self.effective_rank,
+        }
 
     @property
     def nbytes(self) -> int:
@@ -209,14 +217,15 @@ def _by_feedback(
         choice = whole_layer(n_prune, in_features)
     else:
         choice = n_of_m(*parse_pattern(pattern, in_features))
-    values, mask = compensate(target, problem.row_norms, c, hessian, choice)
+    values, mask, damping, rank = compensate(target, problem.row_norms, c, hessian, choice)
     largest = torch.finfo(dtype).max
     values = values.clamp_(-largest, largest).to(dtype)
     errors = (target - values).div_(c).div_(problem.row_norms[:, None])
     relative = relative_error(errors, problem.normalized, hessian, c)
     # Saliencies of 0 and 1: the zeros go.
     bitmap = ops.prune_select(mask.float(), torch.ones_like(c), n_prune)
-    return _packed(values, bitmap, kept, pattern, relative)
+    packed = _packed(values, bitmap, kept, pattern, relative)
+    return replace(packed, damping=damping, effective_rank=rank)
 
 
 def _packed(

@@ -31,6 +31,8 @@ class LayerReport:
         peak_memory: the process's largest resident size so far, in bytes.
         resumed: taken from the work directory of an earlier, interrupted run.
         dead_inputs: inputs whose act_norms are 0: the calibration text never reached them.
+        damping, effective_rank: of the layer's Hessian (``hessian.Factor``); None where there was
+            none. Far fewer calibration tokens than the rank cannot say what the Hessian is.
     """
 
     name: str
@@ -45,6 +47,8 @@ class LayerReport:
     peak_memory: int
     resumed: bool
     dead_inputs: int = 0
+    damping: float | None = None
+    effective_rank: float | None = None
 
     @property
     def weights(self) -> int:

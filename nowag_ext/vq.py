@@ -41,6 +41,7 @@ class VQWeight:
             H' = diag(c) H diag(c), c the column norms. None where it is not known.
         history: the same before rounding to fp16, after each iteration.
         codebook_name: the name of the ``Codebook`` that it shares with others, None for its own.
+        damping, effective_rank: of H' (``hessian.Factor``); None without a Hessian.
     """
 
     codes: Tensor
@@ -51,6 +52,8 @@ class VQWeight:
     relative_objective: float | None = None
     history: list[float] = field(default_factory=list)
     codebook_name: str | None = None
+    damping: float | None = None
+    effective_rank: float | None = None
 
     @property
     def d(self) -> int:
@@ -99,6 +102,8 @@ class VQWeight:
         return {
             "relative_objective": self.relative_objective,
             "codebook_name": self.codebook_name,
+            "damping": self.damping,
+            "effective_rank": self.effective_rank,
         }
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -220,6 +225,8 @@ def vq_compress(
         relative_objective=found.relative_objective,
         history=found.history,
         codebook_name=codebook.name if shared else None,
+        damping=found.damping,
+        effective_rank=found.effective_rank,
     )
 
 
@@ -257,11 +264,12 @@ def _feed_back(
     That of the diagonal metric, and what least squares make of it under the feedback.
     """
     layer = FeedbackPoints(points, hessian, col_norms.float(), d)
+    facts = (layer.damping, layer.effective_rank)
     if given is not None:
         del points
         half = half_entries(given)
         assigned = layer.assign(half.float(), last=True)
-        return Clustering([assigned.codes], half, assigned.relative_objective, [])
+        return Clustering([assigned.codes], half, assigned.relative_objective, [], *facts)
     first = search(points)
     sums = EntrySums(len(first.codebook), d, points.numel(), points.device)
     candidates = [(first.codebook, layer.assign(first.codebook.float(), sums))]
@@ -269,7 +277,7 @@ def _feed_back(
     if torch.isfinite(again).all():
         candidates.append((again, layer.assign(again.float(), last=True)))
     codebook, best = min(candidates, key=lambda candidate: candidate[1].relative_objective)
-    return Clustering([best.codes], codebook, best.relative_objective, first.history)
+    return Clustering([best.codes], codebook, best.relative_objective, first.history, *facts)
 
 
 # What an input that calibration never saw counts for, where 1 is the mean: too little to change

@@ -432,9 +432,14 @@ def test_mask_at_any_thread_count(settings: dict[str, Any], threads: int) -> Non
 def test_compensate_is_feedback_and_refit() -> None:
     weight, hessian = layer(8, 64, seed=25)
     problem = normalize_weight(weight, norms_of(hessian))
-    values, kept = compensate(
+    values, kept, damping, rank = compensate(
         weight, problem.row_norms, problem.col_norms, hessian, whole_layer(256, 64)
     )
+    assert damping == DAMPING
+    squares = torch.linalg.eigvalsh(hessian.double()).square().sum()
+    assert rank == pytest.approx(float(hessian.double().trace() ** 2 / squares), rel=1e-5)
+    sparse = pruned(weight, hessian, sparsity=0.5)
+    assert (sparse.damping, sparse.effective_rank) == (damping, pytest.approx(rank))
     before, same = fed_back(weight, hessian, whole_layer(256, 64))
     assert_same_bits(kept, same)
     metric = damped(hessian)

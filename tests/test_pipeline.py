@@ -14,6 +14,7 @@ from torch import Tensor
 import nowag_ext
 from nowag_ext import compress, compress_model
 from nowag_ext.calibrate import calibrate
+from nowag_ext.hessian import DAMPING
 
 SETTINGS: dict[str, Any] = {"d": 4, "bits": 1.5, "iters": 10}
 
@@ -77,6 +78,11 @@ def test_report_and_shared_codebook(tmp_path: Path) -> None:
         f"model.layers.0.self_attn.{name}_proj" for name in "qkvo"
     ]
     assert report.codebook_bytes == 64 * 4 * 2
+    for layer in report.layers:
+        assert layer.damping == DAMPING
+        assert layer.effective_rank is not None
+        assert 1 <= layer.effective_rank <= layer.in_features
+    assert ",damping,effective_rank\n" in report.to_csv()
     assert set(report.stages) == {
         "activation norms", "codebooks", "re-estimation", "forwards", "statistics", "compression",
     }  # fmt: skip

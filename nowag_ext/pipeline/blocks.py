@@ -88,6 +88,8 @@ class Blocks:
     Attributes:
         layers: the layers' full names, in order.
         length: tokens a window.
+        known_groups: by the index of a layer, what ``groups`` has found: finding it costs as much
+            as some windows do.
     """
 
     @ordinary_tensors
@@ -110,6 +112,7 @@ class Blocks:
         self._embeddings: nn.Module = model.get_input_embeddings()
         self.layers: tuple[str, ...] = tuple(self._layers)
         self.length = length
+        self.known_groups: dict[int, list[Group]] = {}
         self._device = device_of(self._embeddings)
         vocabulary = self._embeddings.get_parameter("weight").shape[0]
         ids = torch.arange(length, device=self._device)

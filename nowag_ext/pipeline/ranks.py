@@ -135,9 +135,14 @@ ALONE = Ranks()
 
 def common_groups(ranks: Ranks, blocks: Blocks, index: int, hidden: Tensor) -> list[Group]:
     """``Blocks.groups`` of rank 0's first window, on all ranks."""
-    found = blocks.groups(index, hidden[:1]) if ranks.first else []
-    _, said = ranks.tell(({}, [asdict(group) for group in found]))
-    return [Group(**{name: _as_tuple(value) for name, value in one.items()}) for one in said]
+    known = blocks.known_groups
+    if index not in known:
+        found = blocks.groups(index, hidden[:1]) if ranks.first else []
+        _, said = ranks.tell(({}, [asdict(group) for group in found]))
+        known[index] = [
+            Group(**{name: _as_tuple(value) for name, value in one.items()}) for one in said
+        ]
+    return known[index]
 
 
 def _as_tuple(value: Any) -> Any:
