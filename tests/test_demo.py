@@ -18,7 +18,7 @@ import nowag_ext
 from nowag_ext import demo as demo_module
 from nowag_ext import gemm
 from nowag_ext.cli import app
-from nowag_ext.demo import DemoResult, Effort, run_demo
+from nowag_ext.demo import DemoResult, Effort, Method, run_demo
 from nowag_ext.demo_text import demo_text
 from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.source import open_model
@@ -136,7 +136,11 @@ def test_what_is_not_a_demos_is_left_alone(tiny: Path, tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]
 
 
-def test_demo_says_what_is_too_small(tiny: Path, tmp_path: Path) -> None:
+def test_demo_says_what_is_too_small(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = Method("large", "large", "vq", {"d": 6, "bits": 2}, by_block=True)
+    monkeypatch.setattr(demo_module, "methods", lambda _effort: [large])
     model = nowag_ext.load_dense_model(tiny)[0]
     model.config.num_hidden_layers = 1
     model.config.intermediate_size = 8
