@@ -32,7 +32,7 @@ from nowag_ext.source import calibration_batches, open_dense_model
 
 RESULT_FILE = "demo.json"
 STORED = torch.bfloat16
-PROMPT = "What is a list in Python? Answer in two sentences."
+PROMPT = "A list in Python is"
 
 
 @dataclass(frozen=True)
@@ -216,8 +216,8 @@ class _Demo:
             self.window = min(
                 self.effort.window, getattr(model.config, "max_position_embeddings", sys.maxsize)
             )
-            chat = bool(getattr(tokenizer, "chat_template", None))
-            self.prompt = encode_prompt(tokenizer, PROMPT, chat=chat)
+            # To be gone on with, as the text that is calibrated on is: it holds no conversations.
+            self.prompt = encode_prompt(tokenizer, PROMPT, chat=False)
             loaded[dtype], speeds[dtype] = model, self._speed(model)
         self.dtype = max(speeds, key=lambda dtype: speeds[dtype])
         self.dense = loaded[self.dtype]
@@ -348,7 +348,7 @@ def _show(result: DemoResult, output: Path, out: Console) -> None:
     )
     for row in result.rows:
         out.print(f"\n{row.name}", style="bold", highlight=False)
-        out.print(row.sample.strip(), markup=False, soft_wrap=True)
+        out.print(f"{PROMPT} ... {row.sample.strip()}", markup=False, soft_wrap=True)
     out.print(
         f"\n{result.seconds:.0f} s in all. Checkpoints and {RESULT_FILE} are in {output}: "
         f"nowag-ext generate {output / result.rows[1].directory} --prompt '...'",
