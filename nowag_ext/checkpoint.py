@@ -108,7 +108,11 @@ def dense_model(
     _check_exists(path_or_id)
     path = Path(path_or_id)
     if path.suffix == ".gguf":
-        wanted = torch.float32 if isinstance(dtype, str) else dtype
+        wanted = torch.float32 if dtype == "auto" else dtype
+        if isinstance(wanted, str):  # by its name, as transformers takes it too
+            wanted = getattr(torch, wanted, None)
+        if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+            raise ValueError(f"dtype must be auto or a floating-point dtype, not {dtype!r}.")
         converted = None
         if offload_folder is not None:
             converted = _convert_gguf(path, wanted, Path(offload_folder))

@@ -32,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("room", "parts"), [(1, [1, 1, 9, 9]), (50000, [10, 10]), (gguf_source._PART_WEIGHTS, [20])]
 )
-@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", torch.bfloat16, "bfloat16"])
 def test_weights_are_those_of_the_whole(
     source: Path,
     tmp_path: Path,
@@ -58,10 +58,18 @@ def test_weights_are_those_of_the_whole(
         assert_same_bits(weight_of(model.get_submodule(name)), linear.weight, name)
     assert_same_bits(model.lm_head.weight, whole.lm_head.weight)
     assert_same_bits(model.model.norm.weight, whole.model.norm.weight)
-    assert model.dtype == whole.dtype
+    assert model.dtype == whole.dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
     assert tokenizer is not None
     assert model.nowag_source == source
     assert not list(tmp_path.rglob("*.gguf"))
+
+
+@pytest.mark.parametrize("dtype", ["nonsense", "int8", torch.int64, "nn"])
+def test_dtypes_that_are_none(source: Path, tmp_path: Path, dtype: Any) -> None:
+    for folder in (None, tmp_path):
+        with pytest.raises(ValueError, match="dtype must be auto or a floating-point dtype, not"):
+            load_dense_model(source, dtype, offload_folder=folder)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_is_compressed_as_the_whole(source: Path, tmp_path: Path) -> None:
