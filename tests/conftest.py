@@ -39,6 +39,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """A tiny model spends its time waiting for threads, on a busy machine seconds of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
     """The process that runs CUDA kernels on the host."""
     driver = Driver()

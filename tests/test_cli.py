@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ from nowag_ext.forecast import sizes
 from nowag_ext.methods import LayerSettings
 from nowag_ext.source import calibration_batches
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VQ = ["--d", "4", "--bits", "2", "--iters", "3"]
 
 
@@ -46,15 +47,6 @@ def work(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     assert result.exit_code == 0, result.output
     assert "Calibrating on 5 windows of 64 tokens, the first of the text" in one_line(result.output)
     return directory
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A model this small spends its time waiting for threads, on a busy machine seconds of it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*arguments: object) -> Result:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +23,8 @@ from nowag_ext.demo_text import demo_text
 from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.source import open_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS = ["dense", "VQ 2 bits", "50 %"]
 
 
@@ -31,15 +32,6 @@ EFFORT = Effort(
     window=128, calibration_windows=2, held_out_windows=2, iters=2, new_tokens=4, rounds=1,
     sample_tokens=8,
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """A model this small spends its time waiting for threads, on a busy machine seconds of it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

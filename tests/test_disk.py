@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,8 @@ TOKENS = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield save_tiny(tmp_path_factory.mktemp("source") / "model")
-    torch.set_num_threads(before)
+def source(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("source") / "model")
 
 
 def state(directory: Path) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,8 @@ VQ: dict[str, Any] = {"d": 4, "bits": 2, "iters": 2}
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield save_tiny(tmp_path_factory.mktemp("source") / "model")
-    torch.set_num_threads(before)
+def source(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("source") / "model")
 
 
 @pytest.fixture(autouse=True)

@@ -29,13 +29,7 @@ from nowag_ext.pipeline import compress as pipeline
 from nowag_ext.pipeline.ranks import ALONE, RankLostError, Ranks
 from nowag_ext.pipeline.statistics import GroupStatistics
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def together(count: int, work: Callable[[dist.ProcessGroup], Any]) -> list[Any]:
