@@ -108,11 +108,7 @@ def dense_model(
     _check_exists(path_or_id)
     path = Path(path_or_id)
     if path.suffix == ".gguf":
-        wanted = torch.float32 if dtype == "auto" else dtype
-        if isinstance(wanted, str):  # by its name, as transformers takes it too
-            wanted = getattr(torch, wanted, None)
-        if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-            raise ValueError(f"dtype must be auto or a floating-point dtype, not {dtype!r}.")
+        wanted = _named_dtype(dtype)
         converted = None
         if offload_folder is not None:
             converted = _convert_gguf(path, wanted, Path(offload_folder))
@@ -136,6 +132,15 @@ def dense_model(
     model = _load_complete(path_or_id, dtype=dtype, **kwargs)
     model.nowag_source = source_folder(path_or_id, **kwargs)
     return model
+
+
+def _named_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Of a GGUF file's weights; by its name, as transformers takes it too."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    wanted = torch.float32 if dtype == "auto" else named
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise ValueError(f"dtype must be auto or a floating-point dtype, not {dtype!r}.")
+    return wanted
 
 
 def model_outline(path_or_id: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:

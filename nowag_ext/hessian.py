@@ -143,7 +143,8 @@ def factorise(hessian: Tensor, scale: Tensor, order: Tensor, damping: float = DA
         diagonal = metric.diagonal()
         mean = float(diagonal.double().mean())
         if doublings == 0:
-            rank = (mean * len(metric)) ** 2 / sum_of_squares(metric)
+            squares = sum_of_squares(metric)
+            rank = (mean * len(metric)) ** 2 / squares if squares > 0 else 0.0
         relative = damping * 2**doublings
         diagonal.add_(relative * mean)
         if cholesky_(metric):
