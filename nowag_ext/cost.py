@@ -270,11 +270,8 @@ def _seconds(
         stages["codebooks"] = sample * (speeds.seeding + most * speeds.training)
     forwards = traces = statistics = compression = solving = hessians = 0.0
     for layer in layers:
-        # Once in each stream, but for the linears whose outputs are computed again as they change.
-        ending = sum(group.weights for group in layer.groups if group.sums)
-        forwards += 2 * work.samples * run(layer)
+        forwards += 2 * work.samples * run(layer)  # once in each stream
         traces += _TRACES * run(layer)
-        forwards += work.samples * products(2 * ending * length)
         for group in layer.groups:
             square = group.inputs**2
             hessians += products(square * length)

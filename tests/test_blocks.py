@@ -279,6 +279,46 @@ def test_taps_are_the_residual_stream_and_the_output(family: str) -> None:
     torch.testing.assert_close(middle, both, rtol=1e-5, atol=1e-5)
 
 
+@families
+def test_silent_linears_leave_the_residual_stream_as_it_was(family: str) -> None:
+    model = make_model(family)
+    for parameter in model.parameters():  # biases are zeros to begin with
+        nn.init.normal_(parameter, std=0.2) if parameter.dim() == 1 else None
+    blocks = Blocks(model, LENGTH)
+    hidden = blocks.embed(windows())
+    for group in blocks.groups(0, hidden):
+        inputs, sums, ends = blocks.taps(0, hidden, group)
+        silent = blocks.taps(0, hidden, group, silent=True)
+        assert torch.equal(silent.inputs, inputs)
+        assert silent.sums.keys() == sums.keys()
+        assert silent.ends.keys() == ends.keys()
+        for name, total in sums.items():
+            linear = model.get_submodule(name)
+            added = inputs @ linear.weight.T
+            torch.testing.assert_close(silent.sums[name] + added, total, rtol=1e-5, atol=1e-5)
+            assert (added.abs().mean(0) > 0).all()
+
+
+class TwoSums(nn.Module):
+    """Two linears that read the same, both added to the residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(HIDDEN, HIDDEN), nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.one(x) + self.two(x)
+
+
+def test_a_sum_that_two_linears_of_a_group_add_to_is_no_tap() -> None:
+    model = make_model("llama")
+    model.model.layers[0].mlp = TwoSums()
+    blocks = Blocks(model, LENGTH)
+    group = blocks.groups(0, blocks.embed(windows()))[-1]
+    assert [name.rpartition(".")[2] for name in group.names] == ["one", "two"]
+    assert group.taps == (None, None)
+
+
 def test_residual_streams_of_flattened_rows() -> None:
     config = OPTConfig(**_SIZES, ffn_dim=48, word_embed_proj_dim=HIDDEN)
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ by running a layer and looking.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -50,8 +50,9 @@ class Group:
         names: full module names, in order of execution.
         in_features: of all of them.
         taps: for each linear, the tensor that shows the residual stream with the linear's output
-            added as it is: the full name of the module whose input that is, the layer's own name
-            for the layer's output, or None if there is no such tensor.
+            added as it is: the full name of the module whose input that is, or the layer's own name
+            for the layer's output. None if there is no such tensor; for all if several of them have
+            one.
         ends: for each linear, the full name of the outermost module around it that returns the
             linear's output as it is, or None if there is none. Once the linear's weight is final,
             so is what that module returns.
@@ -68,8 +69,7 @@ class Taps(NamedTuple):
 
     Attributes:
         inputs: what the group reads, [tokens, in_features].
-        sums: by the name of each linear that has a tap, [tokens, out_features]. Linears of one tap
-            share its tensor; one that reads only some tokens has none.
+        sums: by the name of each linear that has a tap, [tokens, out_features].
         ends: what the modules that end with a linear of the group have returned, by their names.
     """
 
@@ -194,23 +194,34 @@ class Blocks:
         run = partial(self._forward, index, hidden)
         names = [name for name, _ in self._parts(index)]
         trace = trace_layer(run, hidden, names, self.linears(index, kinds))
-        return [
-            Group(
-                names=tuple(names),
-                in_features=trace.reads[names[0]].shape[-1],
-                taps=tuple(find_tap(run, trace, name) for name in names),
-                ends=tuple(trace.ends.get(name) for name in names),
+        groups = []
+        for names in trace.shared.values():
+            taps = [find_tap(run, trace, name) for name in names]
+            none = (None,) * len(taps)
+            groups.append(
+                Group(
+                    names=tuple(names),
+                    in_features=trace.reads[names[0]].shape[-1],
+                    taps=tuple(taps) if taps.count(None) >= len(taps) - 1 else none,
+                    ends=tuple(trace.ends.get(name) for name in names),
+                )
             )
-            for names in trace.shared.values()
-        ]
+        return groups
 
     def taps(
-        self, index: int, hidden: Tensor, group: Group, given: Mapping[str, Any] = _NONE
+        self,
+        index: int,
+        hidden: Tensor,
+        group: Group,
+        given: Mapping[str, Any] = _NONE,
+        *,
+        silent: bool = False,
     ) -> Taps:
         """What the group reads, what shows its outputs in the residual stream, and what ends there.
 
         The layer is run no further than the last of them, and modules of which it is ``given`` what
-        they return are not run.
+        they return are not run; nor, if ``silent``, the linears that have taps, which then return
+        their bias, or nothing but zeros.
         """
         reads = {group.names[0], *group.taps} - {None}
         ends = set(group.ends) - {None}
@@ -237,6 +248,11 @@ class Blocks:
                 {name: partial(look, name) for name in reads if name is not None},
                 sees={name: partial(see, name) for name in ends if name is not None},
                 given=given,
+                silent=[
+                    name
+                    for name, tap in zip(group.names, group.taps, strict=True)
+                    if silent and tap is not None
+                ],
             )
         # Experts that no token is routed to read nothing.
         inputs = seen.get(group.names[0], hidden.new_empty(0, group.in_features))
@@ -252,8 +268,9 @@ class Blocks:
         changes: Mapping[str, Change] = _NONE,
         sees: Mapping[str, See] = _NONE,
         given: Mapping[str, Any] = _NONE,
+        silent: Collection[str] = (),
     ) -> Tensor:
-        """The layer's output; others are called on the way (``taps.Run``), or not (``run``)."""
+        """The layer's output; others are called on the way (``taps.Run``), or not (``taps``)."""
         layer = self.layers[index]
         if hidden.dim() != 3 or hidden.shape[1] != self.length:
             raise ValueError(
@@ -265,6 +282,8 @@ class Blocks:
             for name, part in self._parts(index):
                 if name in given:
                     stack.enter_context(replaced_forwards({name: part}, _gives(given[name])))
+                if name in silent:
+                    stack.enter_context(replaced_forwards({name: part}, partial(_bias, part)))
                 look, change, see = looks.get(name), changes.get(name), sees.get(name)
                 if look is not None and name != layer:
                     hook = part.register_forward_pre_hook(_reads(look), with_kwargs=True)
@@ -301,6 +320,13 @@ def _shows(see: See) -> Callable[..., None]:
 def _gives(output: Any) -> Callable[..., Any]:
     # A copy: layers may write into what their modules return.
     return lambda *args, **kwargs: with_tensor(output, output_tensor(output).clone())
+
+
+def _bias(linear: Any, name: str, forward: Callable[..., Any], inputs: Tensor) -> Tensor:
+    """What a linear returns without its weight."""
+    output = inputs.new_zeros((*inputs.shape[:-1], linear.out_features))
+    bias = linear.bias
+    return output if bias is None else output.add_(bias)
 
 
 def _one_list(model: Any) -> dict[str, nn.Module]:

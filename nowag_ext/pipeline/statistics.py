@@ -26,8 +26,9 @@ class GroupStatistics:
 
     With x the input of the group in the dense stream and x~ in the compressed one: the Hessian
     E[x~ x~^T], and for each linear the correlation E[x~ D^T] with the extra output D that it is
-    wanted to give. For a linear whose output is added to the residual stream that is the difference
-    of the streams after the addition, the linear still dense in both; for others (x - x~) W^T.
+    wanted to give. For a linear whose output is added to the residual stream D is what the dense
+    stream has after the addition and the compressed one, the linear still dense, has not; for
+    others (x - x~) W^T.
     """
 
     def __init__(self, in_features: int, device: torch.device) -> None:
@@ -35,7 +36,8 @@ class GroupStatistics:
         # Right of the diagonal and on it: sum x~ x~^T. In the end: E[x~ x~^T].
         self._upper = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self._drift: Tensor | None = None  # sum of x~ (x - x~)^T, where a linear needs it
-        self._lacks: dict[str, Tensor] = {}  # sum of x~ D^T by linear, where it is added up
+        # Sum of x~ (D + x~ W^T)^T by linear, where its output is added to the residual stream.
+        self._wanted: dict[str, Tensor] = {}
         self._paired = True
         self._ended = False
 
@@ -50,14 +52,18 @@ class GroupStatistics:
         self,
         dense: Tensor,
         compressed: Tensor,
-        dense_sums: Mapping[str, Tensor],
-        compressed_sums: Mapping[str, Tensor],
+        after: Mapping[str, Tensor],
+        before: Mapping[str, Tensor],
         *,
         all_summed: bool,
     ) -> None:
-        """Both streams' inputs, and by linear what its residual stream is after the addition.
+        """Both streams' inputs, and by linear the residual stream to which its output is added.
 
-        ``all_summed`` says that every linear of the group has such sums.
+        Args:
+            dense, compressed: inputs [tokens, in_features], fp32.
+            after: the dense stream with the output added, [tokens, out_features].
+            before: the compressed stream without it, but with the linear's bias.
+            all_summed: every linear of the group is in them.
         """
         self.add(compressed)
         # Where tokens are routed differently in the two streams they cannot be compared.
@@ -68,11 +74,11 @@ class GroupStatistics:
             if self._drift is None:
                 self._drift = torch.zeros_like(self._upper)
             _add_product(self._drift, compressed, dense - compressed)
-        for name, wanted in dense_sums.items():
-            lack = wanted - compressed_sums[name]
-            if name not in self._lacks:
-                self._lacks[name] = lack.new_zeros(compressed.shape[1], lack.shape[1])
-            _add_product(self._lacks[name], compressed, lack)
+        for name, states in after.items():
+            wanted = states - before[name]
+            if name not in self._wanted:
+                self._wanted[name] = wanted.new_zeros(compressed.shape[1], wanted.shape[1])
+            _add_product(self._wanted[name], compressed, wanted)
 
     def add_up(self, ranks: Ranks) -> None:
         """Adds what the other ranks have seen, each in windows of its own (at least one)."""
@@ -81,7 +87,7 @@ class GroupStatistics:
         self.tokens, self._paired = int(counts[0]), int(counts[1]) == 0
         ranks.add_up([self._upper])
         if self._paired:
-            ranks.add_up(sums for sums in (self._drift, *self._lacks.values()) if sums is not None)
+            ranks.add_up(sums for sums in (self._drift, *self._wanted.values()) if sums is not None)
 
     def hessian(self) -> Tensor:
         """E[x~ x~^T], exactly symmetric. Ends the sums, in whose memory it is."""
@@ -110,18 +116,23 @@ class GroupStatistics:
         step = max(1, _PART // len(lower) ** 2)
         corrections = {}
         for name, weight in weights.items():
-            sums = self._lacks.get(name, self._drift)
-            if sums is None:
+            if name not in self._wanted and self._drift is None:
                 continue
             correction = corrections[name] = lower.new_empty(weight.shape)
             for first in range(0, len(weight), step):
                 here = slice(first, first + step)
+                lack = self._lack(name, here, weight[here].float().T)
                 # LAPACK's matrices are column by column: it reads the factor as it lies.
-                own = name in self._lacks
-                lack = sums[:, here] if own else sums @ weight[here].float().T
-                solved = torch.cholesky_solve(lack / self.tokens, lower.mT, upper=True)
-                correction[here] = solved.T
+                correction[here] = torch.cholesky_solve(lack, lower.mT, upper=True).T
         return corrections
+
+    def _lack(self, name: str, outputs: slice, weight: Tensor) -> Tensor:
+        """E[x~ D^T] of some outputs of a linear, whose weight is [in_features, outputs]."""
+        if name in self._wanted:
+            wanted = self._wanted[name][:, outputs] / self.tokens
+            return wanted.addmm_(self.hessian(), weight, alpha=-1)
+        assert self._drift is not None
+        return (self._drift @ weight).div_(self.tokens)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

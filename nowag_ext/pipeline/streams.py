@@ -81,8 +81,12 @@ class Stream:
 
     def taps(self, index: int, window: int, group: Group) -> Taps:
         """What a group reads and adds to (``Blocks.taps``) in one window."""
+        return self._taps(index, window, group)
+
+    def _taps(self, index: int, window: int, group: Group, *, silent: bool = False) -> Taps:
         given = self._given[window]
-        taps = self.blocks.taps(index, self.hidden[window, None], group, given)
+        hidden = self.hidden[window, None]
+        taps = self.blocks.taps(index, hidden, group, given, silent=silent)
         if window < self._room:
             given.update(taps.ends)
         return taps
@@ -95,7 +99,10 @@ class Stream:
 
 
 class CompressedStream(Stream):
-    """The stream through the blocks compressed so far, whose weights change on the way."""
+    """The stream through the blocks compressed so far, whose weights change on the way.
+
+    What a group adds to is shown without what its own linears add: that is about to change.
+    """
 
     def enter(self, index: int, groups: Sequence[Group]) -> None:
         super().enter(index, groups)
@@ -106,7 +113,7 @@ class CompressedStream(Stream):
         return super()._kept_features(groups) + max(ending, default=0)
 
     def taps(self, index: int, window: int, group: Group) -> Taps:
-        taps = super().taps(index, window, group)
+        taps = self._taps(index, window, group, silent=True)
         if taps.ends and window < self._room:
             self._inputs[window] = taps.inputs
         return taps
