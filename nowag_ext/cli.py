@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
@@ -29,7 +30,7 @@ from nowag_ext.calibrate import (
     collect_statistics,
     load_act_norms,
 )
-from nowag_ext.cost import Work, forecast
+from nowag_ext.cost import Work, affordable_samples, forecast
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.demo import Effort, run_demo
 from nowag_ext.disk import Job, kept, of_argument, source_facts
@@ -96,6 +97,9 @@ _FEW_TOKENS = 8
 
 # Windows of calibration text that each recipe reads unless told otherwise.
 _SAMPLES = {"feedback": 16, "paper": 128}
+
+# What --samples auto may take.
+_MINUTES = 10.0
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -284,6 +288,7 @@ def compress(
     overwrite: options.Overwrite = False,
     dry_run: options.DryRun = False,
     samples: options.CompressSamples = None,
+    minutes: options.Minutes = None,
     length: options.Length = 1024,
     sample_seed: options.SampleSeed = None,
 ) -> None:
@@ -320,21 +325,35 @@ def compress(
     if act_norms is not None:
         with of_argument("act_norms"):
             norms = load_act_norms(act_norms)
-    samples = samples or _SAMPLES[recipe]
+    wanted = _SAMPLES[recipe] if samples is None else options.parse_samples(samples)
+    if minutes is not None and (wanted is not None or not minutes > 0):
+        raise ValueError(
+            "--minutes belongs to --samples auto."
+            if wanted is not None
+            else f"--minutes must be more than 0, not {minutes:g}."
+        )
+    work = Work(recipe, (wanted or 0) if text else 0, length, offload=offload is not None)
+    budget = _MINUTES if minutes is None else minutes
     if dry_run:
-        taken = Work(recipe, samples if text else 0, length, offload=offload is not None)
-        _show_forecast(job, taken)
+        if wanted is None and text:
+            work = replace(work, samples=_affordable(job, work, budget))
+        _show_forecast(job, work)
         return
     texts = _open_texts(text or ())
+    asked = f"auto, {budget:g} minutes" if wanted is None else wanted
     made_with = {
-        **job.made_with(), **_text_facts(texts, samples, length, sample_seed), "recipe": recipe,
+        **job.made_with(), **_text_facts(texts, asked, length, sample_seed), "recipe": recipe,
         "act_norms": None if act_norms is None else str(act_norms),
     }  # fmt: skip
 
     def prepare(tokenizer: Any, store: LayerStore) -> Callable[[Any], None]:
         windows: list[Tensor] = []
         if texts:
-            windows = _windows(tokenizer, texts, samples, length, sample_seed)
+            number = wanted
+            if number is None:
+                number = store.get_samples() or _affordable(job, work, budget)
+                store.put_samples(number)
+            windows = _windows(tokenizer, texts, number, length, sample_seed)
         common: dict[str, Any] = {
             "overrides": overrides, "min_coverage": min_coverage, "work_dir": store, **settings,
         }  # fmt: skip
@@ -408,6 +427,28 @@ def _help_compress(
             raise
 
 
+def _affordable(job: Job, work: Work, minutes: float) -> int:
+    """How many windows of text so much time is enough for: no fewer than without asking."""
+    model = job.outline()
+    if model is None:
+        raise ValueError(
+            f"--samples auto: {job.source} brings Python code of its own, so that nothing can be "
+            "said of it before it is loaded: give a number."
+        )
+    job.check(model)
+    least = _SAMPLES[work.recipe]
+    affordable = affordable_samples(
+        model, job.layers, job.ignore, job.codebook_scope, work, 60 * minutes
+    )
+    if affordable < least:
+        _err.print(
+            f"{minutes:g} minutes are enough for {affordable} windows of text here: {least} are "
+            "read all the same, with fewer the model would be of little use.",
+            soft_wrap=True,
+        )
+    return max(affordable, least)
+
+
 def _show_forecast(job: Job, work: Work) -> None:
     model = job.outline()
     if model is None:
@@ -450,7 +491,7 @@ def _open_texts(paths: Sequence[Path]) -> list[Text]:
 
 
 def _text_facts(
-    texts: Sequence[Text], samples: int, length: int, seed: int | None
+    texts: Sequence[Text], samples: int | str, length: int, seed: int | None
 ) -> dict[str, Any]:
     """What results follow from where there are texts, by argument."""
     if not texts:

@@ -37,6 +37,15 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
     return overrides
 
 
+def parse_samples(text: str) -> int | None:
+    """A number of windows, or None for auto; raises ValueError."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--samples must be a number of at least 1, or auto, not {text!r}.")
+    return int(text)
+
+
 MODEL_HELP = "A directory, a hub id or a .gguf file."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -103,11 +112,17 @@ CodebookScope = Annotated[
     typer.Option(help="vq: a codebook for the model (default), for each kind, or each layer."),
 ]
 CompressSamples = Annotated[
-    int | None,
+    str | None,
     typer.Option(
         "--samples",
-        help="Calibration: windows of text to read (default 16, with --recipe paper 128).",
+        metavar="N|auto",
+        help="Calibration: windows of text to read (default 16, with --recipe paper 128); auto: as "
+        "many as --minutes are enough for on this machine, but no fewer.",
     ),
+]
+Minutes = Annotated[
+    float | None,
+    typer.Option(help="With --samples auto: how long the run may take (default 10)."),
 ]
 Method = Annotated[str, typer.Option(help="vq or prune.")]
 Subvector = Annotated[

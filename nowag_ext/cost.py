@@ -137,6 +137,31 @@ def forecast(
     work: Work,
 ) -> Forecast:
     """What compressing a model will take, given its outline (``forecast.skeleton``)."""
+    costs = _costs(model, settings, ignore, codebook_scope, work.length)
+    return Forecast(work, sizes, costs.memory(work, sizes), costs.seconds(work))
+
+
+def affordable_samples(
+    model: Any,
+    settings: LayerSettings,
+    ignore: Sequence[str],
+    codebook_scope: str,
+    work: Work,
+    seconds: float,
+) -> int:
+    """How many windows, of the length and recipe of ``work``, so much time is enough for; or 0."""
+    costs = _costs(model, settings, ignore, codebook_scope, work.length)
+    # Seconds grow by as much with every window, once there are enough for what takes but a few.
+    few = max(codebooks._WINDOWS, pipeline._NORM_WINDOWS)
+    least, more = (
+        sum(costs.seconds(replace(work, samples=samples)).values()) for samples in (few, 2 * few)
+    )
+    return max(0, few + math.floor((seconds - least) * few / (more - least)))
+
+
+def _costs(
+    model: Any, settings: LayerSettings, ignore: Sequence[str], codebook_scope: str, length: int
+) -> _Costs:
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     hidden = model.get_input_embeddings().weight.shape[1]
     layers = [_layer(name, layer, ignore, hidden) for name, layer in decoder_layers(model).items()]
@@ -151,9 +176,28 @@ def forecast(
             trained += linear.weight.numel()
     # Times are those of the settings of most weights.
     typical = max(by_settings, key=lambda one: by_settings[one], default=settings.default)
-    memory = {"the program": base + _LOADED, **_memory(model, layers, sizes, work, hidden, trained)}
-    speeds = _speeds(model, typical, work.length, hidden)
-    return Forecast(work, sizes, memory, _seconds(layers, typical, work, trained, speeds))
+    speeds = _speeds(model, typical, length, hidden)
+    return _Costs(model, layers, typical, hidden, trained, base, speeds)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a run's costs follow from, but for the number of windows."""
+
+    model: Any
+    layers: Sequence[_Layer]
+    typical: Settings
+    hidden: int
+    trained: int  # weights that share a codebook
+    base: int  # bytes in memory before it begins
+    speeds: _Speeds
+
+    def memory(self, work: Work, sizes: Sizes) -> dict[str, int]:
+        rest = _memory(self.model, self.layers, sizes, work, self.hidden, self.trained)
+        return {"the program": self.base + _LOADED, **rest}
+
+    def seconds(self, work: Work) -> dict[str, float]:
+        return _seconds(self.layers, self.typical, work, self.trained, self.speeds)
 
 
 def _layer(name: str, layer: nn.Module, ignore: Sequence[str], hidden: int) -> _Layer:

@@ -33,6 +33,7 @@ _FORMAT = "nowag_ext finished layer"
 _LOCK = f"{MARK}lock"
 _MADE_WITH = f"{MARK}made_with.json"
 _STATISTICS = "statistics"
+_SAMPLES = "samples"
 
 
 def layer_key(settings: Settings, weight: Tensor, act_norms: Tensor) -> str:
@@ -246,6 +247,15 @@ class LayerStore:
         if found is None:
             return CalibrationStatistics(), 0
         return CalibrationStatistics.of_tensors(self._path(_STATISTICS), found[0]), found[1]
+
+    def put_samples(self, samples: int) -> None:
+        """Keeps how many windows of text the run has decided to read."""
+        self._write(_SAMPLES, "", {}, samples)
+
+    def get_samples(self) -> int | None:
+        """How many windows an earlier run has decided to read."""
+        found = self._read(_SAMPLES, "")
+        return None if found is None else int(found[1])
 
     def put_codebooks(self, key: str, codebooks: Mapping[str, Codebook]) -> None:
         """Keeps the codebooks that layers share."""

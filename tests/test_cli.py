@@ -193,6 +193,47 @@ def test_dense_format_loads_without_nowag(work: Path, tmp_path: Path) -> None:
     assert (tmp_path / "dense" / "report.json").is_file()
 
 
+def test_as_many_windows_as_there_is_time_for(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["compress", work / "model", "-o", tmp_path / "out", "--text", work / "text.txt",
+                 "--length", 16, "--samples", "auto", "--minutes", 2.5, *VQ]  # fmt: skip
+    asked: list[float] = []
+
+    def affordable(*arguments: Any) -> int:
+        asked.append(arguments[-1])
+        return 20
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "affordable_samples", affordable)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(cli, "compress_blocks", stop)
+        result = run(*arguments)
+    assert result.exit_code == 130
+    assert "go on with" in result.stderr
+    # It goes on with as many, however fast the machine is now.
+    monkeypatch.setattr(cli, "affordable_samples", lambda *_: 1000)
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    assert asked == [150.0]
+    assert "Calibrating on 20 windows of 16 tokens" in one_line(result.stdout)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["calibration_tokens"] == 20 * 16
+
+
+def test_no_fewer_windows_than_without_asking(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "affordable_samples", lambda *_: 3)
+    result = run("compress", work / "model", "-o", tmp_path / "out", "--dry-run", *VQ,
+                 "--text", work / "text.txt", "--samples", "auto")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "10 minutes are enough for 3 windows of text here" in one_line(result.stderr)
+    assert f"From {cli._SAMPLES['feedback']} windows" in one_line(result.stdout)
+
+
 def test_dtype_is_stored(work: Path, tmp_path: Path) -> None:
     result = run("compress", work / "model", "-o", tmp_path / "out", "--dtype", "bfloat16",
                  "--act-norms", work / "stats.safetensors", "--method", "prune")  # fmt: skip
@@ -293,6 +334,13 @@ def test_eval_refuses_text_that_is_not(work: Path, tmp_path: Path) -> None:
         ),
         ("is too small", ["--d", "8", "--bits", "2", "--act-norms", "{w}/stats.safetensors"]),
         ("names no linear", ["--ignore", "nope", "--act-norms", "{w}/stats.safetensors"]),
+        ("--samples must be a number .*'many'", ["--samples", "many", "--text", "{w}/text.txt"]),
+        ("--samples must be a number .*'0'", ["--samples", "0", "--text", "{w}/text.txt"]),
+        ("--minutes belongs to --samples auto", ["--minutes", "3", "--text", "{w}/text.txt"]),
+        (
+            "--minutes must be more than 0, not nan",
+            ["--samples", "auto", "--minutes", "nan", "--text", "{w}/text.txt"],
+        ),
     ],
 )
 def test_compress_refuses(work: Path, tmp_path: Path, sentence: str, arguments: list[str]) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 import nowag_ext
 from nowag_ext import cost, disk
 from nowag_ext.cli import app
-from nowag_ext.cost import Work, forecast
+from nowag_ext.cost import Work, affordable_samples, forecast
 from nowag_ext.decoder import decoder_layers, decoder_linears
 from nowag_ext.forecast import sizes, skeleton
 from nowag_ext.methods import LayerSettings
@@ -122,6 +122,25 @@ def test_what_takes_more(source: Path) -> None:
     given = foretold(source, settings, "layer", Work("paper", 0, 512, False))
     assert set(given.stages) == {"compression"}
     assert given.peak_memory < paper.peak_memory
+
+
+@pytest.mark.parametrize("recipe", ["feedback", "paper"])
+def test_windows_that_there_is_time_for(
+    source: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One more would take longer; less time than the rest takes is enough for none."""
+    settings = LayerSettings("vq", VQ, {})
+    monkeypatch.setattr(cost, "_speeds", lambda *_: cost._Speeds(1e6, 1e-3, 1e-3, 1e-7, 1e-7, 1e-8))
+
+    def seconds(windows: int) -> float:
+        return foretold(source, settings, "model", Work(recipe, windows, 64, False)).seconds
+
+    for windows in (9, 40, 1000):
+        for budget in (seconds(windows) + 1e-6, seconds(windows + 1) - 1e-6):
+            outline, work = skeleton(source, "auto"), Work(recipe, 0, 64, False)
+            got = affordable_samples(outline, settings, ["lm_head"], "model", work, budget)
+            assert got == windows
+    assert affordable_samples(outline, settings, ["lm_head"], "model", work, 1e-9) == 0
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(
