@@ -96,7 +96,7 @@ _shown: dict[str, Any] = {"traceback": False, "command": ""}
 _FEW_TOKENS = 8
 
 # Windows of calibration text that each recipe reads unless told otherwise.
-_SAMPLES = {"feedback": 16, "paper": 128}
+_SAMPLES = {"feedback": 32, "paper": 128}
 
 # What --samples auto may take.
 _MINUTES = 10.0

@@ -116,7 +116,7 @@ CompressSamples = Annotated[
     typer.Option(
         "--samples",
         metavar="N|auto",
-        help="Calibration: windows of text to read (default 16, with --recipe paper 128); auto: as "
+        help="Calibration: windows of text to read (default 32, with --recipe paper 128); auto: as "
         "many as --minutes are enough for on this machine, but no fewer.",
     ),
 ]

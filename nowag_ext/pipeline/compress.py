@@ -3,7 +3,8 @@
 Two streams of hidden states go through the model: one through dense blocks, one through the blocks
 compressed so far. Each group of linears that read the same input is compressed under the Hessian of
 that input in the compressed stream, towards what the dense stream would have (GPTQ's order; the
-corrected targets are those of, for example, GPTAQ, Li et al., 2025).
+corrected targets are those of, for example, GPTAQ, Li et al., 2025). What is learnt from the text
+must hold for other text: statistics.py says which tokens count less, and how that is damped.
 """
 
 from __future__ import annotations
