@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
 import shlex
@@ -326,14 +327,12 @@ def compress(
         with of_argument("act_norms"):
             norms = load_act_norms(act_norms)
     wanted = _SAMPLES[recipe] if samples is None else options.parse_samples(samples)
-    if minutes is not None and (wanted is not None or not minutes > 0):
-        raise ValueError(
-            "--minutes belongs to --samples auto."
-            if wanted is not None
-            else f"--minutes must be more than 0, not {minutes:g}."
-        )
-    work = Work(recipe, (wanted or 0) if text else 0, length, offload=offload is not None)
+    if minutes is not None and wanted is not None:
+        raise ValueError("--minutes belongs to --samples auto.")
     budget = _MINUTES if minutes is None else minutes
+    if not 0 < budget < math.inf:
+        raise ValueError(f"--minutes must be a finite number above 0, not {budget:g}.")
+    work = Work(recipe, (wanted or 0) if text else 0, length, offload=offload is not None)
     if dry_run:
         if wanted is None and text:
             work = replace(work, samples=_affordable(job, work, budget))
@@ -427,15 +426,21 @@ def _help_compress(
             raise
 
 
-def _affordable(job: Job, work: Work, minutes: float) -> int:
-    """How many windows of text so much time is enough for: no fewer than without asking."""
+def _outline(job: Job, option: str) -> Any:
+    """The model without its weights, checked; ValueError where only loading it tells."""
     model = job.outline()
     if model is None:
         raise ValueError(
-            f"--samples auto: {job.source} brings Python code of its own, so that nothing can be "
-            "said of it before it is loaded: give a number."
+            f"{option}: {job.source} brings Python code of its own, so that nothing can be said "
+            "of it before it is loaded."
         )
     job.check(model)
+    return model
+
+
+def _affordable(job: Job, work: Work, minutes: float) -> int:
+    """How many windows of text so much time is enough for: no fewer than without asking."""
+    model = _outline(job, "--samples auto")
     least = _SAMPLES[work.recipe]
     affordable = affordable_samples(
         model, job.layers, job.ignore, job.codebook_scope, work, 60 * minutes
@@ -450,13 +455,7 @@ def _affordable(job: Job, work: Work, minutes: float) -> int:
 
 
 def _show_forecast(job: Job, work: Work) -> None:
-    model = job.outline()
-    if model is None:
-        raise ValueError(
-            f"--dry-run: {job.source} brings Python code of its own, so that nothing can be said "
-            "of it before it is loaded."
-        )
-    job.check(model)
+    model = _outline(job, "--dry-run")
     taken = forecast(model, job.layers, job.ignore, job.codebook_scope, job.sizes(model), work)
     for part in forecast_tables(taken):
         _out.print(part)

@@ -33,7 +33,7 @@ _FORMAT = "nowag_ext finished layer"
 _LOCK = f"{MARK}lock"
 _MADE_WITH = f"{MARK}made_with.json"
 _STATISTICS = "statistics"
-_SAMPLES = "samples"
+_SAMPLES = f"{MARK}samples"
 
 
 def layer_key(settings: Settings, weight: Tensor, act_norms: Tensor) -> str:
@@ -249,13 +249,18 @@ class LayerStore:
         return CalibrationStatistics.of_tensors(self._path(_STATISTICS), found[0]), found[1]
 
     def put_samples(self, samples: int) -> None:
-        """Keeps how many windows of text the run has decided to read."""
-        self._write(_SAMPLES, "", {}, samples)
+        """Notes how many windows of text the run has decided to read."""
+        with atomic_file(self.directory / _SAMPLES) as temporary:
+            temporary.write_text(str(samples), encoding="utf-8")
 
     def get_samples(self) -> int | None:
-        """How many windows an earlier run has decided to read."""
-        found = self._read(_SAMPLES, "")
-        return None if found is None else int(found[1])
+        """How many windows those were that what is kept follows from, if anything is kept."""
+        if not self.keeps_something():
+            return None
+        try:
+            return int((self.directory / _SAMPLES).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
 
     def put_codebooks(self, key: str, codebooks: Mapping[str, Codebook]) -> None:
         """Keeps the codebooks that layers share."""

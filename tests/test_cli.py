@@ -29,6 +29,7 @@ from nowag_ext.cli import app
 from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.forecast import sizes
 from nowag_ext.methods import LayerSettings
+from nowag_ext.pipeline.compress import _Run
 from nowag_ext.source import calibration_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -205,12 +206,12 @@ def test_as_many_windows_as_there_is_time_for(
         asked.append(arguments[-1])
         return many
 
-    def stop(*_: Any, **__: Any) -> None:
+    def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "affordable_samples", affordable)
-    with monkeypatch.context() as interrupted:
-        interrupted.setattr(cli, "compress_blocks", stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(_Run, "_layer", interrupted)  # codebooks are finished by then
         result = run(*arguments)
     assert result.exit_code == 130
     assert "go on with" in result.stderr
@@ -219,9 +220,19 @@ def test_as_many_windows_as_there_is_time_for(
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert asked == [150.0]
+    assert not (tmp_path / "out.partial").exists()
     assert f"Calibrating on {many} windows of 16 tokens" in one_line(result.stdout)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["calibration_tokens"] == many * 16
+
+
+def test_a_number_of_windows_alone_is_nothing_to_go_on_from(work: Path, tmp_path: Path) -> None:
+    result = run("compress", work / "model", "-o", tmp_path / "out", *VQ, "--length", 100_000,
+                 "--text", work / "text.txt", "--samples", "auto")  # fmt: skip
+    assert result.exit_code == 1
+    assert "less than one window of 100000" in result.stderr
+    assert "go on with" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_fewer_windows_than_without_asking(
@@ -339,8 +350,12 @@ def test_eval_refuses_text_that_is_not(work: Path, tmp_path: Path) -> None:
         ("--samples must be a number .*'0'", ["--samples", "0", "--text", "{w}/text.txt"]),
         ("--minutes belongs to --samples auto", ["--minutes", "3", "--text", "{w}/text.txt"]),
         (
-            "--minutes must be more than 0, not nan",
+            "--minutes must be a finite number above 0, not nan",
             ["--samples", "auto", "--minutes", "nan", "--text", "{w}/text.txt"],
+        ),
+        (
+            "--minutes must be a finite number above 0, not inf",
+            ["--samples", "auto", "--minutes", "inf", "--text", "{w}/text.txt"],
         ),
     ],
 )

@@ -20,7 +20,6 @@ _SUM_ROWS = 2048
 # in between, within a second.
 _PART = 1 << 34
 
-
 # A token that has more energy than so many of the median one counts as if it had no more, of what a
 # linear reads and of what it is wanted to give. The first token of a window may have 99.6 % of the
 # energy of 1024 inputs (before the down_proj that makes it an attention sink), and after that 80 %
