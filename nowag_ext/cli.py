@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 import os
-import re
 import shlex
 import signal
 import tempfile
@@ -31,6 +30,7 @@ from nowag_ext.calibrate import (
     collect_statistics,
     load_act_norms,
 )
+from nowag_ext.cli_sentences import named_options, one_sentence
 from nowag_ext.cost import Work, affordable_samples, forecast
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.demo import Effort, run_demo
@@ -148,7 +148,7 @@ def _reported(command: Command) -> Command:
         except Exception as error:
             if _shown["traceback"]:
                 raise
-            _say(f"Error: {_one_sentence(error)}{_how_to_go_on(error)}")
+            _say(f"Error: {one_sentence(error)}{_how_to_go_on(error)}")
             raise typer.Exit(1) from None
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -174,40 +174,6 @@ def _how_to_go_on(stop: BaseException) -> str:
     if directory is None:
         return ""
     return f" What is finished is kept in {directory}; go on with: {_shown['command']}"
-
-
-# Of Python's arguments those that a sentence may begin with or that can be nothing else.
-_ARGUMENTS = re.compile(
-    r"^(bits|checkpoint_format|codebook_scope|d|dtype|ignore|init|iters|max_new_tokens|method"
-    r"|min_coverage|n_init|pattern|recipe|seed|sparsity|temperature)(?= must | names )"
-    r"|\b(codebook_scope|max_new_tokens|min_coverage|n_init)\b"
-)
-# Options that are not called as the argument is.
-_OPTIONS = {
-    "model": "MODEL", "overrides": "--override", "checkpoint_format": "--format",
-    **{name: name for name in ("nowag_ext", "torch", "processes", "OMP_NUM_THREADS")},
-}  # fmt: skip
-_LONGEST = 400  # characters of a refusal; libraries list all models that they know
-
-
-def _option(argument: str) -> str:
-    return _OPTIONS.get(argument, f"--{argument.replace('_', '-')}")
-
-
-def _one_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
-        text = f"{os.fsdecode(error.filename)}: {error.strerror}"
-    # Of a long list of what there could be the beginning of the sentence before it is enough.
-    text = text.partition(" Model type should be one of ")[0]
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}... (all of it: nowag-ext --traceback)"
-    text = _ARGUMENTS.sub(lambda m: _option(m.group()), text)
-    argument = getattr(error, "argument", None)
-    if argument is not None and not text.startswith(_option(argument)):
-        text = f"{_option(argument)}: {text}"
-    expected = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, ImportError))
-    return text if text and expected else f"{type(error).__name__}: {text}"
 
 
 def _quiet_libraries() -> None:
@@ -247,7 +213,7 @@ def calibrate(
     with kept(target, resume=resume) as store:
         texts = _open_texts(text)
         facts = _text_facts(texts, samples, length, seed)
-        store.begin(_named_options({**source_facts(model, dtype), **facts}))
+        store.begin(named_options({**source_facts(model, dtype), **facts}))
         tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
         windows = _windows(tokenizer, texts, samples, length, seed)
         with loading(_err, model):
@@ -380,7 +346,7 @@ def compress(
         return compress_loaded
 
     report, left_out = job.run(
-        prepare, _named_options(made_with), resume=resume, loading=loading(_err, model),
+        prepare, named_options(made_with), resume=resume, loading=loading(_err, model),
         # Layers stay on disk, but where calibration goes through all of them for every window.
         in_memory=recipe == "paper" and norms is None,
     )  # fmt: skip
@@ -501,11 +467,6 @@ def _text_facts(
         "OMP_NUM_THREADS": torch.get_num_threads(), "processes": launched(),
         "torch": str(torch.__version__),
     }  # fmt: skip
-
-
-def _named_options(made_with: dict[str, Any]) -> dict[str, Any]:
-    """By option what was by argument."""
-    return {_option(name): value for name, value in made_with.items()}
 
 
 def _windows(
