@@ -42,20 +42,35 @@ LAYERS = [
 ]
 
 
-def lookup_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
-    """What vq_gemv.h allows tables of 16-bit products, [tokens, out_features]; 0 without them.
+def integer_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
+    """What vq_gemv.h allows where products are integers, [tokens, out_features]; 0 elsewhere.
 
     A position's group is not known here: the largest product of any group it can be in bounds it.
     """
     _, codebook, row_norms, col_norms = vq
-    d = codebook.shape[1]
-    if codebook.shape[0] != 256 or _cpu.simd_level() != "avx512vbmi":
-        return torch.zeros(())
+    entries, d = codebook.shape
     scaled = (x.double() * col_norms.double()).abs()
     scaled = torch.nn.functional.pad(scaled, (0, -x.shape[1] % d)).unflatten(1, (-1, d))
-    products = scaled @ codebook.double().abs().amax(0)
-    group = torch.nn.functional.max_pool1d(products, 511, stride=1, padding=255)
-    return group.sum(1, keepdim=True) / 62000 * row_norms.double()
+    if entries == 256 and _cpu.simd_level() == "avx512vbmi":
+        products = scaled @ codebook.double().abs().amax(0)
+        group = torch.nn.functional.max_pool1d(products, 511, stride=1, padding=255)
+        error = group.sum(1, keepdim=True) / 62000
+    elif one_token_is_apart(d) and x.shape[0] == 1 and not looked_up(vq):
+        largest = codebook.double().abs().max()
+        error = scaled.amax(2).sum(1, keepdim=True) * d * largest / 32000
+    else:
+        return torch.zeros(())
+    return error * row_norms.double()
+
+
+def one_token_is_apart(d: int) -> bool:
+    """Whether a token alone has other bits than in company, if its layer is decoded."""
+    return d > 4 and _cpu.simd_level() == "avx2"
+
+
+def looked_up(vq: tuple[Tensor, ...]) -> bool:
+    """Whether AVX2 and AVX-512 look products up in tables."""
+    return vq[1].shape[0] == 256 and vq[2].numel() >= 512
 
 
 def assert_within_bound(y: Tensor, x: Tensor, vq: tuple[Tensor, ...], bias: Tensor | None) -> None:
@@ -64,7 +79,7 @@ def assert_within_bound(y: Tensor, x: Tensor, vq: tuple[Tensor, ...], bias: Tens
     weight = reference.vq_dequantize(*vq, torch.float64)
     magnitude = x.double().abs() @ weight.abs().T
     rounding = torch.finfo(y.dtype).eps * exact.abs() + torch.finfo(y.dtype).tiny
-    bound = 8e-6 * magnitude + lookup_error(x, vq) + rounding
+    bound = 8e-6 * magnitude + integer_error(x, vq) + rounding
     assert_within(y, exact, bound)
 
 
@@ -94,18 +109,25 @@ def test_within_the_error_bound_anywhere(
     assert_within_bound(ops.vq_gemv(x, *vq, None), x, vq, None)
 
 
-@pytest.mark.parametrize("layer", [(576, 1300, 4, 8), (300, 1100, 6, 12), (100, 90, 3, 7)])
+@pytest.mark.parametrize(
+    "layer",
+    [(576, 1300, 4, 8), (520, 1300, 6, 8), (300, 1100, 6, 12), (100, 400, 8, 16), (100, 90, 3, 7)],
+)
 def test_same_bits_for_any_threads_and_company(layer: tuple[int, int, int, int]) -> None:
     vq = random_vq(*layer)
     x = activations(16, layer[1], torch.float32)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     together = ops.vq_gemv(x, *vq, None)
+    alone = together
+    if one_token_is_apart(layer[2]) and not looked_up(vq):
+        alone = torch.cat([ops.vq_gemv(token, *vq, None) for token in x.split(1)])
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        for tokens in (1, 2, 3, 4, 7, 8, 15):
+        for tokens in (2, 3, 4, 7, 8, 15):
             assert_same_bits(ops.vq_gemv(x[:tokens], *vq, None), together[:tokens])
-        assert_same_bits(ops.vq_gemv(x[5:6], *vq, None), together[5:6])
+        for token in (0, 5):
+            assert_same_bits(ops.vq_gemv(x[token : token + 1], *vq, None), alone[token : token + 1])
     torch.set_num_threads(before)
 
 
@@ -115,16 +137,19 @@ def test_close_on_inputs_with_outlier_channels(
     layer: tuple[int, int, int, int], outlier: float
 ) -> None:
     vq = random_vq(*layer)
-    x = activations(4, layer[1], torch.float32, outlier=outlier)
-    exact = reference.vq_linear(x, *vq, None)
-    error = (ops.vq_gemv(x, *vq, None).double() - exact).norm(dim=1) / exact.norm(dim=1)
-    assert_within(error, 0, 2e-3)
+    for tokens in (1, 4):
+        x = activations(tokens, layer[1], torch.float32, outlier=outlier)
+        exact = reference.vq_linear(x, *vq, None)
+        error = (ops.vq_gemv(x, *vq, None).double() - exact).norm(dim=1) / exact.norm(dim=1)
+        assert_within(error, 0, 2e-3)
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("form", [(4, 8), (6, 12)])
 @pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-30, 1e30])
-def test_inputs_of_extreme_magnitude(magnitude: float) -> None:
-    vq = random_vq(600, 300, 4, 8)
-    x = activations(2, 300, torch.float32) * magnitude
+def test_inputs_of_extreme_magnitude(magnitude: float, form: tuple[int, int], tokens: int) -> None:
+    vq = random_vq(600, 300, *form)
+    x = activations(tokens, 300, torch.float32) * magnitude
     exact = reference.vq_linear(x, *vq, None)
     torch.testing.assert_close(
         ops.vq_gemv(x, *vq, None).double(), exact, rtol=1e-2, atol=max(3e-3 * magnitude, 1e-26)
@@ -140,6 +165,7 @@ def test_non_finite_inputs_show(layer: tuple[int, int, int, int], bad: float) ->
     y = ops.vq_gemv(x, *vq, None)
     assert not y[1].isfinite().any()
     assert y[[0, 2]].isfinite().all()
+    assert not ops.vq_gemv(x[1:2], *vq, None).isfinite().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,7 +24,7 @@ const VqDecodeTable* decode_table() {
 const VqLookupTable* lookup_table() {
     const VqLookupTable* none = nullptr;
 #ifdef NOWAG_X86
-    return simd_pick(none, none, none, &kVqLookupAvx512Vbmi);
+    return simd_pick(none, &kVqLookupAvx2, none, &kVqLookupAvx512Vbmi);
 #else
     return none;
 #endif
@@ -32,7 +32,8 @@ const VqLookupTable* lookup_table() {
 
 // Fewer codes than this are done sooner than a second thread starts.
 constexpr int64_t kCodesForThreads = 32768;
-// Rows that make a table worth building: building one costs as much as looking this many up.
+// Rows that make a table worth building: building one costs as much as looking this many up. (Four
+// tables on AVX2 cost twice that; but one rule for all numbers of tokens gives them the same bits.)
 constexpr int64_t kLookupRows = 512;
 
 struct Problem {
@@ -103,92 +104,116 @@ Buffer<float> decode_inputs(const Problem& problem, int lanes, int64_t stride) {
     return inputs;
 }
 
+// All tiles by `multiply_tile`, whose codebook and inputs are these.
+void multiply_tiles(const Problem& problem, void (*multiply_tile)(const VqDecodeTile&),
+                    const float* codebook, const float* inputs, int lanes, int64_t stride) {
+    const int64_t positions = problem.positions(), codes = problem.rows * positions;
+    const int threads = codes < kCodesForThreads ? 1 : problem.threads;
+    parallel_for(problem.tiles(), threads, [&](int64_t tile) {
+        float sums[kVqGemvMaxTokens * kTileRows];
+        multiply_tile({problem.packed + tile * problem.stride(), codebook, inputs, positions,
+                       problem.code_bits, lanes, static_cast<int>(problem.tokens),
+                       static_cast<int>(stride), problem.codes_end(), sums});
+        finish_tile(problem, tile, sums);
+    });
+}
+
 void decode(const Problem& problem) {
     const VqDecodeTable& kernel = *decode_table();
     const int lanes = problem.d <= 4 ? 4 : 8;
     // With company, tokens fill whole vectors of 16 floats.
     const int64_t together = problem.tokens == 1 ? 1 : 16 / lanes;
     const int64_t stride = ceil_div(problem.tokens, together) * together;
-    const int64_t positions = problem.positions();
     const Buffer<float> inputs = decode_inputs(problem, lanes, stride);
     const Buffer<float> codebook = buffer<float>(problem.entries() * lanes);
     kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, lanes, codebook.get());
+    multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), lanes, stride);
+}
 
-    const int64_t codes = problem.rows * positions;
-    const int threads = codes < kCodesForThreads ? 1 : problem.threads;
-    parallel_for(problem.tiles(), threads, [&](int64_t tile) {
-        float sums[kVqGemvMaxTokens * kTileRows];
-        kernel.multiply_tile({problem.packed + tile * problem.stride(), codebook.get(),
-                              inputs.get(), positions, problem.code_bits, lanes,
-                              static_cast<int>(problem.tokens), static_cast<int>(stride),
-                              problem.codes_end(), sums});
-        finish_tile(problem, tile, sums);
-    });
+void decode_integers(const Problem& problem) {
+    const VqIntegerTable& kernel = *decode_table()->integers;
+    constexpr int kLanes = 8;
+    const Buffer<float> scaled = buffer<float>(problem.positions() * problem.d);
+    scaled_inputs(problem, 0, scaled.get());
+    const Buffer<float> codebook = buffer<float>(problem.entries() * kLanes);
+    const float unit =
+        kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, codebook.get());
+    const Buffer<float> inputs = buffer<float>(problem.positions() * kLanes);
+    kernel.arrange_inputs(scaled.get(), problem.d, problem.positions(), unit, inputs.get());
+    multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), kLanes, 1);
 }
 
 // --- lookup: see vq_gemv.h ---
 
-// Positions are cut into groups of about equal size, each with its own scale, a row's sum being the
-// groups' sums in order. How many depends on the shape only; an even number serves two threads.
+// Positions are cut into groups of about equal size, a row's sum being the groups' sums in order.
+// How many depends on the shape only; an even number serves two threads.
 int64_t group_count(int64_t positions) {
     return positions < kVqLookupGroup / 4 ? 1 : 2 * ceil_div(positions, 2 * kVqLookupGroup);
 }
 
-// Sums of positions [begin, end) for tiles [tile, tile_end), to rows of `sums`,
-// [tokens, row_stride].
-void look_up_group(const Problem& problem, const float* arranged, const float* largest,
-                   const float* inputs, int64_t begin, int64_t end, int64_t tile, int64_t tile_end,
-                   float* sums, int64_t row_stride) {
-    const VqLookupTable& kernel = *lookup_table();
-    const int64_t positions = problem.positions();
-    alignas(64) uint8_t tables[kVqLookupGroup * kVqLookupTableBytes];
-    for (int64_t t = 0; t < problem.tokens; ++t) {
-        const float* group = inputs + (t * positions + begin) * problem.d;
-        float* out = sums + t * row_stride + tile * kTileRows;
-        std::fill(out, out + (tile_end - tile) * kTileRows, 0.0f);
-        VqLookupClasses classes;
-        kernel.divide(largest, group, problem.d, end - begin, &classes);
-        const int32_t* order = classes.order;
-        for (int c = 0; c < 2; ++c) {
-            const int64_t count = classes.count[c];
-            if (count == 0) continue;
-            kernel.build(arranged, group, problem.d, order, count, classes.unit[c], tables);
-            kernel.add_tiles(tables, classes.unit[c], order, count,
-                             problem.packed + (tile * positions + begin) * kTileRows,
-                             positions * kTileRows, tile_end - tile, out);
-            order += count;
-        }
+// The inputs of `together` tokens a chunk, [chunks, positions, d, together], zeros in all padding.
+Buffer<float> lookup_inputs(const Problem& problem, int64_t chunks, int64_t together) {
+    const int64_t size = problem.positions() * problem.d;
+    Buffer<float> inputs = buffer<float>(chunks * size * together);
+    if (together == 1) {
+        for (int64_t t = 0; t < problem.tokens; ++t) scaled_inputs(problem, t, &inputs[t * size]);
+        return inputs;
     }
+    std::fill(inputs.get(), inputs.get() + chunks * size * together, 0.0f);
+    const Buffer<float> scaled = buffer<float>(size);
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        scaled_inputs(problem, t, scaled.get());
+        float* out = &inputs[t / together * size * together + t % together];
+        for (int64_t i = 0; i < size; ++i) out[i * together] = scaled[i];
+    }
+    return inputs;
 }
 
 void look_up(const Problem& problem) {
+    const VqLookupTable& kernel = *lookup_table();
     const int64_t positions = problem.positions(), tiles = problem.tiles();
-    const Buffer<float> arranged = buffer<float>(problem.d * kVqLookupEntries);
+    const Buffer<float> codebook = buffer<float>(problem.d * kVqLookupEntries);
     float largest[kMaxSubvector];
-    lookup_table()->arrange_codebook(problem.codebook, problem.d, arranged.get(), largest);
-    const Buffer<float> inputs = buffer<float>(problem.tokens * positions * problem.d);
-    for (int64_t t = 0; t < problem.tokens; ++t) {
-        scaled_inputs(problem, t, &inputs[static_cast<size_t>(t * positions * problem.d)]);
-    }
+    kernel.arrange_codebook(problem.codebook, problem.d, codebook.get(), largest);
+    const int64_t together = problem.tokens == 1 ? 1 : kernel.together;
+    const int64_t chunks = ceil_div(problem.tokens, together);
+    const Buffer<float> inputs = lookup_inputs(problem, chunks, together);
 
-    const int64_t groups = group_count(positions), row_stride = tiles * kTileRows;
-    const int64_t group_sums = problem.tokens * row_stride;
-    const Buffer<float> sums = buffer<float>(groups * group_sums);
+    // [groups, chunks, rows of all tiles, together]
+    const int64_t groups = group_count(positions), chunk_sums = tiles * kTileRows * together;
+    const Buffer<float> sums = buffer<float>(groups * chunks * chunk_sums);
     const int threads = problem.rows * positions < kCodesForThreads ? 1 : problem.threads;
     // Rows are divided only where there are more threads than groups: every part builds the tables.
     const int64_t parts = std::min(tiles, ceil_div(threads, groups));
     parallel_for(groups * parts, threads, [&](int64_t index) {
         const int64_t group = index / parts, part = index % parts;
-        look_up_group(problem, arranged.get(), largest, inputs.get(), positions * group / groups,
-                      positions * (group + 1) / groups, tiles * part / parts,
-                      tiles * (part + 1) / parts, sums.get() + group * group_sums, row_stride);
+        const int64_t begin = positions * group / groups, end = positions * (group + 1) / groups;
+        const int64_t tile = tiles * part / parts, tile_end = tiles * (part + 1) / parts;
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            kernel.add_group(
+                {codebook.get(), largest,
+                 &inputs[(chunk * positions + begin) * problem.d * together], problem.d,
+                 static_cast<int>(together), end - begin,
+                 problem.packed + (tile * positions + begin) * kTileRows, positions * kTileRows,
+                 tile_end - tile,
+                 &sums[(group * chunks + chunk) * chunk_sums + tile * kTileRows * together]});
+        }
     });
     for (int64_t group = 1; group < groups; ++group) {
-        const float* more = sums.get() + group * group_sums;
-        for (int64_t i = 0; i < group_sums; ++i) sums[static_cast<size_t>(i)] += more[i];
+        const float* more = &sums[group * chunks * chunk_sums];
+        for (int64_t i = 0; i < chunks * chunk_sums; ++i) sums[i] += more[i];
     }
+    if (together == 1) {
+        for (int64_t t = 0; t < problem.tokens; ++t) {
+            finish(problem, t, 0, problem.rows, &sums[t * chunk_sums]);
+        }
+        return;
+    }
+    const Buffer<float> own = buffer<float>(problem.rows);
     for (int64_t t = 0; t < problem.tokens; ++t) {
-        finish(problem, t, 0, problem.rows, sums.get() + t * row_stride);
+        const float* chunk = &sums[t / together * chunk_sums + t % together];
+        for (int64_t i = 0; i < problem.rows; ++i) own[i] = chunk[i * together];
+        finish(problem, t, 0, problem.rows, own.get());
     }
 }
 
@@ -206,6 +231,8 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
                           bias, rows,  cols,   d,      code_bits, y,         threads};
     if (lookup_table() != nullptr && code_bits == 8 && rows >= kLookupRows) {
         look_up(problem);
+    } else if (decode_table()->integers != nullptr && tokens == 1 && d > 4) {
+        decode_integers(problem);
     } else {
         decode(problem);
     }

@@ -1,5 +1,12 @@
 #include "cpu/vq/vq_gemv_decode.h"
+#include "cpu/vq/vq_gemv_integer_avx2.h"
 
 namespace nowag::cpu {
-const VqDecodeTable kVqDecodeAvx2 = {scale_inputs, arrange_codebook, multiply_tile, finish};
+namespace {
+const VqIntegerTable kIntegers = {arrange_integer_codebook, arrange_integer_inputs,
+                                  multiply_integer_tile};
+}  // namespace
+
+const VqDecodeTable kVqDecodeAvx2 = {scale_inputs, arrange_codebook, multiply_tile, finish,
+                                     &kIntegers};
 }  // namespace nowag::cpu

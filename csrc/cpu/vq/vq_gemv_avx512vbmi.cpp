@@ -1,5 +1,5 @@
 // The lookup kernel of vq_gemv.h: codes of 8 bits, tables of 256 16-bit products kept as 256 low
-// and 256 high bytes, so that a byte permute looks 64 codes up at once.
+// and 256 high bytes, so that a byte permute looks 64 codes up at once. Tokens go one by one.
 //
 //   table in registers   low [t0 | t1 | t2 | t3]   high [t4 | t5 | t6 | t7]   64 bytes each
 //   64 codes             four permutes a half, one a register, choose by the codes' low 6 bits;
@@ -16,6 +16,17 @@
 
 namespace nowag::cpu {
 namespace {
+
+constexpr int64_t kTableBytes = 2 * kVqLookupEntries;
+
+// The positions of a group by the size of their products, each class with a unit of its own: the
+// few positions of a model's outlier channels must not coarsen all others. order: the positions of
+// class 0, then those of class 1; class 0 may be empty.
+struct Classes {
+    int32_t order[kVqLookupGroup];
+    int64_t count[2];
+    float unit[2];
+};
 
 // Products are biased to be unsigned: one byte of a sum is then a sum of unsigned bytes.
 constexpr int kBias = 32768;
@@ -81,8 +92,7 @@ float unit_for(float bound) {
 
 // Rounding errs by unit^2 / 12 a position: chooses the bound, a power of two below the largest, up
 // to which positions share a unit of their own, such that the sum is least.
-void divide(const float* largest, const float* inputs, int d, int64_t positions,
-            VqLookupClasses* out) {
+void divide(const float* largest, const float* inputs, int d, int64_t positions, Classes* out) {
     alignas(64) float bounds[kVqLookupGroup + 16];
     const float most = bound_products(largest, inputs, d, positions, bounds);
     const float count = static_cast<float>(positions);
@@ -127,6 +137,7 @@ __m512i products(const float* arranged, const __m512* input, int d) {
     return _mm512_cvtps_epi32(sum);
 }
 
+// Tables of the positions order[0, count), in multiples of the unit.
 void build(const float* arranged, const float* inputs, int d, const int32_t* order, int64_t count,
            float unit, uint8_t* tables) {
     const float scale = 1.0f / unit;
@@ -134,7 +145,7 @@ void build(const float* arranged, const float* inputs, int d, const int32_t* ord
     for (int64_t p = 0; p < count; ++p) {
         __m512 input[kMaxSubvector];
         for (int j = 0; j < d; ++j) input[j] = _mm512_set1_ps(inputs[order[p] * d + j] * scale);
-        uint8_t* table = tables + p * kVqLookupTableBytes;
+        uint8_t* table = tables + p * kTableBytes;
         for (int k = 0; k < kVqLookupEntries; k += 64) {
             const __m512i front = _mm512_packus_epi32(products(arranged + k, input, d),
                                                       products(arranged + k + 16, input, d));
@@ -229,7 +240,7 @@ void add_pairs(const uint8_t* tables, float unit, const int32_t* order, int64_t 
         __m512i table[8];
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            table[i] = _mm512_load_si512(tables + p * kVqLookupTableBytes + 64 * i);
+            table[i] = _mm512_load_si512(tables + p * kTableBytes + 64 * i);
         }
 #pragma GCC unroll 4
         for (int pair = 0; pair < kPairs; ++pair) {
@@ -251,6 +262,7 @@ void add_pairs(const uint8_t* tables, float unit, const int32_t* order, int64_t 
     }
 }
 
+// sums[r] += unit * sum over p = order[0, count) of table_p[code(r, p)]
 void add_tiles(const uint8_t* tables, float unit, const int32_t* order, int64_t count,
                const uint8_t* codes, int64_t tile_stride, int64_t tiles, float* sums) {
     for (; tiles >= 8; tiles -= 8, codes += 8 * tile_stride, sums += 8 * kTileRows) {
@@ -266,8 +278,24 @@ void add_tiles(const uint8_t* tables, float unit, const int32_t* order, int64_t 
         add_pairs<1>(tables, unit, order, count, codes, tile_stride, tiles, sums);
 }
 
+void add_group(const VqLookupGroup& group) {
+    alignas(64) uint8_t tables[kVqLookupGroup * kTableBytes];
+    for (int64_t i = 0; i < group.tiles * kTileRows; ++i) group.sums[i] = 0.0f;
+    Classes classes;
+    divide(group.largest, group.inputs, group.d, group.positions, &classes);
+    const int32_t* order = classes.order;
+    for (int c = 0; c < 2; ++c) {
+        const int64_t count = classes.count[c];
+        if (count == 0) continue;
+        build(group.codebook, group.inputs, group.d, order, count, classes.unit[c], tables);
+        add_tiles(tables, classes.unit[c], order, count, group.codes, group.tile_stride,
+                  group.tiles, group.sums);
+        order += count;
+    }
+}
+
 }  // namespace
 
-const VqLookupTable kVqLookupAvx512Vbmi = {arrange_codebook, divide, build, add_tiles};
+const VqLookupTable kVqLookupAvx512Vbmi = {1, arrange_codebook, add_group};
 
 }  // namespace nowag::cpu

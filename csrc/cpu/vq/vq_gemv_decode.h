@@ -33,41 +33,50 @@ constexpr int kRegisters = 16;
 #endif
 
 struct Vector4 {
-    using Type = __m128;
+    using Input = __m128;
+    using Entry = __m128;
+    using Sum = __m128;
     static constexpr int kFloats = 4;
-    static Type load(const float* p) { return _mm_load_ps(p); }
-    static Type entry(const void* p) { return _mm_load_ps(static_cast<const float*>(p)); }
-    static void store(float* p, Type v) { _mm_store_ps(p, v); }
-    static Type fma(Type a, Type b, Type c) { return _mm_fmadd_ps(a, b, c); }
+    static Input input(const float* p) { return _mm_load_ps(p); }
+    static Entry entry(const void* p) { return _mm_load_ps(static_cast<const float*>(p)); }
+    static Sum load(const float* p) { return _mm_load_ps(p); }
+    static void store(float* p, Sum v) { _mm_store_ps(p, v); }
+    static Sum fma(Entry a, Input b, Sum c) { return _mm_fmadd_ps(a, b, c); }
 };
 
 template <int kLanes>
 struct Vector8 {
-    using Type = __m256;
+    using Input = __m256;
+    using Entry = __m256;
+    using Sum = __m256;
     static constexpr int kFloats = 8;
-    static Type load(const float* p) { return _mm256_load_ps(p); }
-    static Type entry(const void* p) {
+    static Input input(const float* p) { return _mm256_load_ps(p); }
+    static Sum load(const float* p) { return _mm256_load_ps(p); }
+    static Entry entry(const void* p) {
         const __m128i* quarter = static_cast<const __m128i*>(p);
         if constexpr (kLanes == 8) return _mm256_cvtph_ps(_mm_load_si128(quarter));
         return _mm256_broadcast_ps(static_cast<const __m128*>(p));
     }
-    static void store(float* p, Type v) { _mm256_store_ps(p, v); }
-    static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
+    static void store(float* p, Sum v) { _mm256_store_ps(p, v); }
+    static Sum fma(Entry a, Input b, Sum c) { return _mm256_fmadd_ps(a, b, c); }
 };
 
 #ifdef __AVX512F__
 template <int kLanes>
 struct Vector16 {
-    using Type = __m512;
+    using Input = __m512;
+    using Entry = __m512;
+    using Sum = __m512;
     static constexpr int kFloats = 16;
-    static Type load(const float* p) { return _mm512_load_ps(p); }
-    static Type entry(const void* p) {
+    static Input input(const float* p) { return _mm512_load_ps(p); }
+    static Sum load(const float* p) { return _mm512_load_ps(p); }
+    static Entry entry(const void* p) {
         const __m128i quarter = _mm_load_si128(static_cast<const __m128i*>(p));
         if constexpr (kLanes == 8) return _mm512_cvtph_ps(_mm256_broadcastsi128_si256(quarter));
         return _mm512_castsi512_ps(_mm512_broadcast_i32x4(quarter));
     }
-    static void store(float* p, Type v) { _mm512_store_ps(p, v); }
-    static Type fma(Type a, Type b, Type c) { return _mm512_fmadd_ps(a, b, c); }
+    static void store(float* p, Sum v) { _mm512_store_ps(p, v); }
+    static Sum fma(Entry a, Input b, Sum c) { return _mm512_fmadd_ps(a, b, c); }
 };
 #endif
 
@@ -79,7 +88,7 @@ void add_rows(const uint32_t* offsets, int64_t count, const void* entries, const
               int64_t input_stride, float* sums, int64_t row_stride, const uint8_t* ahead,
               int64_t ahead_step) {
     const char* base = static_cast<const char*>(entries);
-    typename V::Type acc[kRows][kVectors];
+    typename V::Sum acc[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
@@ -89,13 +98,13 @@ void add_rows(const uint32_t* offsets, int64_t count, const void* entries, const
     }
     for (int64_t p = 0; p < count; ++p) {
         _mm_prefetch(reinterpret_cast<const char*>(ahead + p * ahead_step), _MM_HINT_T0);
-        typename V::Type x[kVectors];
+        typename V::Input x[kVectors];
 #pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v)
-            x[v] = V::load(inputs + p * input_stride + v * V::kFloats);
+            x[v] = V::input(inputs + p * input_stride + v * V::kFloats);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-            const typename V::Type entry = V::entry(base + offsets[p * kTileRows + r]);
+            const typename V::Entry entry = V::entry(base + offsets[p * kTileRows + r]);
 #pragma GCC unroll 8
             for (int v = 0; v < kVectors; ++v) acc[r][v] = V::fma(entry, x[v], acc[r][v]);
         }

@@ -44,6 +44,7 @@ void finish(const float* sums, const uint16_t* row_norms, const void* bias, DTyp
 
 }  // namespace
 
-const VqDecodeTable kVqDecodeScalar = {scale_inputs, arrange_codebook, multiply_tile, finish};
+const VqDecodeTable kVqDecodeScalar = {scale_inputs, arrange_codebook, multiply_tile, finish,
+                                       nullptr};
 
 }  // namespace nowag::cpu

@@ -23,6 +23,18 @@ struct VqDecodeTile {
     float* sums;               // out: [tokens, 32], sum_p of entry . input
 };
 
+// One token and 8 lanes in 16-bit integers, each position's inputs and the codebook in units of
+// their own.
+struct VqIntegerTable {
+    // float16 [entries, d] -> what multiply_tile wants, in room for floats [entries, 8]; its unit
+    float (*arrange_codebook)(const uint16_t* codebook, int64_t entries, int d, void* out);
+    // Scaled inputs [positions, d] and the codebook's unit -> what multiply_tile wants, in room
+    // for floats [positions, 8]
+    void (*arrange_inputs)(const float* inputs, int d, int64_t positions, float codebook_unit,
+                           float* out);
+    void (*multiply_tile)(const VqDecodeTile& tile);
+};
+
 struct VqDecodeTable {
     // out[j] = x[j] * col_norms[j]
     void (*scale_inputs)(const void* x, DType dtype, const uint16_t* col_norms, int64_t cols,
@@ -35,38 +47,36 @@ struct VqDecodeTable {
     // y[i] = sums[i] * row_norms[i] + bias[i], rounded to dtype; bias may be null
     void (*finish)(const float* sums, const uint16_t* row_norms, const void* bias, DType dtype,
                    int64_t rows, void* y);
+    const VqIntegerTable* integers;  // null where they are not faster
 };
 
 extern const VqDecodeTable kVqDecodeScalar, kVqDecodeAvx2, kVqDecodeAvx512;
 
-// Lookup, for codes of 8 bits: a table is 256 low bytes, then 256 high bytes, of 16-bit products.
+// Lookup, for codes of 8 bits.
 constexpr int64_t kVqLookupEntries = 256;
-constexpr int64_t kVqLookupTableBytes = 512;
 
-// The positions of a group by the size of their products, each class with a unit of its own: the
-// few positions of a model's outlier channels must not coarsen all others. order: the positions of
-// class 0, then those of class 1; class 0 may be empty.
-struct VqLookupClasses {
-    int32_t order[kVqLookupGroup];
-    int64_t count[2];
-    float unit[2];
+// At most kVqLookupGroup positions of some tiles, times one token or VqLookupTable's `together`.
+struct VqLookupGroup {
+    const float* codebook;  // what arrange_codebook wrote, and
+    const float* largest;
+    const float* inputs;  // [positions, d, tokens], 64-byte aligned if tokens > 1
+    int d;
+    int tokens;
+    int64_t positions;
+    const uint8_t* codes;  // of the first tile's first position
+    int64_t tile_stride;   // bytes from a tile's codes to the next one's
+    int64_t tiles;
+    float* sums;  // out: [32 * tiles, tokens], sum_p T_p[code]
 };
 
 struct VqLookupTable {
-    // float16 [256, d] -> float [d, 256] in the order build() wants; largest[j] = max_k |c_kj|
+    // So many tokens are looked up at once where there is more than one.
+    int together;
+    // float16 [256, d] -> float [d, 256] in the order add_group wants; largest[j] = max_k |c_kj|
     void (*arrange_codebook)(const uint16_t* codebook, int d, float* arranged, float* largest);
-    // Divides `positions` <= kVqLookupGroup positions whose scaled inputs are [positions, d].
-    void (*divide)(const float* largest, const float* inputs, int d, int64_t positions,
-                   VqLookupClasses* out);
-    // Tables of the positions order[0, count), in multiples of the unit.
-    void (*build)(const float* arranged, const float* inputs, int d, const int32_t* order,
-                  int64_t count, float unit, uint8_t* tables);
-    // sums[r] += unit * sum over p = order[0, count) of table_p[code(r, p)] for the rows of `tiles`
-    // tiles, whose codes start tile_stride bytes apart.
-    void (*add_tiles)(const uint8_t* tables, float unit, const int32_t* order, int64_t count,
-                      const uint8_t* codes, int64_t tile_stride, int64_t tiles, float* sums);
+    void (*add_group)(const VqLookupGroup& group);
 };
 
-extern const VqLookupTable kVqLookupAvx512Vbmi;
+extern const VqLookupTable kVqLookupAvx2, kVqLookupAvx512Vbmi;
 
 }  // namespace nowag::cpu

@@ -7,22 +7,30 @@
 //
 // Which algorithm runs depends on the instruction set and the layer's shape, on a GPU on the number
 // of tokens too.
-//   decode: fetches the codebook entry of each code and multiplies. float32 throughout.
-//   lookup: computes T_p once for every position and adds T_p[code] for every row. Codes of 8 bits
-//           on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are exact.
-//           Each group of at most kVqLookupGroup positions has two scales, one for the positions
-//           whose products are small, one for the others (those of a model's outlier channels).
+//   decode: fetches the codebook entry of each code and multiplies. float32 throughout, but for one
+//           token and d > 4 on AVX2: entries are 16-bit integers in one unit for the codebook,
+//           x_j col_norms_j in one for each position; each pair of products is summed exactly.
+//   lookup: computes T_p once for every position and adds T_p[code] for every row.
+//           Codes of 8 bits, 512 rows or more, on AVX2 and AVX-512: T_p is float32.
+//           The same on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are
+//           exact. Each group of at most kVqLookupGroup positions has two scales, one for the
+//           positions whose products are small, one for the others (those of a model's outlier
+//           channels).
 //           Codes of 12 bits and d = 6 on a GPU, 1 or 2 tokens: T_p is float32.
 //   split:  decodes on a GPU's tensor cores, for 3 to 16 tokens, and for codes of 8 bits and d = 4
 //           always. x_j col_norms_j is the sum of two float16 numbers, scaled by a power of two for
 //           each token and run of 8 positions.
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
 // depend on the other tokens, nor on their number but for d = 6 on a GPU (1 and 2 tokens have the
-// same bits, and 3 to 16), nor on the number of threads. They differ between instruction sets,
-// within the error bound.
+// same bits, and 3 to 16) and d > 4 on AVX2 (one token has others than 2 to 16), nor on the number
+// of threads. They differ between instruction sets, within the error bound.
 //
 // Error bound, y64 being the same product in float64:
-//   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`      and, for lookup of 8-bit codes,
+//   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
+//                and, for decode in integers,
+//                + row_norms[i] * sum over positions of d * M * max |c_kj| / 32000,
+//                M = the position's largest |x_j col_norms_j|;
+//                or, for lookup of integers,
 //                + row_norms[i] * sum over groups and scales of (their positions) * L / 62000,
 //                L = their largest  sum_j |x_j col_norms_j| max_k |c_kj|,  a bound of |T_p[k]|;
 //                or, for split,
@@ -43,8 +51,9 @@ namespace nowag {
 // The most tokens the kernel takes; nowag_ext/ops dequantises tiles into a dense GEMM beyond.
 constexpr int64_t kVqGemvMaxTokens = 16;
 
-// The most positions whose tables share one scale: 16-bit sums of 256 bytes cannot overflow, and
-// the tables, 128 KiB, stay in an L2 cache. Long runs of positions let codes stream from memory.
+// The most positions of a group, whose sums are added up in order: the unit of work of a CPU's
+// thread. On VBMI 16-bit sums of 256 bytes cannot overflow, and the tables, 128 KiB, stay in an L2
+// cache. Long runs of positions let codes stream from memory.
 constexpr int64_t kVqLookupGroup = 256;
 
 // On a GPU the codebook is aligned to 4 bytes.
