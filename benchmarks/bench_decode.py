@@ -3,12 +3,12 @@
     python benchmarks/bench_decode.py --json benchmarks/results/cpu/decode.json
 
 Randomly initialised models of the shapes of Llama-3.2-1B and SmolLM2-135M, dense and with every
-decoder linear a VQLinear of random codes (d=4, 2 bits): speed does not depend on what the weights
-are. All contenders take turns in one process, and figures are medians of the rounds. In the same
-rounds the decoder's linears, as bare ops, and the lm_head are timed alone, in the order of a token,
-so that every weight comes from where it comes from in a token; the rest is attention, norms and the
+decoder linear a VQLinear of random codes (2 bits, d=4 or d=6): speed does not depend on what the
+weights are. All contenders take turns in one process, and figures are medians of the rounds. In the
+same rounds the decoder's linears and the lm_head are timed alone, in the order of a token, so that
+every weight comes from where it comes from in a token; the rest is attention, norms and the
 interpreter. Of the packed linears, the same pass is timed three ways: the kernel by its addresses,
-the op (which checks, allocates and dispatches), and the module.
+the function around it, which checks and allocates, and the module.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from nowag_ext.generate import tokens_per_second
 from nowag_ext.linear import VQLinear
 from nowag_ext.ops.checks import DTYPES
 
-D, BITS = 4, 2
+BITS = 2
+SUBVECTORS = (4, 6)  # d
 SHAPES: dict[str, dict[str, int]] = {
     "llama-1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -82,10 +83,10 @@ def dense_model(shape: str) -> LlamaForCausalLM:
     return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
-def random_vq(linear: nn.Linear) -> VQLinear:
+def random_vq(linear: nn.Linear, d: int) -> VQLinear:
     """Random codes of a weight as large as transformers' random initialisation, std 0.02."""
     rows, cols = linear.weight.shape
-    packed = VQLinear(cols, rows, d=D, bits=BITS)
+    packed = VQLinear(cols, rows, d=d, bits=BITS)
     packed.codes.random_(0, 256)
     packed.codebook.normal_()
     packed.row_norms.uniform_(0.01, 0.03)
@@ -93,10 +94,10 @@ def random_vq(linear: nn.Linear) -> VQLinear:
     return packed
 
 
-def compressed(dense: LlamaForCausalLM) -> LlamaForCausalLM:
+def compressed(dense: LlamaForCausalLM, d: int) -> LlamaForCausalLM:
     model = copy.deepcopy(dense)
     for name, linear in decoder_linears(model).items():
-        model.set_submodule(name, random_vq(linear))
+        model.set_submodule(name, random_vq(linear, d))
     for module in packed_linears(model)[:7]:
         validate(module)
     return model
@@ -128,16 +129,16 @@ def contender(name: str, model: LlamaForCausalLM) -> Contender:
     }
     head, x = model.lm_head.weight, inputs[model.config.hidden_size]
     parts: dict[str, list[Call]] = {"lm_head": [partial(nn.functional.linear, x, head)]}
-    parts["linears"] = [linear_op(linear, inputs[linear.in_features]) for linear in linears]
+    parts["linears"] = [product(linear, inputs[linear.in_features]) for linear in linears]
     if packed:
         parts["kernels"] = [kernel(linear, inputs[linear.in_features]) for linear in packed]
         parts["modules"] = [partial(linear, inputs[linear.in_features]) for linear in packed]
     return Contender(name, model, parts)
 
 
-def linear_op(linear: nn.Linear | VQLinear, x: Tensor) -> Call:
+def product(linear: nn.Linear | VQLinear, x: Tensor) -> Call:
     if isinstance(linear, VQLinear):
-        return partial(ops.vq_gemv, x, *tensors(linear))
+        return partial(ops.run_vq_gemv, x, *tensors(linear))
     return partial(nn.functional.linear, x, linear.weight)
 
 
@@ -147,7 +148,7 @@ def kernel(linear: VQLinear, x: Tensor) -> Call:
     y = x.new_empty(1, rows)
     launch, addresses = _cpu.vq_gemv, [tensor.data_ptr() for tensor in tensors(linear)]
     arguments = (
-        x.data_ptr(), DTYPES[x.dtype], 1, *addresses, 0, rows, cols, D, D * BITS,
+        x.data_ptr(), DTYPES[x.dtype], 1, *addresses, 0, rows, cols, linear.d, linear.code_bits,
         y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
 
@@ -166,9 +167,10 @@ def seconds_of(calls: Sequence[Call]) -> float:
 
 
 def contenders(shape: str) -> list[Contender]:
-    """Dense and compressed in bf16, and in fp32 where memory holds all four."""
+    """Dense and compressed in bf16, and in fp32 where memory holds them all."""
     dense = dense_model(shape)
-    models = [("dense bf16", dense), (f"VQ d={D} bf16", compressed(dense))]
+    models = [("dense bf16", dense)]
+    models += [(f"VQ d={d} bf16", compressed(dense, d)) for d in SUBVECTORS]
     if available_memory() > 3 * 4 * dense.num_parameters():
         for name, model in list(models):
             models.append((name.replace("bf16", "fp32"), copy.deepcopy(model).float()))
@@ -200,8 +202,7 @@ def measure(entries: list[Contender], rounds: int, new_tokens: int) -> None:
 
 def weight_bytes(model: nn.Module) -> int:
     """What a token reads: every weight, the embeddings once, as the lm_head."""
-    found = [*model.parameters(), *(t for module in packed_linears(model) for t in tensors(module))]
-    return sum(tensor.nbytes for tensor in found)
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def row(shape: str, entry: Contender, entries: list[Contender], read_gb_s: float) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def row(shape: str, entry: Contender, entries: list[Contender], read_gb_s: float
         found["linears"] = count
         found["us_a_linear"] = {
             "kernel": 1e6 * kernels / count,
-            "op dispatch": 1e6 * (linears - kernels) / count,
+            "checks, allocation": 1e6 * (linears - kernels) / count,
             "module": 1e6 * (modules - linears) / count,
         }
     return found

@@ -159,14 +159,15 @@ class PackedLinear(nn.Module, ABC):
         """x in autocast's dtype where that is on, as for nn.Linear; raises for a wrong width."""
         if x.dim() == 0 or x.shape[-1] != self.in_features:
             check_features(x, "x", self.in_features)
-        kind = x.device.type
-        if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-            return x.to(torch.get_autocast_dtype(kind))
+        if x.is_cpu or x.is_cuda:
+            kind = "cpu" if x.is_cpu else "cuda"
+            if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+                return x.to(torch.get_autocast_dtype(kind))
         return x
 
     def _is_plain_call(self, x: Tensor) -> bool:
-        """Whether the op for few tokens will do, which has no gradient and so costs less a call."""
-        if x.numel() > self._few or torch.compiler.is_compiling() or ops.is_transformed():
+        """Whether the kernel for few tokens will do: without a gradient and torch's dispatcher."""
+        if x.numel() > self._few or torch.compiler.is_compiling() or ops.needs_dispatcher(x):
             return False
         if not torch.is_grad_enabled():
             return True
@@ -287,7 +288,7 @@ class VQLinear(PackedLinear):
         packed: Any = self._parameters  # nn.Module's attribute access takes a detour
         codes = packed["codes"]
         codebook = packed["codebook"] if self.codebook_name is None else self._shared(codes.device)
-        op = ops.vq_gemv if self._is_plain_call(x) else ops.vq_linear
+        op = ops.run_vq_gemv if self._is_plain_call(x) else ops.vq_linear
         return op(
             x, codes, codebook, packed["row_norms"], packed["col_norms"], self._bias_as(x.dtype)
         )
@@ -403,7 +404,7 @@ class SparseLinear(PackedLinear):
         """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
         x = self._input(x)
         packed: Any = self._parameters
-        op = ops.sparse_gemv if self._is_plain_call(x) else ops.sparse_linear
+        op = ops.run_sparse_gemv if self._is_plain_call(x) else ops.sparse_linear
         return op(
             x, packed["bitmap"], packed["values"], packed["row_offsets"], self._bias_as(x.dtype)
         )

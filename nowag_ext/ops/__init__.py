@@ -41,12 +41,17 @@ from nowag_ext.ops.kmeans import (
 )
 from nowag_ext.ops.kmeans_feedback import feedback_sums_columns, kmeans_feedback
 from nowag_ext.ops.linear import GEMV_MAX_TOKENS
-from nowag_ext.ops.linear_autograd import is_transformed
 from nowag_ext.ops.normalize import normalize
 from nowag_ext.ops.prune import prune_objective, prune_select, prune_select_nm
-from nowag_ext.ops.sparse_gemv import sparse_gemv, sparse_linear, sparse_linear_grad
+from nowag_ext.ops.registry import needs_dispatcher
+from nowag_ext.ops.sparse_gemv import (
+    run_sparse_gemv,
+    sparse_gemv,
+    sparse_linear,
+    sparse_linear_grad,
+)
 from nowag_ext.ops.sparse_pack import sparse_dequantize, sparse_offsets, sparse_pack
-from nowag_ext.ops.vq_gemv import vq_gemv, vq_linear, vq_linear_grad
+from nowag_ext.ops.vq_gemv import run_vq_gemv, vq_gemv, vq_linear, vq_linear_grad
 from nowag_ext.ops.vq_pack import pack_codes, unpack_codes, vq_dequantize
 
 __all__ = [
@@ -59,7 +64,6 @@ __all__ = [
     "bitmap_shape",
     "code_positions",
     "feedback_sums_columns",
-    "is_transformed",
     "kmeans_assign",
     "kmeans_assign_exhaustive",
     "kmeans_energy",
@@ -70,12 +74,15 @@ __all__ = [
     "kmeans_seed",
     "kmeans_spread",
     "kmeans_update",
+    "needs_dispatcher",
     "normalize",
     "pack_codes",
     "packed_shape",
     "prune_objective",
     "prune_select",
     "prune_select_nm",
+    "run_sparse_gemv",
+    "run_vq_gemv",
     "sparse_dequantize",
     "sparse_gemv",
     "sparse_linear",

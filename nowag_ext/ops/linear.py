@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nowag_ext import _cpu
 from nowag_ext.gemm import gemm_dtype
-from nowag_ext.ops.checks import check, check_features, dtype_code, same_device
+from nowag_ext.ops.checks import DTYPES, check, check_features, dtype_code, same_device
 from nowag_ext.ops.format import TILE_ROWS
 
 GEMV_MAX_TOKENS: int = _cpu.vq_gemv_max_tokens
@@ -22,15 +22,21 @@ DequantizeRows = Callable[[int, int, Tensor], None]
 
 
 def check_linear(
-    x: Tensor, bias: Tensor | None, rows: int, cols: int, device: torch.device
+    x: Tensor, bias: Tensor | None, rows: int, cols: int, weight: Tensor
 ) -> tuple[Tensor, int, Tensor | None]:
-    """(x, number of tokens, bias) of a linear layer: checked, x and bias contiguous."""
-    dtype_code(x, "x")
-    check_features(x, "x", cols)
-    if x.device != device:
-        raise ValueError(f"x must be on {device}, not on {x.device}.")
+    """(x, number of tokens, bias) of a linear layer: checked, x and bias contiguous.
+
+    ``weight`` is one of the packed tensors. Run for every token of every layer: a device is more
+    to ask for than whether it is the CPU.
+    """
+    if x.dtype not in DTYPES:
+        dtype_code(x, "x")
+    if x.dim() == 0 or x.shape[-1] != cols:
+        check_features(x, "x", cols)
+    if not (x.is_cpu and weight.is_cpu) and x.device != weight.device:
+        raise ValueError(f"x must be on {weight.device}, not on {x.device}.")
     if bias is not None:
-        same_device(device, bias=bias)
+        same_device(weight.device, bias=bias)
         bias = bias.contiguous()
         check(bias, "bias", x.dtype, (rows,))
     return x.contiguous(), x.numel() // cols, bias

@@ -16,12 +16,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from nowag_ext.ops.registry import LIBRARY
-
-
-def is_transformed() -> bool:
-    """Whether calls may be differentiated forwards, or mapped, which no operand tells."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+from nowag_ext.ops.registry import LIBRARY, is_transformed
 
 
 def register_linear_autograd(

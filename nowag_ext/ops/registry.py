@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from nowag_ext import _cpu
 
@@ -35,6 +37,30 @@ def operation(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
         return getattr(torch.ops.nowag, name).default
 
     return register
+
+
+def needs_dispatcher(x: Tensor) -> bool:
+    """Whether somebody awaits calls with ``x`` at torch's dispatcher, or it has work to do on it.
+
+    Transforms, modes, tracers, profilers, subclasses, negated views, devices without kernels. Where
+    there are none, calling an operation's implementation gives the same for less: dispatching takes
+    longer than a small layer's kernel.
+    """
+    return (
+        type(x) is not Tensor
+        or not (x.is_cpu or x.is_cuda)
+        or x.is_neg()
+        or is_transformed()
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def is_transformed() -> bool:
+    """Whether calls may be differentiated forwards, or mapped, which no operand tells."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 _in_fork = False
@@ -68,6 +94,11 @@ def backend_of(device: torch.device) -> tuple[Kernels, int]:
             "the tensors to the CPU."
         )
     return _on_device(device.index or 0), torch.cuda.current_stream(device).cuda_stream
+
+
+def backend_for(x: Tensor) -> tuple[Kernels, int]:
+    """``backend_of`` the device of ``x``, for what is called for every token."""
+    return (_cpu, cpu_threads()) if x.is_cpu else backend_of(x.device)
 
 
 class _OnDevice:

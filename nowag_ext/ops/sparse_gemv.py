@@ -12,7 +12,7 @@ from nowag_ext.ops.linear import (
     tiled_linear_grad,
 )
 from nowag_ext.ops.linear_autograd import register_linear_autograd
-from nowag_ext.ops.registry import backend_of, operation
+from nowag_ext.ops.registry import backend_for, operation
 from nowag_ext.ops.sparse_pack import check_sparse, dequantize_sparse_rows, refused_offsets
 
 MAX_TOKENS: int = _cpu.sparse_gemv_max_tokens
@@ -26,7 +26,7 @@ def _sparse_linear_fake(
     return x.new_empty((*x.shape[:-1], row_offsets.shape[0] - 1))
 
 
-def _run_sparse_gemv(
+def _launch(
     x: Tensor, tokens: int, sparse: tuple[Tensor, Tensor, Tensor], rows: int, bias: Tensor | None
 ) -> Tensor:
     bitmap, values, row_offsets = sparse
@@ -35,7 +35,7 @@ def _run_sparse_gemv(
         x_at = x.data_ptr()
         if x_at % x.element_size():
             check_aligned(x, "x")
-        backend, queue = backend_of(x.device)
+        backend, queue = backend_for(x)
         try:
             backend.sparse_gemv(
                 x_at, DTYPES[x.dtype], tokens, bitmap.data_ptr(), values.data_ptr(),
@@ -47,16 +47,20 @@ def _run_sparse_gemv(
     return y
 
 
-@operation(f"sparse_gemv(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _sparse_linear_fake)
-def sparse_gemv(
+def run_sparse_gemv(
     x: Tensor, bitmap: Tensor, values: Tensor, row_offsets: Tensor, bias: Tensor | None = None
 ) -> Tensor:
     """x W^T + bias by the few-token kernel: x [..., in_features], at most 16 tokens."""
     cols = x.shape[-1] if x.dim() else 0
     rows = check_sparse(bitmap, values, row_offsets, cols)
-    x, tokens, bias = check_linear(x, bias, rows, cols, bitmap.device)
+    x, tokens, bias = check_linear(x, bias, rows, cols, bitmap)
     require(tokens <= MAX_TOKENS, f"sparse_gemv takes at most {MAX_TOKENS} tokens, not {tokens}.")
-    return _run_sparse_gemv(x, tokens, (bitmap, values, row_offsets), rows, bias)
+    return _launch(x, tokens, (bitmap, values, row_offsets), rows, bias)
+
+
+sparse_gemv = operation(
+    f"sparse_gemv(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _sparse_linear_fake
+)(run_sparse_gemv)
 
 
 @operation(f"sparse_linear(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _sparse_linear_fake)
@@ -67,9 +71,9 @@ def sparse_linear(
     cols = x.shape[-1] if x.dim() else 0
     sparse = (bitmap, values, row_offsets)
     rows = check_sparse(*sparse, cols)
-    x, tokens, bias = check_linear(x, bias, rows, cols, bitmap.device)
+    x, tokens, bias = check_linear(x, bias, rows, cols, bitmap)
     if tokens <= MAX_TOKENS:
-        return _run_sparse_gemv(x, tokens, sparse, rows, bias)
+        return _launch(x, tokens, sparse, rows, bias)
     return tiled_linear(
         x,
         bias,

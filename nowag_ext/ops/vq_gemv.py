@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ from nowag_ext.ops.linear import (
     tiled_linear_grad,
 )
 from nowag_ext.ops.linear_autograd import register_linear_autograd
-from nowag_ext.ops.registry import backend_of, operation
+from nowag_ext.ops.registry import backend_for, operation
 from nowag_ext.ops.vq_pack import VqSizes, check_vq_aligned, dequantize_vq_rows, vq_sizes
 
 _WEIGHT = "Tensor codes, Tensor codebook, Tensor row_norms, Tensor col_norms"
@@ -41,7 +43,7 @@ def _vq_linear_fake(
     return x.new_empty((*x.shape[:-1], row_norms.shape[0]))
 
 
-def _run_vq_gemv(
+def _launch(
     x: Tensor,
     tokens: int,
     vq: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -50,26 +52,28 @@ def _run_vq_gemv(
 ) -> Tensor:
     rows, cols, d, code_bits = sizes
     y = x.new_empty((*x.shape[:-1], rows))
-    backend, queue = backend_of(x.device)
-    size, x_at = x.element_size(), x.data_ptr()
+    backend, queue = backend_for(x)
+    size, x_at, y_at, dtype = x.element_size(), x.data_ptr(), y.data_ptr(), DTYPES[x.dtype]
+    bias_at = 0 if bias is None else bias.data_ptr()
     codes, codebook, row_norms, col_norms = vq
-    codebook_at, rows_at, cols_at = codebook.data_ptr(), row_norms.data_ptr(), col_norms.data_ptr()
+    codes_at, codebook_at = codes.data_ptr(), codebook.data_ptr()
+    rows_at, cols_at = row_norms.data_ptr(), col_norms.data_ptr()
     if x_at % size or (codebook_at | rows_at | cols_at) & 1:
         check_aligned(x, "x")
         check_vq_aligned(*vq)
-    for begin in range(0, tokens, GEMV_MAX_TOKENS):
-        offset = begin * size
+    while tokens > 0:
+        few = min(tokens, GEMV_MAX_TOKENS)
         backend.vq_gemv(
-            x_at + offset * cols, DTYPES[x.dtype], min(tokens - begin, GEMV_MAX_TOKENS),
-            codes.data_ptr(), codebook_at, rows_at, cols_at,
-            bias.data_ptr() if bias is not None else 0, rows, cols, d, code_bits,
-            y.data_ptr() + offset * rows, queue,
+            x_at, dtype, few, codes_at, codebook_at, rows_at, cols_at, bias_at,
+            rows, cols, d, code_bits, y_at, queue,
         )  # fmt: skip
+        tokens -= few
+        x_at += few * cols * size
+        y_at += few * rows * size
     return y
 
 
-@operation(f"vq_gemv(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _vq_linear_fake)
-def vq_gemv(
+def run_vq_gemv(
     x: Tensor,
     codes: Tensor,
     codebook: Tensor,
@@ -80,11 +84,16 @@ def vq_gemv(
     """x W^T + bias by the few-token kernel: x [..., in_features], at most 16 tokens."""
     vq = (codes, codebook, row_norms, col_norms)
     sizes = vq_sizes(*vq)
-    x, tokens, bias = check_linear(x, bias, sizes[0], sizes[1], codes.device)
+    x, tokens, bias = check_linear(x, bias, sizes[0], sizes[1], codes)
     require(
         tokens <= GEMV_MAX_TOKENS, f"vq_gemv takes at most {GEMV_MAX_TOKENS} tokens, not {tokens}."
     )
-    return _run_vq_gemv(x, tokens, vq, sizes, bias)
+    return _launch(x, tokens, vq, sizes, bias)
+
+
+vq_gemv = operation(f"vq_gemv(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _vq_linear_fake)(
+    run_vq_gemv
+)
 
 
 def vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
@@ -98,8 +107,8 @@ def vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
         return 2 * GEMV_MAX_TOKENS if narrow else GEMV_MAX_TOKENS
     if not x.is_cpu:
         return 4 * GEMV_MAX_TOKENS
-    if narrow and d >= 4:
-        return 16 * GEMV_MAX_TOKENS
+    if narrow and d >= 4:  # AVX2 looks up for 4 tokens at once, faster than it multiplies
+        return sys.maxsize if _cpu.simd_level() == "avx2" else 16 * GEMV_MAX_TOKENS
     return 4 * GEMV_MAX_TOKENS if narrow or "avx512" in _cpu.simd_level() else 2 * GEMV_MAX_TOKENS
 
 
@@ -115,9 +124,9 @@ def vq_linear(
     """x W^T + bias for x [..., in_features], any number of tokens; with gradients."""
     vq = (codes, codebook, row_norms, col_norms)
     sizes = vq_sizes(*vq)
-    x, tokens, bias = check_linear(x, bias, sizes[0], sizes[1], codes.device)
+    x, tokens, bias = check_linear(x, bias, sizes[0], sizes[1], codes)
     if tokens <= vq_gemv_tokens(*sizes[2:], x):
-        return _run_vq_gemv(x, tokens, vq, sizes, bias)
+        return _launch(x, tokens, vq, sizes, bias)
     return tiled_linear(
         x,
         bias,

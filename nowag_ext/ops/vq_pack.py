@@ -77,17 +77,22 @@ def vq_sizes(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Tens
     for each combination of them, and remembered.
     """
     vq = (codes, codebook, row_norms, col_norms)
+    on_cpu = codes.is_cpu and codebook.is_cpu and row_norms.is_cpu and col_norms.is_cpu
     key = (
         codes.shape, codebook.shape, row_norms.shape, col_norms.shape,
         codes.dtype, codebook.dtype, row_norms.dtype, col_norms.dtype,
-        codes.device, codebook.device, row_norms.device, col_norms.device,
+        None if on_cpu else tuple(tensor.device for tensor in vq),
     )  # fmt: skip
     sizes = _VQ_SIZES.get(key)
     if sizes is None:
         sizes = _VQ_SIZES[key] = _check_vq(*vq)
-    for tensor in vq:
-        if not tensor.is_contiguous():
-            raise ValueError("codes, codebook, row_norms and col_norms must be contiguous.")
+    if not (
+        codes.is_contiguous()
+        and codebook.is_contiguous()
+        and row_norms.is_contiguous()
+        and col_norms.is_contiguous()
+    ):
+        raise ValueError("codes, codebook, row_norms and col_norms must be contiguous.")
     if codes.is_cuda:
         check_words("codes", codes.data_ptr(), codes.shape[2])
         check_words("codebook", codebook.data_ptr(), 4)
