@@ -7,9 +7,9 @@ needs it is imported when it is first asked for.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nowag_ext.startup import end_quietly
+from nowag_ext.startup import begin
 
-end_quietly()  # before torch is imported
+begin()  # before torch is imported
 
 # ruff: noqa: E402
 from nowag_ext.calibrate import (

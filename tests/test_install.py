@@ -54,6 +54,28 @@ def _as_in_a_terminal() -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "given", "spins"),
+    [
+        (["-m", "nowag_ext"], {}, "4000"),
+        (["-m", "nowag_ext"], {"GOMP_SPINCOUNT": "7"}, "7"),
+        (["-m", "nowag_ext"], {"OMP_WAIT_POLICY": "active"}, "None"),
+        (["-c", "import nowag_ext"], {}, "None"),
+    ],
+)
+def test_the_command_sets_how_its_threads_wait_before_torch_starts_them(
+    tmp_path: Path, command: list[str], given: dict[str, str], spins: str
+) -> None:
+    (tmp_path / "torch.py").write_text(
+        "import os\nprint(os.environ.get('GOMP_SPINCOUNT'))\nraise SystemExit\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    arguments: dict[str, Any] = fresh_python(*command, PYTHONPATH=path, **given)
+    for name in {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} - given.keys():
+        arguments["env"].pop(name, None)
+    assert subprocess.run(**arguments, capture_output=True).stdout == f"{spins}\n"
+
+
+@pytest.mark.parametrize(
     "options", [["-m", "nowag_ext"], ["-X", "dev", "-mnowag_ext"], ["nowag-ext"]], ids=" ".join
 )
 def test_ctrl_c_while_the_command_is_imported(tmp_path: Path, options: list[str]) -> None:
