@@ -71,25 +71,15 @@ class FeedbackPoints:
         self.order = torch.argsort(padded.view(positions, d).sum(1), descending=True, stable=True)
         columns = (self.order[:, None] * d + torch.arange(d, device=points.device)).flatten()
         self._inside = columns < inputs
-        factor = factorise(hessian, col_norms, columns[self._inside])
+        factor = factorise(hessian, col_norms, columns)
         self.damping = factor.damping
         self.effective_rank = factor.effective_rank
         self.added = factor.added
-        self.upper = self._padded(factor.upper)
-        del factor
+        self.upper = factor.upper
         self.mean = float(importance.mean())
         self.points = points[:, columns.clamp(max=inputs - 1)]
         self.points[:, ~self._inside] = 0
         self.energy = energy(points, hessian, col_norms)
-
-    def _padded(self, upper: Tensor) -> Tensor:
-        """V with rows and columns of zeros where the last sub-vector is padded."""
-        if bool(self._inside.all()):
-            return upper
-        inside = self._inside.nonzero().flatten()
-        padded = upper.new_zeros(self._inside.numel(), self._inside.numel())
-        padded[inside[:, None], inside] = upper
-        return padded
 
     def assign(
         self, codebook: Tensor, sums: EntrySums | None = None, *, last: bool = False

@@ -130,24 +130,32 @@ def factorise(hessian: Tensor, scale: Tensor, order: Tensor, damping: float = DA
     Args:
         hessian: checked (``as_hessian``), fp32 [n, n].
         scale: fp32 [n], by column of the Hessian.
-        order: int64 [n], which column comes first, and so on.
+        order: int64 [m], which column comes first, and so on; n and beyond are padding, for which
+            the factor has rows and columns of zeros.
 
     Raises:
         ValueError: the matrix is far from positive semi-definite.
     """
     # Cholesky's factor of the matrix in reverse order is V in reverse.
     backwards = order.flip(0)
+    padding = (backwards >= len(hessian)).nonzero().flatten()
+    backwards = backwards.clamp(max=len(hessian) - 1)
     rank = 0.0
     for doublings in range(_MOST_DOUBLINGS):
         metric = _gathered(hessian, scale, backwards)
+        metric[padding] = 0
+        metric[:, padding] = 0
         diagonal = metric.diagonal()
-        mean = float(diagonal.double().mean())
+        trace = float(diagonal.double().sum())
+        mean = trace / len(hessian)
         if doublings == 0:
             squares = sum_of_squares(metric)
-            rank = (mean * len(metric)) ** 2 / squares if squares > 0 else 0.0
+            rank = trace**2 / squares if squares > 0 else 0.0
         relative = damping * 2**doublings
         diagonal.add_(relative * mean)
+        diagonal[padding] = 1
         if cholesky_(metric):
+            diagonal[padding] = 0
             _reverse(metric.view(-1))
             return Factor(metric, relative, relative * mean, rank)
     raise ValueError(
@@ -194,9 +202,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 def _gathered(hessian: Tensor, scale: Tensor, order: Tensor) -> Tensor:
     """diag(scale) H diag(scale), rows and columns in an order, without another copy."""
-    metric = hessian[order]
-    for rows in metric.split(_PART_ROWS):
-        rows.copy_(rows[:, order])
+    metric = hessian.new_empty(len(order), len(order))
+    for rows, those in zip(metric.split(_PART_ROWS), order.split(_PART_ROWS), strict=True):
+        torch.index_select(hessian[those], 1, order, out=rows)
     metric *= scale[order, None]
     metric *= scale[order]
     return metric

@@ -1,7 +1,7 @@
 """What ptxas says of the CUDA kernels for sm_90; a table of what each one takes.
 
 Needs nvcc, not a GPU. Run with ``-s`` to see the table. A build with NOWAG_WERROR, as the `release`
-preset's and `.ci/run`'s, refuses spills and local memory for every architecture.
+preset's and `.ci/run`'s, refuses spills and local memory for each architecture it is for.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ THREADS = {
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
     pytest.mark.slow,
+    pytest.mark.xdist_group("cuda_compile"),  # `--dist loadgroup`: all is compiled once
 ]
 
 

@@ -195,6 +195,19 @@ def test_factor_is_of_the_damped_matrix_in_its_order() -> None:
     )
 
 
+def test_factor_of_padding_is_zero() -> None:
+    tokens = torch.randn(40, 13, generator=torch.Generator().manual_seed(5))
+    hessian, scale = tokens.T @ tokens / 40, torch.linspace(0.5, 2, 13)
+    order = torch.tensor([3, 13, 0, 5, 1, 14, 12, 2, 4, 6, 7, 8, 9, 10, 11])
+    inside = order < 13
+    got, want = factorise(hessian, scale, order), factorise(hessian, scale, order[inside])
+    assert not got.upper[~inside].any()
+    assert not got.upper[:, ~inside].any()
+    torch.testing.assert_close(got.upper[inside][:, inside], want.upper)
+    assert (got.damping, got.added) == pytest.approx((want.damping, want.added))
+    assert got.effective_rank == pytest.approx(want.effective_rank)
+
+
 def test_damping_doubles_until_it_is_enough() -> None:
     vectors = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))[0]
     indefinite = vectors @ torch.diag(torch.tensor([5.0, 1, 1, 1, 1, 1, 1, -0.5])) @ vectors.T

@@ -259,12 +259,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def torchrun(
-    work: Path, *arguments: object, count: int = 2, failing: str | None = None
+    work: Path, *arguments: object, failing: str | None = None
 ) -> subprocess.CompletedProcess[str]:
     program = ["-m", "--", "nowag_ext"] if failing is None else [work / "failing.py"]
     return subprocess.run(
         **fresh_python(
-            "-m", "torch.distributed.run", "--nproc-per-node", count, *program, *arguments,
+            "-m", "torch.distributed.run", "--nproc-per-node", 2, *program, *arguments,
             OMP_NUM_THREADS="1", FAILING=failing or "",
         ),
         capture_output=True, timeout=300,
@@ -297,8 +297,7 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_there(work: Path, tmp_
     assert whole.stdout.count("The checkpoint, report.json and layers.csv are in") == 1
     for failing, sentence in {
         "1 killed": "Error: another process of this run has ended|Terminated by torchrun: ",
-        "0 killed": "Error: another process of this run has ended|Terminated by torchrun: ",
-        "1 raises": "Error: MemoryError: there is none left",
+        "0 raises": "Error: MemoryError: there is none left",
     }.items():
         began = time.monotonic()
         run = torchrun(work, *given, failing=failing)
@@ -312,7 +311,9 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_there(work: Path, tmp_
             f"torchrun --nproc-per-node 2 -m -- nowag_ext {command}"
         )
         assert not output.exists()
-    other = torchrun(work, *given, count=1)
+    other = subprocess.run(
+        **fresh_python("-m", "nowag_ext", *given), capture_output=True, timeout=300
+    )
     assert other.returncode == 1
     assert "processes 2, not processes 1" in said(other)[0]
     again = torchrun(work, *given)
@@ -331,9 +332,6 @@ def test_refusals_are_said_once(work: Path, tmp_path: Path) -> None:
     assert run.returncode == 1
     (ours,) = said(run)
     assert ours == f"Error: --output: {tmp_path / 'out'} is a file: a directory is needed."
-    run = torchrun(work, *given, "--nonsense")
-    assert run.returncode == 1
-    assert run.stderr.count("No such option: --nonsense") == 1
     run = torchrun(work, "eval", work / "model", "--text", work / "text.txt")
     assert said(run) == ["Error: torchrun is for compress alone: start this without it."]
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]

@@ -17,7 +17,8 @@ from nowag_ext.demo_text import demo_text
 from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.normalize import normalize_weight
 
-pytestmark = pytest.mark.slow
+# In one process (`--dist loadgroup`): the model takes half a minute to load.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real_model")]
 
 TOKENS = 512
 
