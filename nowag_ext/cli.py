@@ -181,6 +181,7 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)(\..*)?")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(logging.ERROR)
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # that layers are on disk: as intended
 
 
 @app.command()

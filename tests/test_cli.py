@@ -147,7 +147,7 @@ def test_compress_block_by_block(work: Path, tmp_path: Path) -> None:
 
 
 def test_layers_and_hidden_states_stay_on_disk(
-    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = [work / "model", "--text", work / "text.txt", "--length", 64, "--samples", 4, *VQ]
     (tmp_path / "states").mkdir()
@@ -165,6 +165,7 @@ def test_layers_and_hidden_states_stay_on_disk(
     assert result.exit_code == 0, result.output
     assert len([name for name in seen if name.endswith("_proj.weight")]) == 14
     assert not any("embed" in name or "lm_head" in name for name in seen)
+    assert not [one for one in caplog.records if one.name.startswith("accelerate")]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "states"]
     assert list((tmp_path / "states").iterdir()) == []
     result = run("compress", *arguments, "-o", tmp_path / "other", *states[:1], tmp_path / "none")
