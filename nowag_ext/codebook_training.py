@@ -6,13 +6,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from nowag_ext import ops
 from nowag_ext.codebook import Codebook, check_name
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.kmeans import Points, half_entries
-from nowag_ext.normalize import normalize_weight
+from nowag_ext.normalize import normalize_weight, sampled
 from nowag_ext.vq import Progress, check_code, check_iterations, floored
 
 
@@ -59,10 +57,8 @@ def train_codebook(
     samples, importances = [], []
     for weight, act_norms in layers:
         layer = normalize_weight(weight, act_norms)
-        rows, cols = layer.normalized.shape
-        count = max(1, round(share * rows))
-        chosen = (torch.arange(count, device=layer.normalized.device) * rows) // count
-        samples.append(layer.normalized[chosen] * math.sqrt(cols))
+        cols = layer.normalized.shape[1]
+        samples.append(sampled(layer.normalized, share) * math.sqrt(cols))
         importances.append(floored(layer.importance))
     if not samples:
         raise ValueError("layers is empty: a codebook is trained on at least one linear.")

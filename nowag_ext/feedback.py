@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nowag_ext import ops
 from nowag_ext.hessian import energy, factorise, sum_of_squares
-from nowag_ext.normalize import half_norms, normalized_by
+from nowag_ext.normalize import half_norms, normalized_by, sampled
 
 # Columns that one call of the kernel settles: what lies before them comes in by a matrix product.
 _BLOCK_COLUMNS = 128
@@ -113,11 +113,12 @@ class FeedbackPoints:
         return Assigned(codes.view(torch.uint16), relative)
 
 
-def shared_points(weight: Tensor, hessian: Tensor, d: int) -> FeedbackPoints:
-    """A weight's sub-vectors in the units of a shared codebook: sqrt(in_features) * Wn."""
+def shared_points(weight: Tensor, hessian: Tensor, d: int, share: float) -> FeedbackPoints:
+    """Sub-vectors of a share of a weight's rows, as a shared codebook has them: sqrt(in) * Wn."""
     _, row_norms, col_norms = ops.normalize(weight)
     norms = half_norms(row_norms / math.sqrt(weight.shape[1]), col_norms)
-    return FeedbackPoints(normalized_by(weight, norms), hessian, norms[1].float(), d)
+    points = sampled(normalized_by(weight, norms), share)
+    return FeedbackPoints(points, hessian, norms[1].float(), d)
 
 
 class EntrySums:

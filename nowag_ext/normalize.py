@@ -137,3 +137,9 @@ def normalized_by(weight: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
     points = weight.float().contiguous() / col_norms
     points /= row_norms[:, None]
     return points.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def sampled(rows: Tensor, share: float) -> Tensor:
+    """A share of the rows of a matrix, evenly spaced, at least one."""
+    count = max(1, round(share * len(rows)))
+    return rows[(torch.arange(count, device=rows.device) * len(rows)) // count]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nowag_ext import Codebook, reference, vq_compress
-from nowag_ext.feedback import EntrySums, FeedbackPoints
+from nowag_ext.feedback import EntrySums, FeedbackPoints, shared_points
 from nowag_ext.hessian import DAMPING, factorise
 
 
@@ -193,6 +193,14 @@ def test_factor_is_of_the_damped_matrix_in_its_order() -> None:
     assert_within(
         factor.upper.double() @ factor.upper.double().T, metric, 1e-5 * float(metric.max())
     )
+
+
+def test_a_share_of_the_rows_in_the_units_of_all() -> None:
+    weight, _, hessian = layer(30, 13)
+    whole, part = (shared_points(weight, hessian, 2, share) for share in (1.0, 0.2))
+    assert_same_bits(part.points, whole.points[[0, 5, 10, 15, 20, 25]])
+    assert_same_bits(part.upper, whole.upper)
+    assert len(shared_points(weight, hessian, 2, 1e-9).points) == 1
 
 
 def test_factor_of_padding_is_zero() -> None:

@@ -23,9 +23,10 @@ from nowag_ext.vq import check_code
 
 SCOPES = ("model", "kind", "layer")
 
-# Weights to train a codebook on, rows of all layers, and most iterations. More of both lowers the
-# error of the nearest entries, but hardly that which feedback and corrected targets leave: on
-# SmolLM2 half of the rows and 40 iterations end 2 % below an eighth of the rows and 12.
+# Weights to train a codebook on and to re-estimate it from, rows of all layers, and most
+# iterations. More of both lowers the error of the nearest entries, but hardly that which feedback
+# and corrected targets leave: on SmolLM2 half of the rows and 40 iterations end 2 % below an eighth
+# of the rows and 12.
 _TRAINING_WEIGHTS = 1 << 25
 _TRAINING_ITERATIONS = 30
 
@@ -106,7 +107,6 @@ class SharedCodebooks:
         trained = {}
         for name, settings in self._forms.items():
             served = [unit for linear, unit in units.items() if self._names.get(linear) == name]
-            weights = sum(unit.size for unit in served)
 
             def report(iteration: int, iters: int, _objective: float, name: str = name) -> None:
                 if progress is not None:
@@ -118,13 +118,20 @@ class SharedCodebooks:
                 d=settings.d,
                 bits=settings.bits,
                 name=name,
-                share=min(1.0, _TRAINING_WEIGHTS / weights),
+                share=self._share_of_rows(name, units),
                 iters=min(settings.iters, _TRAINING_ITERATIONS),
                 init=settings.init,
                 seed=settings.seed,
                 progress=report,
             )
         return trained
+
+    def _share_of_rows(self, codebook: str, units: Mapping[str, Unit]) -> float:
+        """Of the rows of each linear that it serves, those that it is made from."""
+        weights = sum(
+            units[linear].size for linear, name in self._names.items() if name == codebook
+        )
+        return min(1.0, _TRAINING_WEIGHTS / weights)
 
     def re_estimate(
         self,
@@ -135,8 +142,8 @@ class SharedCodebooks:
     ) -> None:
         """Moves the entries to where error feedback wants them, block by block of the dense model.
 
-        Least squares over all points as feedback has moved them, each in the metric of its
-        position (kmeans_feedback.h).
+        Least squares over points of a share of the rows, as feedback has moved them, each in the
+        metric of its position (kmeans_feedback.h).
         """
         if not self._codebooks:
             return
@@ -145,6 +152,7 @@ class SharedCodebooks:
             name: EntrySums(len(codebook.entries), codebook.d, weights, codebook.entries.device)
             for name, codebook in self._codebooks.items()
         }
+        shares = {name: self._share_of_rows(name, units) for name in self._codebooks}
         ranks = self._ranks
         windows = windows[: max(_WINDOWS, ranks.count)]
         hidden = embedded(blocks, windows[ranks.share(len(windows))])
@@ -155,9 +163,10 @@ class SharedCodebooks:
             owners = ranks.owners({linear: units[linear].size for linear in hessians})
             for linear, hessian in hessians.items():
                 if owners[linear] == ranks.rank:
-                    codebook = self._codebooks[self._names[linear]]
-                    points = shared_points(units[linear].weight, hessian, codebook.d)
-                    points.assign(codebook.entries.float(), sums[self._names[linear]], last=True)
+                    name = self._names[linear]
+                    codebook, weight = self._codebooks[name], units[linear].weight
+                    points = shared_points(weight, hessian, codebook.d, shares[name])
+                    points.assign(codebook.entries.float(), sums[name], last=True)
         ranks.add_up(one.sums for one in sums.values())
         for name, codebook in self._codebooks.items():
             entries = sums[name].solve(codebook.entries.float()).half()
