@@ -312,7 +312,7 @@ def _seconds(
         sample = min(trained, codebooks._TRAINING_WEIGHTS)
         most = min(iters, codebooks._TRAINING_ITERATIONS)
         stages["codebooks"] = sample * (speeds.seeding + most * speeds.training)
-    forwards = traces = statistics = compression = solving = hessians = 0.0
+    forwards = traces = statistics = compression = factors = updates = hessians = 0.0
     for layer in layers:
         forwards += 2 * work.samples * run(layer)  # once in each stream
         traces += _TRACES * run(layer)
@@ -322,19 +322,21 @@ def _seconds(
             beside = group.weights if group.sums else square
             statistics += work.samples * products((square + 2 * beside) * length)
             statistics += products(group.inputs**3 / 3 + 2 * group.inputs * group.weights)
-            solving += len(group.outputs) * products(group.inputs**3 / 3)
-            solving += products(3 * group.inputs * group.weights)
+            factors += len(group.outputs) * products(group.inputs**3 / 3)
+            updates += products(3 * group.inputs * group.weights)
             compression += group.weights * speeds.compression
     if trained:
         windows = min(codebooks._WINDOWS, work.samples)
-        stages["re-estimation"] = windows * (once + hessians) + traces + solving + compression
+        share = min(1.0, codebooks._TRAINING_WEIGHTS / trained)
+        of_rows = share * (updates + compression)
+        stages["re-estimation"] = windows * (once + hessians) + traces + factors + of_rows
     else:
         forwards += traces
     if not trained and isinstance(settings, VQSettings):
         compression += weights * (speeds.seeding + iters * speeds.training)
     return {
         **stages, "forwards": forwards, "statistics": statistics,
-        "compression": solving + compression,
+        "compression": factors + updates + compression,
     }  # fmt: skip
 
 
