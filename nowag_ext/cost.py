@@ -327,7 +327,7 @@ def _seconds(
             compression += group.weights * speeds.compression
     if trained:
         windows = min(codebooks._WINDOWS, work.samples)
-        share = min(1.0, codebooks._TRAINING_WEIGHTS / trained)
+        share = min(1.0, codebooks._ESTIMATION_WEIGHTS / trained)
         of_rows = share * (updates + compression)
         stages["re-estimation"] = windows * (once + hessians) + traces + factors + of_rows
     else:
