@@ -312,7 +312,9 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_there(work: Path, tmp_
         )
         assert not output.exists()
     other = subprocess.run(
-        **fresh_python("-m", "nowag_ext", *given), capture_output=True, timeout=300
+        **fresh_python("-m", "nowag_ext", *given, OMP_NUM_THREADS="1"),
+        capture_output=True,
+        timeout=300,
     )
     assert other.returncode == 1
     assert "processes 2, not processes 1" in said(other)[0]

@@ -23,8 +23,8 @@ constexpr float kLargestInteger = 32767.0f;
 // Smallest unit: inputs this small have no need of more precision, and 1 / unit stays finite.
 constexpr float kSmallestUnit = 0x1p-100f;
 
-// What decode's loops want of a vector. A position's inputs are 8 integers and their unit four times
-// over, in the room of 8 floats; a row's sums are 4 floats in such a room.
+// What decode's loops want of a vector. A position's inputs are 8 integers and their unit four
+// times over, in the room of 8 floats; a row's sums are 4 floats in such a room.
 struct Integers8 {
     struct Input {
         __m128i integers;

@@ -146,7 +146,7 @@ void add_group_of(const VqLookupGroup& group) {
         const uint8_t* codes = group.codes + begin * kTileRows;
         float* sums = group.sums;
         for (int64_t tile = 0; tile < group.tiles; ++tile) {
-            // A tile's codes are read in pieces far apart, which no prefetcher of hardware foresees.
+            // A tile's codes are read in pieces far apart, which no hardware prefetcher foresees.
             if (tile + 1 < group.tiles) {
                 for (int64_t i = 0; i < count * kTileRows; i += 64) {
                     _mm_prefetch(reinterpret_cast<const char*>(codes + group.tile_stride + i),
