@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,34 +28,28 @@ def sparse() -> nn.Module:
     return SparseLinear.from_weight(prune(WEIGHT, ACT_NORMS))
 
 
-def by_dispatch_mode(layer: nn.Module, x: Tensor) -> list[str]:
-    seen = []
+class FunctionMode(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
 
-    class Mode(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
 
-    with Mode():
+
+class DispatchMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    __torch_dispatch__ = FunctionMode.__torch_function__
+
+
+def by_mode(mode: type[FunctionMode | DispatchMode], layer: nn.Module, x: Tensor) -> list[str]:
+    with mode() as watching:
         layer(x)
-    return seen
-
-
-def by_function_mode(layer: nn.Module, x: Tensor) -> list[str]:
-    seen = []
-
-    class Mode(TorchFunctionMode):
-        def __torch_function__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    with Mode():
-        layer(x)
-    return seen
+    return watching.seen
 
 
 def by_profiler(layer: nn.Module, x: Tensor) -> list[str]:
@@ -93,7 +88,14 @@ def by_subclass(layer: nn.Module, x: Tensor) -> list[str]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     "watch",
-    [by_dispatch_mode, by_function_mode, by_profiler, by_tracing, by_make_fx, by_subclass],
+    [
+        partial(by_mode, DispatchMode),
+        partial(by_mode, FunctionMode),
+        by_profiler,
+        by_tracing,
+        by_make_fx,
+        by_subclass,
+    ],
 )
 @pytest.mark.parametrize("make", [vq, sparse])
 def test_calls_are_seen(
@@ -117,7 +119,22 @@ def test_negated_views_and_fake_tensors(make: Callable[[], nn.Module]) -> None:
         assert layer.to("meta")(torch.empty(3, 24, device="meta")).shape == (3, 40)
 
 
+@pytest.mark.parametrize("make", [vq, sparse])
+def test_tensors_without_storage_are_left_to_torch(make: Callable[[], nn.Module]) -> None:
+    layer, x = make(), torch.randn(3, 24)
+    with torch.no_grad():
+        # Their addresses are 0.
+        assert_same_bits(layer(torch._efficientzerotensor((3, 24))), layer(torch.zeros(3, 24)))
+        functional = layer(torch._to_functional_tensor(x))
+        assert_same_bits(torch._from_functional_tensor(functional), layer(x))
+        for odd in (x.to_sparse(), x.to_mkldnn()):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                layer(odd)
+
+
 def test_a_plain_call_needs_no_dispatcher() -> None:
     x = torch.randn(3, 24)
     assert not ops.needs_dispatcher(x)
+    with torch.inference_mode():
+        assert not ops.needs_dispatcher(torch.randn(3, 24))
     assert ops.needs_dispatcher(nn.Parameter(x))

@@ -39,17 +39,27 @@ def operation(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
     return register
 
 
+def _bits(*keys: str) -> int:
+    sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)) for key in keys)
+    return functools.reduce(int.__or__, (one.raw_repr() for one in sets))
+
+
+# What torch's dispatcher finds of a dense tensor with storage, on a device that has kernels.
+_PLAIN = _bits(
+    "CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView", "AutocastCPU", "AutocastCUDA"
+)
+
+
 def needs_dispatcher(x: Tensor) -> bool:
     """Whether somebody awaits calls with ``x`` at torch's dispatcher, or it has work to do on it.
 
-    Transforms, modes, tracers, profilers, subclasses, negated views, devices without kernels. Where
-    there are none, calling an operation's implementation gives the same for less: dispatching takes
-    longer than a small layer's kernel.
+    Transforms, modes, tracers, profilers, subclasses; negated views, tensors that are sparse or
+    without storage, devices without kernels. Where there are none, calling an operation's
+    implementation gives the same for less: dispatching takes longer than a small layer's kernel.
     """
     return (
         type(x) is not Tensor
-        or not (x.is_cpu or x.is_cuda)
-        or x.is_neg()
+        or torch._C._dispatch_keys(x).raw_repr() & ~_PLAIN != 0
         or is_transformed()
         or torch._C._len_torch_function_stack() > 0
         or torch._C._len_torch_dispatch_stack() > 0
