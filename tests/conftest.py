@@ -29,7 +29,11 @@ settings.register_profile(
 settings.load_profile("nowag")
 
 
-@pytest.fixture(params=[1, 2, 3])
+# Under the sanitizers (.ci/sanitize) one number will do.
+_THREADS = [int(count) for count in os.environ.get("NOWAG_TEST_THREADS", "1,2,3").split(",")]
+
+
+@pytest.fixture(params=_THREADS)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Runs the test at several thread counts."""
     before = torch.get_num_threads()

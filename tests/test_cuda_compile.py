@@ -37,7 +37,6 @@ THREADS = {
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="needs nvcc"),
     pytest.mark.slow,
-    pytest.mark.xdist_group("cuda_compile"),  # `--dist loadgroup`: all is compiled once
 ]
 
 

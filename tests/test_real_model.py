@@ -17,8 +17,7 @@ from nowag_ext.demo_text import demo_text
 from nowag_ext.evaluate import perplexity, tokenize
 from nowag_ext.normalize import normalize_weight
 
-# In one process (`--dist loadgroup`): the model takes half a minute to load.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real_model")]
+pytestmark = pytest.mark.slow
 
 TOKENS = 512
 
