@@ -152,14 +152,14 @@ def test_layers_and_hidden_states_stay_on_disk(
     arguments = [work / "model", "--text", work / "text.txt", "--length", 64, "--samples", 4, *VQ]
     (tmp_path / "states").mkdir()
     seen = []
-    compress = cli.compress_blocks
+    compress = cli.compress.compress_blocks
 
     def look(model: Any, *args: Any, **kwargs: Any) -> Any:
         seen.extend(name for name, one in model.named_parameters() if one.is_meta)
         assert (tmp_path / "out.partial").is_dir()
         return compress(model, *args, **kwargs)
 
-    monkeypatch.setattr(cli, "compress_blocks", look)
+    monkeypatch.setattr(cli.compress, "compress_blocks", look)
     states = ["--offload", tmp_path / "states"]
     result = run("compress", *arguments, "-o", tmp_path / "out", *states)
     assert result.exit_code == 0, result.output
@@ -201,7 +201,7 @@ def test_as_many_windows_as_there_is_time_for(
     arguments = ["compress", work / "model", "-o", tmp_path / "out", "--text", work / "text.txt",
                  "--length", 16, "--samples", "auto", "--minutes", 2.5, *VQ]  # fmt: skip
     asked: list[float] = []
-    many = cli._SAMPLES["feedback"] + 3
+    many = cli.compress._SAMPLES["feedback"] + 3
 
     def affordable(*arguments: Any) -> int:
         asked.append(arguments[-1])
@@ -210,14 +210,14 @@ def test_as_many_windows_as_there_is_time_for(
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "affordable_samples", affordable)
+    monkeypatch.setattr(cli.compress, "affordable_samples", affordable)
     with monkeypatch.context() as patch:
         patch.setattr(_Run, "_layer", interrupted)  # codebooks are finished by then
         result = run(*arguments)
     assert result.exit_code == 130
     assert "go on with" in result.stderr
     # It goes on with as many, however fast the machine is now.
-    monkeypatch.setattr(cli, "affordable_samples", lambda *_: 1000)
+    monkeypatch.setattr(cli.compress, "affordable_samples", lambda *_: 1000)
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert asked == [150.0]
@@ -239,12 +239,12 @@ def test_a_number_of_windows_alone_is_nothing_to_go_on_from(work: Path, tmp_path
 def test_no_fewer_windows_than_without_asking(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "affordable_samples", lambda *_: 3)
+    monkeypatch.setattr(cli.compress, "affordable_samples", lambda *_: 3)
     result = run("compress", work / "model", "-o", tmp_path / "out", "--dry-run", *VQ,
                  "--text", work / "text.txt", "--samples", "auto")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "10 minutes are enough for 3 windows of text here" in one_line(result.stderr)
-    assert f"From {cli._SAMPLES['feedback']} windows" in one_line(result.stdout)
+    assert f"From {cli.compress._SAMPLES['feedback']} windows" in one_line(result.stdout)
 
 
 def test_dtype_is_stored(work: Path, tmp_path: Path) -> None:
@@ -443,14 +443,14 @@ def test_interrupt_leaves_nothing(
         "import signal, time, nowag_ext.cli as cli\n"
         # A shell that starts the tests in the background has them ignore it.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "compress = cli.compress_model\n"
+        "compress = cli.compress.compress_model\n"
         "def announced(*args, progress, **kwargs):\n"
         "    def tell(*told):\n"
         "        progress(*told)\n"
         "        print('working', flush=True)\n"
         "        time.sleep(60)\n"
         "    compress(*args, progress=tell, **kwargs)\n"
-        "cli.compress_model = announced\n"
+        "cli.compress.compress_model = announced\n"
         "cli.app()\n"
     )
     arguments = ["compress", work / "model", "-o", tmp_path / "out", "--d", 4,

@@ -79,14 +79,14 @@ def stop_after(
 
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics are kept after every window."""
-    monkeypatch.setattr(cli, "_KEEPING", float("inf"))
+    monkeypatch.setattr(cli.calibrate, "_KEEPING", float("inf"))
 
 
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
         (KeyboardInterrupt(), 130, "Interrupted. "),
-        (cli._Terminated(), 143, "Terminated. "),
+        (cli.base.Terminated(), 143, "Terminated. "),
         (DiskFullError("the disk is full", Path("here")), 1, "Error: here: the disk is full "),
     ],
 )
@@ -117,8 +117,8 @@ def test_goes_on_by_itself(
     done: list[str] = []
     if command == "calibrate":
         monkeypatch.setattr(
-            cli, "collect_statistics",
-            lambda *args, original=cli.collect_statistics, **kwargs: (
+            cli.calibrate, "collect_statistics",
+            lambda *args, original=cli.calibrate.collect_statistics, **kwargs: (
                 done.append("window"), original(*args, **kwargs)
             ),
         )  # fmt: skip
@@ -232,7 +232,7 @@ def test_a_disk_that_is_full_at_the_end(
 KILL = """
 import os, signal, sys
 import nowag_ext.cli as cli, nowag_ext.resume as resume
-cli._KEEPING = float("inf")
+cli.calibrate._KEEPING = float("inf")
 left = [int(os.environ['KILL_AFTER'])]
 save = resume.save
 def killed(*args):

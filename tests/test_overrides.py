@@ -15,7 +15,7 @@ from torch import nn
 
 import nowag_ext
 from nowag_ext import ModelReport, compress_model, prune, save_compressed, vq_compress
-from nowag_ext.cli_options import parse_overrides
+from nowag_ext.cli.options import parse_overrides
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.render import report_table
 

@@ -1,0 +1,7 @@
+"""The command ``nowag-ext``: every subcommand is a few calls of the package's public functions."""
+
+from nowag_ext.cli.base import app
+
+from nowag_ext.cli import demo, calibrate, compress, use  # isort: skip  # as in --help
+
+__all__ = ["app", "calibrate", "compress", "demo", "use"]
