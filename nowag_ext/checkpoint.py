@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nowag_ext.files import atomic_directory, check_vacant, remove, require_space
-from nowag_ext.gguf_source import check_gguf, convert_gguf, explained
+from nowag_ext.gguf_source import check_gguf, convert_gguf, explained, read_once
 from nowag_ext.integrations.transformers import QUANT_METHOD, NowagConfig, replace_by_dense
 from nowag_ext.methods import METHODS
 from nowag_ext.offload import layers_on_disk
@@ -68,6 +68,17 @@ def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:
     return loaded
 
 
+def report_of(model: Any) -> ModelReport | None:
+    """The report beside the checkpoint that a model was loaded from, if there is a sound one."""
+    folder = getattr(model, "nowag_source", None)
+    if folder is None:
+        return None
+    try:
+        return ModelReport.from_json((Path(folder) / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def load_dense_model(
     path_or_id: str | os.PathLike[str],
     dtype: torch.dtype | str = "auto",
@@ -79,8 +90,9 @@ def load_dense_model(
 
     The tokenizer is None where there is none. Arguments and errors are those of ``dense_model``.
     """
-    model = dense_model(path_or_id, dtype, offload_folder=offload_folder, **kwargs)
-    return model, load_tokenizer(path_or_id, **kwargs)
+    with read_once():
+        model = dense_model(path_or_id, dtype, offload_folder=offload_folder, **kwargs)
+        return model, load_tokenizer(path_or_id, **kwargs)
 
 
 def dense_model(
@@ -205,7 +217,7 @@ def _load_gguf(path: Path, dtype: torch.dtype | str, kwargs: dict[str, Any]) -> 
         kwargs = {"quantization_config": GgufConfig(dequantize=True), **kwargs}
     except ImportError:
         pass
-    with explained(path):
+    with explained(path), read_once():
         model = _load_complete(path.parent, gguf_file=path.name, dtype=dtype, **kwargs)
         model.nowag_source = path
     return model

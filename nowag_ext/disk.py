@@ -18,6 +18,7 @@ from nowag_ext.checkpoint import save_compressed, save_dense
 from nowag_ext.decoder import check_patterns, decoder_linears, matches
 from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
 from nowag_ext.forecast import Sizes, sizes, skeleton
+from nowag_ext.gguf_source import read_once
 from nowag_ext.methods import LayerSettings
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
@@ -271,17 +272,18 @@ class Job:
             temporary_directory(store.directory, "converted") as converted,
         ):
             store.begin(made_with)
-            outline = self.outline()
-            if outline is not None:
-                self.check(outline, store.nbytes())
-            tokenizer = open_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
-            compress_loaded = prepare(tokenizer, store)
-            with loading or nullcontext():
-                model, _ = open_dense_model(
-                    self.source, str(self.dtype), tokenizer=tokenizer,
-                    offload_folder=None if in_memory else converted,
-                    trust_remote_code=self.trust_remote_code,
-                )  # fmt: skip
+            with read_once():
+                outline = self.outline()
+                if outline is not None:
+                    self.check(outline, store.nbytes())
+                tokenizer = open_tokenizer(self.source, trust_remote_code=self.trust_remote_code)
+                compress_loaded = prepare(tokenizer, store)
+                with loading or nullcontext():
+                    model, _ = open_dense_model(
+                        self.source, str(self.dtype), tokenizer=tokenizer,
+                        offload_folder=None if in_memory else converted,
+                        trust_remote_code=self.trust_remote_code,
+                    )  # fmt: skip
             if outline is None:
                 self.check(model, store.nbytes())
             compress_loaded(model)

@@ -12,8 +12,10 @@ import re
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -41,6 +43,34 @@ def explained(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(f"{path} is damaged, or of a model unknown here: {error}") from error
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """While this is open, headers of GGUF files are parsed once, and names of tensors listed once.
+
+    transformers parses a header, whose vocabulary takes seconds, for the configuration, for the
+    tokenizer and for the weights, and lists all names that there can be for each module of a model.
+    """
+    try:
+        import gguf
+    except ImportError:  # which transformers says better where it needs it
+        yield
+        return
+
+    @lru_cache(2)  # a file, and the part of it that is being read
+    def parsed(path: str, _size: int, _changed: int, *rest: Any) -> Any:
+        return reader(path, *rest)
+
+    def read(path: str | os.PathLike[str], *rest: Any) -> Any:
+        found = Path(path).resolve()
+        state = found.stat()
+        return parsed(os.fspath(found), state.st_size, state.st_mtime_ns, *rest)
+
+    reader = gguf.GGUFReader
+    names = lru_cache(2)(gguf.get_tensor_name_map)
+    with mock.patch.multiple(gguf, GGUFReader=read, get_tensor_name_map=names):
+        yield
 
 
 def check_gguf(path: Path) -> None:

@@ -20,6 +20,7 @@ from nowag_ext.checkpoint import (
     model_outline,
 )
 from nowag_ext.evaluate import split_windows
+from nowag_ext.gguf_source import read_once
 from nowag_ext.stored import checked_config
 
 DTYPES: dict[str, torch.dtype | str] = {
@@ -73,12 +74,13 @@ def open_dense_model(
         OSError: there is no such model.
         ValueError: it is already compressed, has no tokenizer, or brings code that is not trusted.
     """
-    if tokenizer is None:
-        tokenizer = open_tokenizer(source, trust_remote_code=trust_remote_code)
-    model = dense_model(
-        source, dtype=named_dtype(dtype), offload_folder=offload_folder,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    with read_once():
+        if tokenizer is None:
+            tokenizer = open_tokenizer(source, trust_remote_code=trust_remote_code)
+        model = dense_model(
+            source, dtype=named_dtype(dtype), offload_folder=offload_folder,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     return model, tokenizer
 
 

@@ -110,3 +110,36 @@ def test_damage_is_said(source: Path, tmp_path: Path) -> None:
         pytest.raises(ValueError, match=r"tiny\.gguf is damaged"),
     ):
         load_dense_model(tmp_path / "tiny.gguf", offload_folder=tmp_path / "folder")
+
+
+def test_headers_are_parsed_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    kept = gguf.GGUFReader, gguf.get_tensor_name_map
+    parsed: list[str] = []
+    begin = gguf.GGUFReader.__init__
+
+    def note(self: Any, path: Any, *rest: Any) -> None:
+        parsed.append(str(path))
+        begin(self, path, *rest)
+
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", note)
+    file = tmp_path / "tiny.gguf"
+    shutil.copy(source, file)
+    model, _ = load_dense_model(file)
+    assert parsed == [str(file)]
+    load_dense_model(file)
+    assert parsed == [str(file)] * 2  # not kept for longer than it takes to load
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == kept
+    # Of a file that changes nothing is taken from before.
+    with gguf_source.read_once():
+        load_dense_model(file)
+        other = gguf_model()
+        with torch.no_grad():
+            other.model.norm.weight.fill_(2.0)
+        file.unlink()
+        write_gguf(file, other)
+        assert (load_dense_model(file)[0].model.norm.weight == 2).all()
+    assert len(parsed) == 4
+    assert (model.model.norm.weight == 1).all()
