@@ -23,7 +23,7 @@ from nowag_ext.codebook_training import train_codebook
 from nowag_ext.integrations import register_with_transformers
 from nowag_ext.linear import SparseLinear, VQLinear
 from nowag_ext.prune import SparseWeight, prune
-from nowag_ext.report import LayerReport, ModelReport
+from nowag_ext.report import Distillation, LayerReport, ModelReport
 from nowag_ext.version import __version__
 from nowag_ext.vq import VQWeight, vq_compress
 
@@ -38,10 +38,12 @@ if TYPE_CHECKING:
     from nowag_ext.disk import compress
     from nowag_ext.integrations.transformers import NowagConfig, NowagHfQuantizer
     from nowag_ext.model import compress_model
+    from nowag_ext.pipeline.distill import distill
 
 __all__ = [
     "CalibrationStatistics",
     "Codebook",
+    "Distillation",
     "LayerReport",
     "ModelReport",
     "NowagConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "collect_statistics",
     "compress",
     "compress_model",
+    "distill",
     "load",
     "load_act_norms",
     "load_dense_model",
@@ -72,6 +75,7 @@ _WHOLE_MODELS = {
     "NowagHfQuantizer": "integrations.transformers",
     "compress": "disk",
     "compress_model": "model",
+    "distill": "pipeline.distill",
     "load": "checkpoint",
     "load_dense_model": "checkpoint",
     "save_compressed": "checkpoint",

@@ -144,7 +144,7 @@ def check_apart(output: Path, source: str | os.PathLike[str]) -> None:
         return
     if output == model or output in model.parents or model in output.parents:
         raise ValueError(
-            f"{output} and {model}, where the model to be compressed is, must not hold each other: "
+            f"{output} and {model}, where the model is, must not hold each other: "
             "choose another directory."
         )
 

@@ -81,6 +81,18 @@ class SparseWeight:
             self.bitmap, self.values, self.row_offsets, self.shape[1], dtype
         )
 
+    def step_sizes(self) -> dict[str, Tensor]:
+        """What is continuous, the values, moves in units of their root mean square."""
+        return {"values": self.values.float().square().mean().sqrt()}
+
+    def gradients(self, weight_grad: Tensor) -> dict[str, Tensor]:
+        """The gradient, fp32, of the values, from that of the dense weight."""
+        kept = ops.sparse_dequantize(
+            self.bitmap, torch.ones_like(self.values), self.row_offsets, self.shape[1],
+            torch.float32,
+        )  # fmt: skip
+        return {"values": weight_grad[kept.bool()]}
+
     def to(self, device: torch.device | str) -> SparseWeight:
         """This weight with its tensors on ``device``."""
         moved: Any = {name: tensor.to(device) for name, tensor in self.tensors().items()}

@@ -56,6 +56,26 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Distillation:
+    """How a compressed model was tuned to predict what the dense one does (``distill``).
+
+    Attributes:
+        passes: through a text of so many ``tokens``.
+        learning_rate, seed: as given.
+        divergences: of each pass, the mean KL(dense || compressed) in nats, of windows the moment
+            they were learnt from.
+        seconds: wall time of this run.
+    """
+
+    passes: int
+    tokens: int
+    learning_rate: float
+    seed: int
+    divergences: tuple[float, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
 class ModelReport:
     """A whole model's compression.
 
@@ -70,6 +90,7 @@ class ModelReport:
         codebook_bytes: of the codebooks that layers share.
         stages: seconds by what was done, where the run goes through several.
         calibration_tokens: that Hessians are means over; 0 where there are none.
+        distillation: what came after, if it did; objectives are those before it.
     """
 
     method: str
@@ -83,6 +104,7 @@ class ModelReport:
     codebook_bytes: int = 0
     stages: dict[str, float] = field(default_factory=dict)
     calibration_tokens: int = 0
+    distillation: Distillation | None = None
 
     @property
     def compressed_weights(self) -> int:
@@ -143,6 +165,11 @@ class ModelReport:
         known["layers"] = tuple(LayerReport(**{**everywhere, **one}) for one in known["layers"])
         known["ignored"] = tuple(known["ignored"])
         known["not_reached"] = tuple(known["not_reached"])
+        if known.get("distillation") is not None:
+            learnt = known["distillation"]
+            known["distillation"] = Distillation(
+                **{**learnt, "divergences": tuple(learnt["divergences"])}
+            )
         return cls(**known)
 
     def to_csv(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
@@ -33,6 +33,7 @@ _FORMAT = "nowag_ext finished layer"
 _LOCK = f"{MARK}lock"
 _MADE_WITH = f"{MARK}made_with.json"
 _STATISTICS = "statistics"
+_STATE = "state"
 _SAMPLES = f"{MARK}samples"
 
 
@@ -70,9 +71,24 @@ def run_key(units: Mapping[str, Unit], **rest: Any) -> str:
         },
         **{name: value for name, value in rest.items() if name not in tensors},
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     weights = ((name, unit.weight) for name, unit in units.items())
-    for name, tensor in chain(weights, tensors.items()):
+    return _digest(identity, chain(weights, tensors.items()))
+
+
+def state_key(tensors: Iterable[Tensor], facts: Any) -> str:
+    """A digest of all that the state of an optimisation follows from; ``facts`` are for JSON."""
+    identity = {
+        "nowag_ext": __version__,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+        "facts": facts,
+    }
+    return _digest(identity, (("", tensor) for tensor in tensors))
+
+
+def _digest(identity: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -247,6 +263,14 @@ class LayerStore:
         if found is None:
             return CalibrationStatistics(), 0
         return CalibrationStatistics.of_tensors(self._path(_STATISTICS), found[0]), found[1]
+
+    def put_state(self, key: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
+        """Keeps how far an optimisation has come."""
+        self._write(_STATE, key, dict(tensors), facts)
+
+    def get_state(self, key: str) -> tuple[dict[str, Tensor], Any] | None:
+        """The tensors and facts of this key, or None if it has to begin."""
+        return self._read(_STATE, key)
 
     def put_samples(self, samples: int) -> None:
         """Notes how many windows of text the run has decided to read."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nowag_ext import ops
 from nowag_ext.codebook import Codebook
@@ -19,6 +20,9 @@ from nowag_ext.kmeans import Clustering, Points, half_entries
 from nowag_ext.normalize import as_tensor, as_weight, half_norms, normalize_weight, normalized_by
 
 Progress = Callable[[int, int, float], None]
+
+# Rows whose gradients are looked at together: what that takes stays small beside the weight.
+_GRADIENT_ROWS = 512
 
 # Between the seeds of restarts, so that restarts of neighbouring seeds have none in common.
 _SEED_STRIDE = 0x9E3779B97F4A7C15
@@ -109,6 +113,43 @@ class VQWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight [out_features, in_features] in fp32, fp16 or bf16."""
         return ops.vq_dequantize(self.codes, self.codebook, self.row_norms, self.col_norms, dtype)
+
+    def step_sizes(self) -> dict[str, Tensor]:
+        """What of it is continuous, and how far a step of 1 moves that: fp32, that broadcasts.
+
+        Norms move relative to themselves, entries to their root mean square.
+        """
+        return {
+            "codebook": self.codebook.float().square().mean().sqrt(),
+            "row_norms": self.row_norms.float(),
+            "col_norms": self.col_norms.float(),
+        }
+
+    def gradients(self, weight_grad: Tensor) -> dict[str, Tensor]:
+        """The gradients, fp32, of what is continuous, from that of the dense weight.
+
+        Args:
+            weight_grad: fp32 [out_features, in_features].
+        """
+        entries, rows, cols = (t.float() for t in (self.codebook, self.row_norms, self.col_norms))
+        codes = ops.unpack_codes(self.codes, self.shape[0]).to(torch.int32)
+        pad = codes.shape[1] * self.d - self.shape[1]
+        found = {
+            name: torch.zeros_like(t)
+            for name, t in (("codebook", entries), ("row_norms", rows), ("col_norms", cols))
+        }
+        for first in range(0, self.shape[0], _GRADIENT_ROWS):
+            part = slice(first, first + _GRADIENT_ROWS)
+            grad, indices = weight_grad[part], codes[part].flatten()
+            moved = functional.embedding(indices, entries).view(len(grad), -1)[:, : self.shape[1]]
+            moved.mul_(grad)
+            found["row_norms"][part] = moved @ cols
+            found["col_norms"].addmv_(moved.T, rows[part])
+            scaled = functional.pad(rows[part, None] * cols * grad, (0, pad)).view(-1, self.d)
+            found["codebook"] += torch.ops.aten.embedding_dense_backward(
+                scaled, indices, len(entries), -1, False
+            )
+        return found
 
     def to(self, device: torch.device | str) -> VQWeight:
         """The same weight on another device."""

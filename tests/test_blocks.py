@@ -28,7 +28,9 @@ from transformers import (
 
 from nowag_ext import VQLinear, compress_model
 from nowag_ext.decoder import decoder_layers
+from nowag_ext.pipeline import blocks as blocks_of_a_model
 from nowag_ext.pipeline.blocks import Blocks, Group
+from nowag_ext.pipeline.capture import output_tensor
 
 LENGTH = 20
 HIDDEN = 32
@@ -297,6 +299,43 @@ def test_silent_linears_leave_the_residual_stream_as_it_was(family: str) -> None
             added = inputs @ linear.weight.T
             torch.testing.assert_close(silent.sums[name] + added, total, rtol=1e-5, atol=1e-5)
             assert (added.abs().mean(0) > 0).all()
+
+
+@families
+def test_groups_are_found_from_the_first_tokens(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Blocks(shared_model(family), LENGTH)
+    monkeypatch.setattr(blocks_of_a_model, "_TRACE_TOKENS", 5)
+    blocks = Blocks(shared_model(family), LENGTH).copied(1)
+    hidden = hidden_before(whole, 1, windows())
+    read: list[int] = []
+    part = blocks._layers[blocks.layers[1]]
+    part.register_forward_hook(lambda *given: read.append(output_tensor(given[2]).shape[1]))
+    assert blocks.groups(1, hidden[:1]) == whole.groups(1, hidden[:1])
+    assert set(read) == {5}
+
+
+class LateExpert(nn.Module):
+    """A linear that no token before the eighth is routed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.late = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[1] < 8 else torch.cat([x[:, :7], self.late(x[:, 7:])], 1)
+
+
+def test_groups_are_found_from_a_whole_window_where_that_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model("llama")
+    model.model.layers[0].mlp = LateExpert()
+    monkeypatch.setattr(blocks_of_a_model, "_TRACE_TOKENS", 5)
+    blocks = Blocks(model, LENGTH)
+    groups = blocks.groups(0, blocks.embed(windows())[:1])
+    assert [name.rpartition(".")[2] for name in groups[-1].names] == ["late"]
 
 
 class TwoSums(nn.Module):

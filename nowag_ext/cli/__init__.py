@@ -2,6 +2,6 @@
 
 from nowag_ext.cli.base import app
 
-from nowag_ext.cli import demo, calibrate, compress, use  # isort: skip  # as in --help
+from nowag_ext.cli import demo, calibrate, compress, distill, use  # isort: skip  # as in --help
 
-__all__ = ["app", "calibrate", "compress", "demo", "use"]
+__all__ = ["app", "calibrate", "compress", "demo", "distill", "use"]

@@ -194,6 +194,46 @@ Overwrite = Annotated[
     typer.Option("--overwrite", help="Replace OUTPUT, if nowag_ext wrote all that is in it."),
 ]
 
+# Distillation
+Compressed = Annotated[
+    str,
+    typer.Argument(
+        metavar="COMPRESSED",
+        help="A directory or hub id of a compressed model.",
+        show_default=False,
+    ),
+]
+Dense = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        help=f"The dense model to learn from: that which was compressed, or a better one with the "
+        f"same tokens. {MODEL_HELP}",
+        show_default=False,
+    ),
+]
+DistillTexts = Annotated[
+    list[Path],
+    typer.Option(
+        "--text",
+        help="UTF-8 text to learn from; repeatable, mixed evenly.",
+        show_default=False,
+    ),
+]
+DistillSamples = Annotated[int, typer.Option("--samples", help="Windows of text to read.")]
+Skip = Annotated[
+    int,
+    typer.Option(
+        help="Windows of the text to leave out before those: 32 if it is the text that COMPRESSED "
+        "was calibrated on, which says little more about it."
+    ),
+]
+Passes = Annotated[int, typer.Option(help="How often the text is gone through.")]
+LearningRate = Annotated[
+    float, typer.Option(help="Of the first steps, in relative terms; it falls to 0.")
+]
+OrderSeed = Annotated[int, typer.Option("--seed", help="Of the order of the windows.")]
+
 # Evaluation and generation
 Window = Annotated[int, typer.Option(help="Tokens a window.")]
 Windows = Annotated[

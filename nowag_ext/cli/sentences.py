@@ -8,8 +8,9 @@ from typing import Any
 
 # Of Python's arguments those that a sentence may begin with or that can be nothing else.
 _ARGUMENTS = re.compile(
-    r"^(bits|checkpoint_format|codebook_scope|d|dtype|ignore|init|iters|max_new_tokens|method"
-    r"|min_coverage|n_init|pattern|recipe|seed|sparsity|temperature)(?= must | names )"
+    r"^(bits|checkpoint_format|codebook_scope|d|dtype|ignore|init|iters|learning_rate"
+    r"|max_new_tokens|method|min_coverage|n_init|passes|pattern|recipe|seed|sparsity|temperature)"
+    r"(?= must | names )"
     r"|\b(codebook_scope|max_new_tokens|min_coverage|n_init)\b"
 )
 # Options that are not called as the argument is.

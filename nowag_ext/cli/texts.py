@@ -36,17 +36,33 @@ def text_facts(
 
 
 def text_windows(
-    tokenizer: Any, texts: Sequence[Text], samples: int, length: int, seed: int | None
+    tokenizer: Any,
+    texts: Sequence[Text],
+    samples: int,
+    length: int,
+    seed: int | None,
+    *,
+    skip: int = 0,
+    doing: str = "Calibrating on",
 ) -> list[Tensor]:
-    """Windows of the texts, as many of each, and says so."""
+    """Windows of the texts, as many of each, but for the first so many; and says so."""
+    if skip < 0:
+        raise ValueError(f"--skip must not be negative, not {skip}.")
     # Windows at random are of the whole text.
-    enough = samples * length if seed is None else None
+    enough = (skip + samples) * length if seed is None else None
     with of_argument("text"):
         tokens = [text.tokens(tokenizer, enough) for text in texts]
-    windows = mixed_batches(tokens, samples=samples, length=length, seed=seed)
+    found = mixed_batches(tokens, samples=skip + samples, length=length, seed=seed)
+    windows = found[skip:]
+    if not windows:
+        raise ValueError(
+            f"--skip {skip} leaves nothing of the text, which has {len(found)} windows of {length} "
+            "tokens: give more text, or skip less of it."
+        )
+    after = f" after {skip} that are skipped" if skip else ""
     which = "the first of the text" if seed is None else f"taken at random (seed {seed})"
     of = "" if len(texts) == 1 else f", from {len(texts)} texts in turn"
-    out.print(f"Calibrating on {len(windows)} windows of {length} tokens, {which}{of}.")
+    out.print(f"{doing} {len(windows)} windows of {length} tokens, {which}{after}{of}.")
     if len(windows) < samples:
         err.print(f"The text has no more: {samples} were asked for.")
     return windows

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -38,6 +38,9 @@ from nowag_ext.pipeline.capture import (
 from nowag_ext.pipeline.taps import Change, Look, See, find_tap, trace_layer
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
+
+# Tokens that tell which linears read the same: the first of a window, which see no others.
+_TRACE_TOKENS = 64
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
 
@@ -107,7 +110,7 @@ class Blocks:
         if length < 1:
             raise ValueError(f"windows must have at least 1 token, not {length}.")
         self._layers = _one_list(model)
-        self._first = next(iter(self._layers.values()))  # the model's own, whatever is copied
+        self._own = dict(self._layers)  # the model's own, whatever is copied
         self._body = getattr(model, "base_model", model)
         self._embeddings: nn.Module = model.get_input_embeddings()
         self.layers: tuple[str, ...] = tuple(self._layers)
@@ -117,10 +120,16 @@ class Blocks:
         vocabulary = self._embeddings.get_parameter("weight").shape[0]
         ids = torch.arange(length, device=self._device)
         one, two, three = ((ids + shift) % vocabulary for shift in range(3))
-        self._calls: dict[str, Call] = self._record(one[None])
-        check_calls(self._calls, self._record(torch.stack([two, three])))
+        self._calls, output = self._record(one[None])
+        check_calls(self._calls, self._record(torch.stack([two, three]))[0])
+        self._output = with_tensor(output, output_tensor(output)[:0])  # for its structure
+        self._short: Blocks | None = None  # the same for a window's first tokens
+        if length > _TRACE_TOKENS:
+            self._short = copy.copy(self)
+            self._short.length = _TRACE_TOKENS
+            self._short._calls, _ = self._record(one[None, :_TRACE_TOKENS])
 
-    def _record(self, ids: Tensor) -> dict[str, Call]:
+    def _record(self, ids: Tensor) -> tuple[dict[str, Call], Any]:
         with evaluating(self._body):
             return record_calls(self._layers, partial(self._body, input_ids=ids, use_cache=False))
 
@@ -133,12 +142,19 @@ class Blocks:
             )
         body = partial(self._body, input_ids=ids.to(self._device), use_cache=False)
         with evaluating(self._body):
-            return first_hidden(self.layers[0], self._first, body)
+            return first_hidden(self.layers[0], self._own[self.layers[0]], body)
 
     def copied(self, index: int) -> Blocks:
         """The same blocks with a copy of one layer, in fp32 and in memory, free to be changed."""
         name = self.layers[index]
         layer = copied(self._layers[name]).float().requires_grad_(False)
+        other = self._with_layer(name, layer)
+        if self._short is not None:
+            other._short = self._short._with_layer(name, layer)
+        return other
+
+    def _with_layer(self, name: str, layer: nn.Module) -> Blocks:
+        """The same blocks but for one, in fp32."""
         other = copy.copy(self)
         other._layers = {**self._layers, name: layer}
         other._calls = {**self._calls, name: self._calls[name].to(torch.float32)}
@@ -158,6 +174,29 @@ class Blocks:
         """
         return self._forward(index, hidden, looks, given=given)
 
+    def recorded(
+        self, index: int, hidden: Tensor, forwards: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> Tensor:
+        """``run``, recorded for a backward; modules of these full names do this instead."""
+        layer = self.layers[index]
+        self._check_hidden(hidden)
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(evaluating(self._layers[layer]))
+            for name, part in self._parts(index):
+                if name in forwards:
+                    instead = partial(_does, forwards[name])
+                    stack.enter_context(replaced_forwards({name: part}, instead))
+            return output_tensor(self._calls[layer](self._layers[layer], hidden))
+
+    @contextmanager
+    def skipped(self, hidden: Tensor) -> Iterator[None]:
+        """The model's own layers return these hidden states, whatever they are given."""
+        output = with_tensor(self._output, hidden)
+        with replaced_forwards(self._own, lambda *args, **kwargs: output):
+            yield
+
     def linear(self, index: int, name: str, inputs: Tensor) -> Tensor:
         """The output [tokens, out_features] of one of the layer's linears."""
         parts = dict(self._parts(index))
@@ -169,6 +208,12 @@ class Blocks:
         """Full names of all modules of these types in the layer, in the model's order."""
         parts = self._parts(index)
         return tuple(name for name, part in parts if isinstance(part, kinds))
+
+    def bias(self, index: int, name: str) -> Tensor | None:
+        """The bias of one of the layer's linears, dense or packed."""
+        part: Any = dict(self._parts(index))[name]
+        bias: Tensor | None = part.bias
+        return bias
 
     def weights(self, index: int) -> dict[str, Tensor]:
         """By full name, the weights of the layer's linears themselves."""
@@ -184,13 +229,21 @@ class Blocks:
     def groups(self, index: int, hidden: Tensor, kinds: Kinds = nn.Linear) -> list[Group]:
         """The layer's linears by what they read, in order of execution.
 
-        Costs a run of the layer, and another for each linear whose output has the shape of the
-        hidden states: one window is enough. A linear that is not called, an expert that no token
-        is routed to say, is in no group: ``linears`` names it all the same.
+        One window is enough, and of that mostly the first tokens. A linear that is not called, an
+        expert that no token is routed to say, is in no group: ``linears`` names it all the same.
 
         Raises:
             ValueError: a linear is called twice, so that it has no one input.
         """
+        if self._short is not None:
+            found = self._short._groups(index, hidden[:, : self._short.length], kinds)
+            called = {name for group in found for name in group.names}
+            if called.issuperset(self.linears(index, kinds)):
+                return found
+        return self._groups(index, hidden, kinds)
+
+    def _groups(self, index: int, hidden: Tensor, kinds: Kinds) -> list[Group]:
+        """Costs a run, and another for each linear whose output is shaped as hidden states are."""
         run = partial(self._forward, index, hidden)
         names = [name for name, _ in self._parts(index)]
         trace = trace_layer(run, hidden, names, self.linears(index, kinds))
@@ -259,6 +312,13 @@ class Blocks:
         named = zip(group.names, group.taps, strict=True)
         return Taps(inputs, {name: seen[tap] for name, tap in named if tap is not None}, returned)
 
+    def _check_hidden(self, hidden: Tensor) -> None:
+        if hidden.dim() != 3 or hidden.shape[1] != self.length:
+            raise ValueError(
+                f"hidden states must have shape [windows, {self.length}, hidden_size], "
+                f"not {tuple(hidden.shape)}."
+            )
+
     @ordinary_tensors
     def _forward(
         self,
@@ -272,11 +332,7 @@ class Blocks:
     ) -> Tensor:
         """The layer's output; others are called on the way (``taps.Run``), or not (``taps``)."""
         layer = self.layers[index]
-        if hidden.dim() != 3 or hidden.shape[1] != self.length:
-            raise ValueError(
-                f"hidden states must have shape [windows, {self.length}, hidden_size], "
-                f"not {tuple(hidden.shape)}."
-            )
+        self._check_hidden(hidden)
         with ExitStack() as stack:
             stack.enter_context(evaluating(self._layers[layer]))
             for name, part in self._parts(index):
@@ -320,6 +376,11 @@ def _shows(see: See) -> Callable[..., None]:
 def _gives(output: Any) -> Callable[..., Any]:
     # A copy: layers may write into what their modules return.
     return lambda *args, **kwargs: with_tensor(output, output_tensor(output).clone())
+
+
+def _does(instead: Callable[[Tensor], Tensor], *args: Any) -> Tensor:
+    """Of a module's name, its own forward and what it reads, that alone matters."""
+    return instead(args[-1])
 
 
 def _bias(linear: Any, name: str, forward: Callable[..., Any], inputs: Tensor) -> Tensor:

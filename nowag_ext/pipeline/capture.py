@@ -75,8 +75,13 @@ def with_tensor(output: Any, tensor: Tensor) -> Any:
     return tensor if isinstance(output, Tensor) else (tensor, *output[1:])
 
 
-def record_calls(layers: Mapping[str, nn.Module], body: Callable[[], Any]) -> dict[str, Call]:
+def record_calls(
+    layers: Mapping[str, nn.Module], body: Callable[[], Any]
+) -> tuple[dict[str, Call], Any]:
     """Runs ``body`` with every layer but the first replaced by a recorder of its arguments.
+
+    Returns:
+        The calls by layer, and what the first layer has returned.
 
     Raises:
         ValueError: ``body`` does not call the layers one after another, each once, each on exactly
@@ -89,7 +94,7 @@ def record_calls(layers: Mapping[str, nn.Module], body: Callable[[], Any]) -> di
         raise ValueError(
             f"the model never calls {recorder.expected}: it cannot be run layer by layer."
         )
-    return recorder.calls
+    return recorder.calls, recorder.output
 
 
 class _Recorder:
@@ -98,7 +103,7 @@ class _Recorder:
     def __init__(self, names: Sequence[str]) -> None:
         self.calls: dict[str, Call] = {}
         self._names = names
-        self._output: Any = None  # the first layer's
+        self.output: Any = None  # the first layer's
         self._passed: Tensor | None = None
 
     @property
@@ -120,10 +125,10 @@ class _Recorder:
         self.calls[name] = call
         if self._passed is None:
             # A tensor or a tuple: the loop that calls the layers takes the same of all of them.
-            self._output = forward(*args, **kwargs)
+            self.output = forward(*args, **kwargs)
         # Rolled, so that the check above sees a model that mixes in the hidden states of before.
         self._passed = hidden.roll(1, dims=-1)
-        return with_tensor(self._output, self._passed)
+        return with_tensor(self.output, self._passed)
 
 
 def _same(one: Tensor, two: Tensor) -> bool:

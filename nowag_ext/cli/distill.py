@@ -1,0 +1,84 @@
+"""``nowag-ext distill``."""
+
+from __future__ import annotations
+
+import torch
+
+from nowag_ext.checkpoint import is_compressed, load, report_of, save_compressed
+from nowag_ext.cli import options
+from nowag_ext.cli.base import app, err, out, reported
+from nowag_ext.cli.sentences import named_options
+from nowag_ext.cli.texts import open_texts, text_facts, text_windows
+from nowag_ext.disk import kept, of_argument, source_facts
+from nowag_ext.files import check_apart, check_vacant, temporary_directory
+from nowag_ext.pipeline.distill import check_distillation
+from nowag_ext.pipeline.distill import distill as distill_model
+from nowag_ext.render import distillation_text, loading, progress_bar
+from nowag_ext.source import check_found, named_dtype, open_dense_model, open_tokenizer
+
+
+@app.command()
+@reported
+def distill(
+    compressed: options.Compressed,
+    dense: options.Dense,
+    text: options.DistillTexts,
+    output: options.Output,
+    passes: options.Passes = 1,
+    learning_rate: options.LearningRate = 1e-3,
+    seed: options.OrderSeed = 0,
+    samples: options.DistillSamples = 32,
+    skip: options.Skip = 0,
+    length: options.Length = 1024,
+    sample_seed: options.SampleSeed = None,
+    dtype: options.Dtype = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    resume: options.Resume = True,
+    offload: options.Offload = None,
+    overwrite: options.Overwrite = False,
+) -> None:
+    """Tunes a compressed model to predict what the dense one predicts, at the same bits."""
+    check_distillation(passes, learning_rate, seed)
+    with of_argument("output"):
+        target = check_vacant(output, overwrite=overwrite)
+        for source in (compressed, dense):
+            check_apart(target, source)
+    check_found(dense)
+    if not is_compressed(compressed):
+        raise ValueError(f"{compressed} is not compressed: compress it first.")
+    if is_compressed(dense):
+        raise ValueError(f"--dense {dense} is itself compressed: the dense model is needed.")
+    with (
+        kept(target, resume=resume) as store,
+        temporary_directory(store.directory, "converted") as converted,
+    ):
+        texts = open_texts(text)
+        made_with = {
+            **source_facts(compressed, dtype), **text_facts(texts, samples, length, sample_seed),
+            "skip": skip,
+            "dense": source_facts(dense, dtype)["model"], "passes": passes,
+            "learning_rate": learning_rate, "seed": seed,
+        }  # fmt: skip
+        store.begin(named_options(made_with))
+        tokenizer = open_tokenizer(compressed, trust_remote_code=trust_remote_code)
+        windows = text_windows(
+            tokenizer, texts, samples, length, sample_seed, skip=skip, doing="Learning from"
+        )
+        with loading(err, compressed):
+            model = load(compressed, dtype=named_dtype(dtype), trust_remote_code=trust_remote_code)
+            model.nowag_report = report_of(model)
+        with loading(err, dense):
+            teacher, _ = open_dense_model(
+                dense, dtype, offload_folder=converted, trust_remote_code=trust_remote_code
+            )
+        with progress_bar(err) as progress:
+            learnt = distill_model(
+                model, teacher, torch.cat(windows), passes=passes, learning_rate=learning_rate,
+                seed=seed, work_dir=store, offload_dir=offload, progress=progress,
+            )  # fmt: skip
+        left_out = save_compressed(model, tokenizer, target, overwrite=overwrite)
+        store.clear()
+    out.print(distillation_text(learnt), soft_wrap=True)
+    for name, reason in left_out.items():
+        err.print(f"{name} was not copied: {reason}.", soft_wrap=True)
+    out.print(f"The checkpoint is in {target}.", soft_wrap=True)
