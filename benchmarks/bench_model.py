@@ -68,17 +68,18 @@ def compress(
     """Compresses, saves, reloads, and checks that the reloaded model is the same bit for bit.
 
     "windows=16" among the settings is for block by block, with feedback, on so many windows of the
-    calibration text; "distill=2" for so many passes of distillation through them afterwards.
+    calibration text; "distill=64" for distillation on so many windows of 512 tokens after those.
     """
     method, settings = parse_method(text)
     model, tokenizer = open_dense_model(dense)
-    passes = settings.pop("distill", 0)
+    learnt = settings.pop("distill", 0)
     if "windows" in settings:
         tokens = evaluate.tokenize(tokenizer, read_text(data / CALIBRATION))
         windows = evaluate.split_windows(tokens, 1024, settings.pop("windows"))
         nowag_ext.compress(model, windows, method, **settings)
-        if passes:
-            nowag_ext.distill(model, open_dense_model(dense)[0], windows, passes=passes)
+        if learnt:
+            rest = evaluate.split_windows(tokens[windows.numel() :], 512, learnt)
+            nowag_ext.distill(model, open_dense_model(dense)[0], rest)
     else:
         nowag_ext.compress_model(model, norms, method, **settings)
     report = model.nowag_report
@@ -98,7 +99,7 @@ def compress(
         "settings": report.settings,
         "bits_per_weight": report.bits_per_weight,
         "mean_relative_objective": report.mean_relative_objective,
-        "compress_seconds": report.seconds + (report.distillation.seconds if passes else 0.0),
+        "compress_seconds": report.seconds + (report.distillation.seconds if learnt else 0.0),
         "stages": report.stages,
         "distillation": report.distillation and asdict(report.distillation),
         "peak_memory": report.peak_memory,

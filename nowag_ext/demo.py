@@ -31,6 +31,9 @@ from nowag_ext.report import settings_text
 from nowag_ext.source import calibration_batches, open_dense_model
 
 RESULT_FILE = "demo.json"
+
+# Windows of the text that activation norms are of: they need few.
+_NORM_WINDOWS = 4
 STORED = torch.bfloat16
 PROMPT = "A list in Python is"
 
@@ -232,7 +235,8 @@ class _Demo:
         self._tell("calibrating")
         start = time.perf_counter()
         with progress_bar(self.err) as progress:
-            act_norms = calibrate(model, self.calibration, progress=progress)
+            windows = self.calibration[:_NORM_WINDOWS]
+            act_norms = calibrate(model, windows, progress=progress)
         return act_norms, time.perf_counter() - start
 
     def _dense_row(self, loaded: dict[torch.dtype, Any]) -> DemoRow:
@@ -337,7 +341,8 @@ def _show(result: DemoResult, output: Path, out: Console) -> None:
         f"windows of {result.window} tokens for calibration; "
         f"perplexity on the other half, {result.protocol}. At most {effort.iters} k-means "
         f"iterations. Few of each: for figures to rely on use the commands one by one. VQ goes "
-        "through the model block by block, pruning takes every layer alone.",
+        "through the model block by block; pruning takes every layer alone, by norms of the first "
+        f"{min(_NORM_WINDOWS, effort.calibration_windows)} windows.",
         soft_wrap=True,
     )
     out.print(

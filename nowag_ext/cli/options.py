@@ -224,10 +224,11 @@ DistillSamples = Annotated[int, typer.Option("--samples", help="Windows of text 
 Skip = Annotated[
     int,
     typer.Option(
-        help="Windows of the text to leave out before those: 32 if it is the text that COMPRESSED "
-        "was calibrated on, which says little more about it."
+        help="Tokens of the text to leave out first. What COMPRESSED was calibrated on says little "
+        "more about it: of the same text skip 32768, if --samples and --length were not given."
     ),
 ]
+DistillLength = Annotated[int, typer.Option("--length", help="Tokens a window.")]
 Passes = Annotated[int, typer.Option(help="How often the text is gone through.")]
 LearningRate = Annotated[
     float, typer.Option(help="Of the first steps, in relative terms; it falls to 0.")

@@ -45,21 +45,26 @@ def text_windows(
     skip: int = 0,
     doing: str = "Calibrating on",
 ) -> list[Tensor]:
-    """Windows of the texts, as many of each, but for the first so many; and says so."""
+    """Windows of the texts, as many of each; and says so.
+
+    Of as many of each the first ``skip`` tokens are left out.
+    """
     if skip < 0:
         raise ValueError(f"--skip must not be negative, not {skip}.")
+    skipped = -(-skip // max(1, len(texts)))
     # Windows at random are of the whole text.
-    enough = (skip + samples) * length if seed is None else None
+    enough = skipped + samples * length if seed is None else None
     with of_argument("text"):
         tokens = [text.tokens(tokenizer, enough) for text in texts]
-    found = mixed_batches(tokens, samples=skip + samples, length=length, seed=seed)
-    windows = found[skip:]
-    if not windows:
-        raise ValueError(
-            f"--skip {skip} leaves nothing of the text, which has {len(found)} windows of {length} "
-            "tokens: give more text, or skip less of it."
-        )
-    after = f" after {skip} that are skipped" if skip else ""
+    for text, found in zip(texts, tokens, strict=True):
+        if skipped and len(found) < skipped + length:
+            raise ValueError(
+                f"--skip {skip} leaves less than a window of {text.name}, which has {len(found)} "
+                "tokens: give more text, or skip less of it."
+            )
+    rest = [found[skipped:] for found in tokens]
+    windows = mixed_batches(rest, samples=samples, length=length, seed=seed)
+    after = f" after {skip} tokens that are skipped" if skip else ""
     which = "the first of the text" if seed is None else f"taken at random (seed {seed})"
     of = "" if len(texts) == 1 else f", from {len(texts)} texts in turn"
     out.print(f"{doing} {len(windows)} windows of {length} tokens, {which}{after}{of}.")
