@@ -206,6 +206,18 @@ def test_saved_and_loaded(form: str, tmp_path: Path) -> None:
         assert_same_bits(nowag_ext.load(tmp_path / "out")(windows()).logits, wanted)
 
 
+def test_models_made_in_inference_mode_and_callers_in_it() -> None:
+    models = [compressed("shared"), compressed("shared")]
+    with torch.inference_mode():
+        models.append(compressed("shared", tiny_model()))
+        distill(models[0], tiny_model(), windows(), learning_rate=1e-2)
+        distill(models[2], tiny_model(), windows(), learning_rate=1e-2)
+    distill(models[1], tiny_model(), windows(), learning_rate=1e-2)
+    for name, tensor in state(models[0]).items():
+        assert_same_bits(models[1].state_dict()[name], tensor, name)
+        assert_same_bits(models[2].state_dict()[name], tensor, name)
+
+
 def test_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation, "_KEEP_EVERY", 0.0)
     given: dict[str, Any] = {"passes": 2, "learning_rate": 1e-2}

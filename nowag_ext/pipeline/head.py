@@ -28,7 +28,7 @@ class Head:
         self._model, self._blocks = model, blocks
         within = tuple(f"{name}." for name in blocks.layers)
         self._parameters = {
-            name: parameter.detach().float()
+            name: _ordinary(parameter.detach().float())
             for name, parameter in model.named_parameters()
             if not name.startswith(within) and parameter.is_floating_point()
         }
@@ -43,3 +43,8 @@ class Head:
             given = {"input_ids": ids, "use_cache": False}
             logits: Tensor = functional_call(self._model, self._parameters, (), given).logits
         return logits
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that a backward takes, which one made in inference mode is not."""
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -67,4 +67,6 @@ class Moving:
         stored = {key: self._stored(key) for key in self.steps}
         for name, keys in self._keys.items():
             for part, key in keys.items():
-                getattr(modules[name], part).copy_(stored[key])
+                tensor = getattr(modules[name], part)
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(stored[key])
