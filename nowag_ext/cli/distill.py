@@ -25,7 +25,7 @@ def distill(
     text: options.DistillTexts,
     output: options.Output,
     passes: options.Passes = 1,
-    learning_rate: options.LearningRate = 1e-3,
+    learning_rate: options.LearningRate = 3e-3,
     seed: options.OrderSeed = 0,
     samples: options.DistillSamples = 64,
     skip: options.Skip = 0,

@@ -53,7 +53,7 @@ def distill(
     tokens: Tensor,
     *,
     passes: int = 1,
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-3,
     seed: int = 0,
     work_dir: str | os.PathLike[str] | LayerStore | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
