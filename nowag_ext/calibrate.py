@@ -300,6 +300,15 @@ def calibrate(
     return collect_statistics(model, token_batches, progress=progress).act_norms()
 
 
+def checked_windows(model: Any, tokens: Any) -> Tensor:
+    """Text without padding, [windows, length], on the device of the model's embeddings."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(
+            f"tokens must be a tensor of int64 or int32, not of type {type(tokens).__name__}."
+        )
+    return checked_batch(model, tokens)[0]
+
+
 def checked_batch(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
     """input_ids and attention_mask on the device of the model's embeddings."""
     mapping = isinstance(batch, Mapping)

@@ -19,12 +19,10 @@ from nowag_ext.gguf_source import check_gguf, convert_gguf, explained, read_once
 from nowag_ext.integrations.transformers import QUANT_METHOD, NowagConfig, replace_by_dense
 from nowag_ext.methods import METHODS
 from nowag_ext.offload import layers_on_disk
-from nowag_ext.report import ModelReport, settings_text
-from nowag_ext.side_files import copy_side_files, licence_of, source_folder
+from nowag_ext.report import LAYERS_FILE, REPORT_FILE, distillation_text, settings_text
+from nowag_ext.side_files import copy_side_files, licence_of, report_of, source_folder
 from nowag_ext.stored import checked_config, shown
 
-REPORT_FILE = "report.json"
-LAYERS_FILE = "layers.csv"
 CARD_FILE = "README.md"
 
 # Room for what is not tensors: configuration, tokenizer, report, model card, file headers.
@@ -66,17 +64,6 @@ def load(path_or_id: str | os.PathLike[str], **kwargs: Any) -> Any:
     model = loaded[0] if isinstance(loaded, tuple) else loaded
     model.nowag_source = source_folder(path_or_id, **kwargs)
     return loaded
-
-
-def report_of(model: Any) -> ModelReport | None:
-    """The report beside the checkpoint that a model was loaded from, if there is a sound one."""
-    folder = getattr(model, "nowag_source", None)
-    if folder is None:
-        return None
-    try:
-        return ModelReport.from_json((Path(folder) / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def load_dense_model(
@@ -353,14 +340,14 @@ def _save(
 ) -> dict[str, str]:
     check_vacant(path, overwrite=overwrite)
     with atomic_directory(path, overwrite=overwrite) as directory:
-        require_space(directory, _model_bytes(model) + _OTHER_BYTES)
+        require_space(directory, model_bytes(model))
         with warnings.catch_warnings():
             # Of layers on disk a shard is in memory while it is written: by now little is left.
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
             model.save_pretrained(directory, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)
-        report: ModelReport | None = getattr(model, "nowag_report", None)
+        report = report_of(model)
         if report is not None:
             (directory / REPORT_FILE).write_text(report.to_json(), encoding="utf-8")
             (directory / LAYERS_FILE).write_text(report.to_csv(), encoding="utf-8")
@@ -368,13 +355,13 @@ def _save(
         return copy_side_files(model, directory)
 
 
-def _model_bytes(model: Any) -> int:
-    """Bytes of all tensors to be written, those that share memory counted once."""
+def model_bytes(model: Any) -> int:
+    """Bytes that are needed to write a model; tensors that share memory count once."""
     sizes = {
         name if tensor.is_meta else tensor.data_ptr(): tensor.nbytes
         for name, tensor in model.state_dict().items()
     }
-    return sum(sizes.values())
+    return sum(sizes.values()) + _OTHER_BYTES
 
 
 def _check_exists(path_or_id: str | os.PathLike[str]) -> None:
@@ -436,7 +423,7 @@ def _card(model: Any, head: str, about: str) -> str:
 
 
 def _figures(model: Any) -> str:
-    report: ModelReport | None = getattr(model, "nowag_report", None)
+    report = report_of(model)
     if report is None:
         return ""
     rows = {
@@ -444,6 +431,7 @@ def _figures(model: Any) -> str:
         "mean relative objective": f"{report.mean_relative_objective:.5f}",
         "compressed share of the decoder's weights": f"{report.coverage:.1%}",
         "compressed layers": str(len(report.layers)),
+        **({"distilled": distillation_text(report.distillation)} if report.distillation else {}),
         "written by": ", ".join(f"{name} {value}" for name, value in report.versions.items()),
     }
     lines = [f"| {name} | {value} |" for name, value in rows.items()]

@@ -23,7 +23,7 @@ from nowag_ext.codebook_training import train_codebook
 from nowag_ext.decoder import decoder_layers, decoder_linears, matches
 from nowag_ext.forecast import Sizes
 from nowag_ext.methods import Given, LayerSettings, Settings, VQSettings
-from nowag_ext.pipeline import codebooks, streams
+from nowag_ext.pipeline import blocks, codebooks, streams
 from nowag_ext.pipeline import compress as pipeline
 
 _FLOAT = 4
@@ -37,7 +37,7 @@ _METRIC_COPIES = 3
 _LOADED = 84 << 20
 _MOST_KEPT = 256 << 20
 
-# Runs of one window that finding out a layer's groups takes.
+# Runs of a window's first tokens that finding out a layer's groups takes, beside one of all.
 _TRACES = 4
 
 # Sizes that speeds are measured at, at most; and for how long, each.
@@ -315,7 +315,7 @@ def _seconds(
     forwards = traces = statistics = compression = factors = updates = hessians = 0.0
     for layer in layers:
         forwards += 2 * work.samples * run(layer)  # once in each stream
-        traces += _TRACES * run(layer)
+        traces += (1 + _TRACES * min(1.0, blocks._TRACE_TOKENS / length)) * run(layer)
         for group in layer.groups:
             square = group.inputs**2
             hessians += products(square * length)

@@ -10,8 +10,9 @@ import json
 import os
 import re
 import struct
+import threading
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,12 @@ def explained(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged, or of a model unknown here: {error}") from error
 
 
+# How many threads have ``read_once`` open: what it changes is the whole process's.
+_reading = 0
+_reading_lock = threading.Lock()
+_reading_once = ExitStack()
+
+
 @contextmanager
 def read_once() -> Iterator[None]:
     """While this is open, headers of GGUF files are parsed once, and names of tensors listed once.
@@ -52,25 +59,41 @@ def read_once() -> Iterator[None]:
     transformers parses a header, whose vocabulary takes seconds, for the configuration, for the
     tokenizer and for the weights, and lists all names that there can be for each module of a model.
     """
+    global _reading
+    with _reading_lock:
+        if _reading == 0:
+            _change_gguf(_reading_once)
+        _reading += 1
+    try:
+        yield
+    finally:
+        with _reading_lock:
+            _reading -= 1
+            if _reading == 0:
+                _reading_once.close()
+
+
+def _change_gguf(until: ExitStack) -> None:
     try:
         import gguf
     except ImportError:  # which transformers says better where it needs it
-        yield
         return
+    begin = gguf.GGUFReader.__init__
 
     @lru_cache(2)  # a file, and the part of it that is being read
-    def parsed(path: str, _size: int, _changed: int, *rest: Any) -> Any:
-        return reader(path, *rest)
+    def parsed(path: str, _size: int, _changed: int, *rest: Any) -> dict[str, Any]:
+        reader = gguf.GGUFReader.__new__(gguf.GGUFReader)
+        begin(reader, path, *rest)
+        return vars(reader)
 
-    def read(path: str | os.PathLike[str], *rest: Any) -> Any:
+    def begin_once(self: Any, path: str | os.PathLike[str], *rest: Any) -> None:
         found = Path(path).resolve()
         state = found.stat()
-        return parsed(os.fspath(found), state.st_size, state.st_mtime_ns, *rest)
+        vars(self).update(parsed(os.fspath(found), state.st_size, state.st_mtime_ns, *rest))
 
-    reader = gguf.GGUFReader
     names = lru_cache(2)(gguf.get_tensor_name_map)
-    with mock.patch.multiple(gguf, GGUFReader=read, get_tensor_name_map=names):
-        yield
+    until.enter_context(mock.patch.object(gguf.GGUFReader, "__init__", begin_once))
+    until.enter_context(mock.patch.object(gguf, "get_tensor_name_map", names))
 
 
 def check_gguf(path: Path) -> None:

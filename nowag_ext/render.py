@@ -23,7 +23,7 @@ from rich.text import Text
 
 from nowag_ext.cost import Forecast
 from nowag_ext.environment import Environment
-from nowag_ext.report import Distillation, LayerReport, ModelReport, Progress, settings_text
+from nowag_ext.report import LayerReport, ModelReport, Progress, settings_text
 
 
 class _Times(ProgressColumn):
@@ -144,15 +144,6 @@ def stages_text(report: ModelReport) -> str:
         return ""
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
     return f"{report.seconds:.1f} seconds in all: {parts}."
-
-
-def distillation_text(learnt: Distillation) -> str:
-    """How near the compressed model came to the dense one, in one line."""
-    fell = ", ".join(f"{divergence:.4f}" for divergence in learnt.divergences)
-    return (
-        f"KL(dense || compressed) in nats, a mean a pass, of windows before they are learnt from: "
-        f"{fell}. {learnt.seconds:.1f} seconds in all."
-    )
 
 
 def _kind_row(kind: str, layers: Sequence[LayerReport], shared: int = 0) -> tuple[str, ...]:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
+
+# What a checkpoint has beside its weights.
+REPORT_FILE = "report.json"
+LAYERS_FILE = "layers.csv"
 
 # Called with what is being done, how much is done, and how much there is (0: not known), both in
 # the same unit: batches when calibrating, weights when compressing.
@@ -62,8 +69,8 @@ class Distillation:
     Attributes:
         passes: through a text of so many ``tokens``.
         learning_rate, seed: as given.
-        divergences: of each pass, the mean KL(dense || compressed) in nats, of windows the moment
-            they were learnt from.
+        divergences: of each pass, the mean KL(dense || compressed) in nats, of each window just
+            before its step.
         seconds: wall time of this run.
     """
 
@@ -73,6 +80,16 @@ class Distillation:
     seed: int
     divergences: tuple[float, ...]
     seconds: float
+
+
+def distillation_text(learnt: Distillation) -> str:
+    """How near the compressed model came to the dense one, in one line."""
+    fell = ", ".join(f"{divergence:.4f}" for divergence in learnt.divergences)
+    passes = "1 pass" if learnt.passes == 1 else f"{learnt.passes} passes"
+    return (
+        f"{passes} of {learnt.tokens} tokens; KL(dense || compressed) in nats, of each window just "
+        f"before its step, a mean a pass: {fell}"
+    )
 
 
 @dataclass(frozen=True)
@@ -171,6 +188,20 @@ class ModelReport:
                 **{**learnt, "divergences": tuple(learnt["divergences"])}
             )
         return cls(**known)
+
+    @classmethod
+    def read(cls, file: Path) -> ModelReport | None:
+        """The report in a file, or None where there is none, or one that says what none can say."""
+        if not file.is_file():
+            return None
+        try:
+            report = cls.from_json(file.read_text(encoding="utf-8"))
+            report.to_csv()
+            numbers = [report.bits_per_weight, report.mean_relative_objective, report.coverage]
+            versions = all(re.fullmatch(r"[\w.+-]{1,80}", one) for one in report.versions.values())
+        except Exception:  # whatever stands there
+            return None
+        return report if versions and all(math.isfinite(number) for number in numbers) else None
 
     def to_csv(self) -> str:
         """One line a layer, with a header."""

@@ -163,8 +163,8 @@ def _shown(value: Any) -> str:
     return "not given" if value is None else str(value)
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _checksum(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -231,9 +231,9 @@ class LayerStore:
 
     def _write(self, name: str, key: str, tensors: dict[str, Tensor], facts: Any) -> None:
         tensors = {part: tensor.cpu() for part, tensor in tensors.items()}
+        said = json.dumps(facts)
         metadata = {
-            "format": _FORMAT, "key": key, "facts": json.dumps(facts),
-            "checksum": _checksum(tensors),
+            "format": _FORMAT, "key": key, "facts": said, "checksum": _checksum(tensors, said)
         }  # fmt: skip
         with atomic_file(self._path(name)) as temporary:
             temporary.write_bytes(save(tensors, metadata))
@@ -245,9 +245,10 @@ class LayerStore:
             return None
         with safe_open(path, framework="pt") as file:
             tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
-        if _checksum(tensors) != metadata.get("checksum"):
+        facts = metadata.get("facts", "")
+        if _checksum(tensors, facts) != metadata.get("checksum"):
             return None
-        return tensors, json.loads(metadata["facts"])
+        return tensors, json.loads(facts)
 
     def put(self, name: str, key: str, weight: PackedWeight, seconds: float) -> None:
         """Keeps a finished layer, and how long it took."""

@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.repocard import metadata_load
 
+from nowag_ext.report import LAYERS_FILE, REPORT_FILE, ModelReport
 from nowag_ext.stored import is_inside
 
 # All in lower case.
@@ -33,7 +34,7 @@ _LOADERS = (
 # In a model's own folder.
 _OF_A_MODEL = (
     *_LOADERS, "*.json", "*.jinja", "*.model", "*.model.v*", "*.spm", "*.bpe", "*.vocab", "*.py",
-    "dict.txt", "labels*.txt", "requirements.txt", "layers.csv",
+    "dict.txt", "labels*.txt", "requirements.txt",
 )  # fmt: skip
 # Of another form of the model, or of a training run.
 _NOT = (
@@ -43,7 +44,7 @@ _NOT = (
     "*.ggml", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*.npz", "*.npy",
     "*.pkl", "*.pickle", "*.zip", "*.tar*", "*.lock", "*.pyc",
 )  # fmt: skip
-_OURS = ("config.json", "readme.md")
+_OURS = ("config.json", "readme.md", REPORT_FILE, LAYERS_FILE)
 # Folders of a model's that its loaders read.
 _FOLDERS = (
     "additional_chat_templates", "custom_generate", "[0-9]_*", "tokenizer", "processor",
@@ -98,6 +99,15 @@ def copy_side_files(model: Any, directory: Path) -> dict[str, str]:
                     raise
                 left_out[name] = str(error.strerror or error)
     return left_out
+
+
+def report_of(model: Any) -> ModelReport | None:
+    """What is known of the model's compression: now, or from beside what it was loaded from."""
+    known: ModelReport | None = getattr(model, "nowag_report", None)
+    source = _source(model)
+    if known is None and source is not None and is_inside(source / REPORT_FILE, source):
+        return ModelReport.read(source / REPORT_FILE)
+    return known
 
 
 def licence_of(model: Any) -> dict[str, str]:

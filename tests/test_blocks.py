@@ -302,7 +302,7 @@ def test_silent_linears_leave_the_residual_stream_as_it_was(family: str) -> None
 
 
 @families
-def test_groups_are_found_from_the_first_tokens(
+def test_most_of_what_finds_groups_takes_the_first_tokens(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = Blocks(shared_model(family), LENGTH)
@@ -313,7 +313,8 @@ def test_groups_are_found_from_the_first_tokens(
     part = blocks._layers[blocks.layers[1]]
     part.register_forward_hook(lambda *given: read.append(output_tensor(given[2]).shape[1]))
     assert blocks.groups(1, hidden[:1]) == whole.groups(1, hidden[:1])
-    assert set(read) == {5}
+    assert read.count(LENGTH) == 1
+    assert set(read) == {5, LENGTH}
 
 
 class LateExpert(nn.Module):
@@ -325,6 +326,26 @@ class LateExpert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x if x.shape[1] < 8 else torch.cat([x[:, :7], self.late(x[:, 7:])], 1)
+
+
+class InPieces(nn.Module):
+    """A linear that reads long texts in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.linear(piece) for piece in x.split(8, 1)], 1)
+
+
+def test_what_happens_in_long_windows_alone_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    model.model.layers[0].mlp = InPieces()
+    monkeypatch.setattr(blocks_of_a_model, "_TRACE_TOKENS", 5)
+    blocks = Blocks(model, LENGTH)
+    with pytest.raises(ValueError, match="is called twice in its layer: it has no one input"):
+        blocks.groups(0, blocks.embed(windows())[:1])
 
 
 def test_groups_are_found_from_a_whole_window_where_that_takes_it(

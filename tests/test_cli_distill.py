@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_cli import VQ, fails_with, one_line, run
+from test_distill import keep_every_step
 from tiny_model import TEXT, save_tiny, tiny_llama, tiny_tokenizer
 
 import nowag_ext
@@ -66,7 +68,7 @@ def test_is_what_python_does(work: Path, tmp_path: Path) -> None:
 def test_goes_on_after_an_interrupt(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distillation, "_KEEP_EVERY", 0.0)
+    keep_every_step(monkeypatch)
     given = arguments(work, tmp_path / "out")
     step, left = distillation._Run._step, [5]
 
@@ -93,7 +95,9 @@ def test_goes_on_after_an_interrupt(
     assert one.read_bytes() == other.read_bytes()
 
 
-def test_refusals_leave_nothing(work: Path, tmp_path: Path) -> None:
+def test_refusals_leave_nothing(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = arguments(work, tmp_path / "out")
 
     def but(**changes: Any) -> list[Any]:
@@ -106,8 +110,12 @@ def test_refusals_leave_nothing(work: Path, tmp_path: Path) -> None:
     fails_with("model is not compressed: compress it first", *but(compressed=work / "model"))
     fails_with("--dense .*vq is itself compressed", *but(dense=work / "vq"))
     fails_with("there is no model .*nothing", *but(dense=tmp_path / "nothing"))
+    fails_with("there is no model .*nothing", *but(compressed=tmp_path / "nothing"))
+    fails_with("--dtype must be", *given, "--dtype", "int8")
     fails_with("--passes must be a positive integer, not 0", *but(passes=0))
-    fails_with("--learning-rate must be finite and above 0", *given, "--learning-rate", 0)
+    fails_with(
+        "--learning-rate must be a number above 0, below 1, not 0.0", *given, "--learning-rate", 0
+    )
     fails_with("--seed must be", *given, "--seed", -1)
     fails_with("--skip must not be negative, not -1", *given, "--skip", -1)
     fails_with(
@@ -115,4 +123,25 @@ def test_refusals_leave_nothing(work: Path, tmp_path: Path) -> None:
     )
     fails_with("--text", *but(text=tmp_path / "no.txt"))
     fails_with("must not hold each other", *given, "-o", work / "vq" / "inside")
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1000, 999, 1))  # type: ignore[attr-defined]
+        patched.setattr(distillation._Run, "_step", None)
+        fails_with("--output: .* MB are needed but the disk has 0.0 MB free", *given)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_says_what_none_can_is_not_passed_on(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "vq", tmp_path / "vq")
+    sound = json.loads((work / "vq" / "report.json").read_text())
+    for damaged in (
+        "{", "[" * 100_000, json.dumps({**sound, "layers": []}),
+        json.dumps({**sound, "versions": {"torch": "2\n# mine"}}),
+        json.dumps({**sound, "decoder_weights": "a"}),
+    ):  # fmt: skip
+        (tmp_path / "vq" / "report.json").write_text(damaged)
+        given = [*arguments(work, tmp_path / "out"), "--overwrite", "--samples", 1, "--passes", 1]
+        given[1] = tmp_path / "vq"
+        result = run(*given)
+        assert result.exit_code == 0, result.output
+        assert not (tmp_path / "out" / "report.json").exists()
+        assert "mine" not in (tmp_path / "out" / "README.md").read_text()

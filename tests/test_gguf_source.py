@@ -116,7 +116,7 @@ def test_headers_are_parsed_once(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gguf = pytest.importorskip("gguf")
-    kept = gguf.GGUFReader, gguf.get_tensor_name_map
+    names = gguf.get_tensor_name_map
     parsed: list[str] = []
     begin = gguf.GGUFReader.__init__
 
@@ -131,7 +131,7 @@ def test_headers_are_parsed_once(
     assert parsed == [str(file)]
     load_dense_model(file)
     assert parsed == [str(file)] * 2  # not kept for longer than it takes to load
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == kept
+    assert (gguf.GGUFReader.__init__, gguf.get_tensor_name_map) == (note, names)
     # Of a file that changes nothing is taken from before.
     with gguf_source.read_once():
         load_dense_model(file)
@@ -143,3 +143,16 @@ def test_headers_are_parsed_once(
         assert (load_dense_model(file)[0].model.norm.weight == 2).all()
     assert len(parsed) == 4
     assert (model.model.norm.weight == 1).all()
+
+
+def test_headers_are_parsed_once_whoever_ends_first() -> None:
+    """Two threads that load at the same time, and end in the order that they began in."""
+    gguf = pytest.importorskip("gguf")
+    begin = gguf.GGUFReader.__init__
+    one, two = gguf_source.read_once(), gguf_source.read_once()
+    one.__enter__()
+    two.__enter__()
+    one.__exit__(None, None, None)
+    assert gguf.GGUFReader.__init__ is not begin
+    two.__exit__(None, None, None)
+    assert gguf.GGUFReader.__init__ is begin

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from nowag_ext.checkpoint import is_compressed, load, report_of, save_compressed
+from nowag_ext.checkpoint import is_compressed, load, model_bytes, save_compressed
 from nowag_ext.cli import options
 from nowag_ext.cli.base import app, err, out, reported
 from nowag_ext.cli.sentences import named_options
 from nowag_ext.cli.texts import open_texts, text_facts, text_windows
 from nowag_ext.disk import kept, of_argument, source_facts
-from nowag_ext.files import check_apart, check_vacant, temporary_directory
+from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
 from nowag_ext.pipeline.distill import check_distillation
 from nowag_ext.pipeline.distill import distill as distill_model
-from nowag_ext.render import distillation_text, loading, progress_bar
+from nowag_ext.render import loading, progress_bar
+from nowag_ext.report import distillation_text
 from nowag_ext.source import check_found, named_dtype, open_dense_model, open_tokenizer
 
 
@@ -30,20 +31,22 @@ def distill(
     samples: options.DistillSamples = 64,
     skip: options.Skip = 0,
     length: options.DistillLength = 512,
-    sample_seed: options.SampleSeed = None,
+    sample_seed: options.DistillSampleSeed = None,
     dtype: options.Dtype = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     resume: options.Resume = True,
-    offload: options.Offload = None,
+    offload: options.DistillOffload = None,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Tunes a compressed model to predict what the dense one predicts, at the same bits."""
     check_distillation(passes, learning_rate, seed)
+    stored = named_dtype(dtype)
     with of_argument("output"):
         target = check_vacant(output, overwrite=overwrite)
         for source in (compressed, dense):
             check_apart(target, source)
-    check_found(dense)
+    for source in (compressed, dense):
+        check_found(source)
     if not is_compressed(compressed):
         raise ValueError(f"{compressed} is not compressed: compress it first.")
     if is_compressed(dense):
@@ -54,9 +57,10 @@ def distill(
     ):
         texts = open_texts(text)
         made_with = {
-            **source_facts(compressed, dtype), **text_facts(texts, samples, length, sample_seed),
+            **source_facts(dense, dtype), "compressed": source_facts(compressed, dtype)["model"],
+            **text_facts(texts, samples, length, sample_seed),
             "skip": skip,
-            "dense": source_facts(dense, dtype)["model"], "passes": passes,
+            "passes": passes,
             "learning_rate": learning_rate, "seed": seed,
         }  # fmt: skip
         store.begin(named_options(made_with))
@@ -65,8 +69,9 @@ def distill(
             tokenizer, texts, samples, length, sample_seed, skip=skip, doing="Learning from"
         )
         with loading(err, compressed):
-            model = load(compressed, dtype=named_dtype(dtype), trust_remote_code=trust_remote_code)
-            model.nowag_report = report_of(model)
+            model = load(compressed, dtype=stored, trust_remote_code=trust_remote_code)
+        with of_argument("output"):
+            require_space(target, model_bytes(model))
         with loading(err, dense):
             teacher, _ = open_dense_model(
                 dense, dtype, offload_folder=converted, trust_remote_code=trust_remote_code
@@ -78,7 +83,13 @@ def distill(
             )  # fmt: skip
         left_out = save_compressed(model, tokenizer, target, overwrite=overwrite)
         store.clear()
-    out.print(distillation_text(learnt), soft_wrap=True)
+    out.print(f"{distillation_text(learnt)}. {learnt.seconds:.1f} seconds.", soft_wrap=True)
+    if learnt.divergences[-1] > learnt.divergences[0]:
+        err.print(
+            "The last pass was farther from the dense model than the first: use a lower "
+            "--learning-rate, or leave COMPRESSED as it is.",
+            soft_wrap=True,
+        )
     for name, reason in left_out.items():
         err.print(f"{name} was not copied: {reason}.", soft_wrap=True)
     out.print(f"The checkpoint is in {target}.", soft_wrap=True)

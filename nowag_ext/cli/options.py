@@ -220,18 +220,32 @@ DistillTexts = Annotated[
         show_default=False,
     ),
 ]
-DistillSamples = Annotated[int, typer.Option("--samples", help="Windows of text to read.")]
+DistillSamples = Annotated[int, typer.Option("--samples", help="Windows of text to learn from.")]
+DistillSampleSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--sample-seed", help="Take windows of the text at random; without it, the first ones."
+    ),
+]
+DistillOffload = Annotated[
+    Path | None,
+    typer.Option(
+        "--offload", exists=True, file_okay=False, writable=True,
+        help="A directory for the dense model's hidden states, which are otherwise in memory: 4 "
+        "bytes for each token and hidden unit. They leave nothing there.",
+    ),
+]  # fmt: skip
 Skip = Annotated[
     int,
     typer.Option(
-        help="Tokens of the text to leave out first. What COMPRESSED was calibrated on says little "
-        "more about it: of the same text skip 32768, if --samples and --length were not given."
+        help="Tokens of each text to leave out first. What COMPRESSED was calibrated on teaches "
+        "little more: of one and the same text, compressed by default settings, skip 32768."
     ),
 ]
 DistillLength = Annotated[int, typer.Option("--length", help="Tokens a window.")]
 Passes = Annotated[int, typer.Option(help="How often the text is gone through.")]
 LearningRate = Annotated[
-    float, typer.Option(help="Of the first steps, in relative terms; it falls to 0.")
+    float, typer.Option(help="The largest, in relative terms: it rises for 5 steps, then falls.")
 ]
 OrderSeed = Annotated[int, typer.Option("--seed", help="Of the order of the windows.")]
 

@@ -15,7 +15,8 @@ _ARGUMENTS = re.compile(
 )
 # Options that are not called as the argument is.
 _OPTIONS = {
-    "model": "MODEL", "overrides": "--override", "checkpoint_format": "--format",
+    "model": "MODEL", "compressed": "COMPRESSED", "overrides": "--override",
+    "checkpoint_format": "--format",
     **{name: name for name in ("nowag_ext", "torch", "processes", "OMP_NUM_THREADS")},
 }  # fmt: skip
 _LONGEST = 400  # characters of a refusal; libraries list all models that they know

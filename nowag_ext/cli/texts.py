@@ -47,22 +47,21 @@ def text_windows(
 ) -> list[Tensor]:
     """Windows of the texts, as many of each; and says so.
 
-    Of as many of each the first ``skip`` tokens are left out.
+    Of each text the first ``skip`` tokens are left out.
     """
     if skip < 0:
         raise ValueError(f"--skip must not be negative, not {skip}.")
-    skipped = -(-skip // max(1, len(texts)))
     # Windows at random are of the whole text.
-    enough = skipped + samples * length if seed is None else None
+    enough = skip + samples * length if seed is None else None
     with of_argument("text"):
         tokens = [text.tokens(tokenizer, enough) for text in texts]
     for text, found in zip(texts, tokens, strict=True):
-        if skipped and len(found) < skipped + length:
+        if skip and len(found) < skip + length:
             raise ValueError(
                 f"--skip {skip} leaves less than a window of {text.name}, which has {len(found)} "
                 "tokens: give more text, or skip less of it."
             )
-    rest = [found[skipped:] for found in tokens]
+    rest = [found[skip:] for found in tokens]
     windows = mixed_batches(rest, samples=samples, length=length, seed=seed)
     after = f" after {skip} tokens that are skipped" if skip else ""
     which = "the first of the text" if seed is None else f"taken at random (seed {seed})"

@@ -39,7 +39,8 @@ from nowag_ext.pipeline.taps import Change, Look, See, find_tap, trace_layer
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
 
-# Tokens that tell which linears read the same: the first of a window, which see no others.
+# Tokens that tell where outputs are added to the residual stream: a window's first, which see no
+# others.
 _TRACE_TOKENS = 64
 
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...]
@@ -85,7 +86,8 @@ class Blocks:
     """The decoder layers of a model, and how the model itself calls them.
 
     Every method takes hidden states [windows, length, hidden_size] where the layer's weights are,
-    runs without gradients and in eval mode, and leaves the model as it was, after an exception too.
+    runs in eval mode and, but for ``recorded``, without gradients, and leaves the model as it was,
+    after an exception too.
     A layer's modules may be replaced by others of the same names at any time.
 
     Attributes:
@@ -188,7 +190,8 @@ class Blocks:
                 if name in forwards:
                     instead = partial(_does, forwards[name])
                     stack.enter_context(replaced_forwards({name: part}, instead))
-            return output_tensor(self._calls[layer](self._layers[layer], hidden))
+            # A copy: layers may write into what they are given, which may be a leaf.
+            return output_tensor(self._calls[layer](self._layers[layer], hidden.clone()))
 
     @contextmanager
     def skipped(self, hidden: Tensor) -> Iterator[None]:
@@ -229,27 +232,27 @@ class Blocks:
     def groups(self, index: int, hidden: Tensor, kinds: Kinds = nn.Linear) -> list[Group]:
         """The layer's linears by what they read, in order of execution.
 
-        One window is enough, and of that mostly the first tokens. A linear that is not called, an
+        One window is enough: it costs a run of the layer, and runs of its first tokens, one for
+        each linear whose output has the shape of the hidden states. A linear that is not called, an
         expert that no token is routed to say, is in no group: ``linears`` names it all the same.
 
         Raises:
             ValueError: a linear is called twice, so that it has no one input.
         """
-        if self._short is not None:
-            found = self._short._groups(index, hidden[:, : self._short.length], kinds)
-            called = {name for group in found for name in group.names}
-            if called.issuperset(self.linears(index, kinds)):
-                return found
-        return self._groups(index, hidden, kinds)
-
-    def _groups(self, index: int, hidden: Tensor, kinds: Kinds) -> list[Group]:
-        """Costs a run, and another for each linear whose output is shaped as hidden states are."""
-        run = partial(self._forward, index, hidden)
         names = [name for name, _ in self._parts(index)]
-        trace = trace_layer(run, hidden, names, self.linears(index, kinds))
+        linears = self.linears(index, kinds)
+        run = partial(self._forward, index, hidden)
+        trace = trace_layer(run, hidden, names, linears)
+        looked_at = trace
+        if self._short is not None:
+            first = hidden[:, : self._short.length]
+            short_run = partial(self._short._forward, index, first)
+            short = trace_layer(short_run, first, names, linears)
+            if list(short.outputs) == list(trace.outputs):  # not where few tokens reach fewer
+                run, looked_at = short_run, short
         groups = []
         for names in trace.shared.values():
-            taps = [find_tap(run, trace, name) for name in names]
+            taps = [find_tap(run, looked_at, name) for name in names]
             none = (None,) * len(taps)
             groups.append(
                 Group(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from nowag_ext.calibrate import checked_batch
+from nowag_ext.calibrate import checked_windows
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.feedback import check_device
 from nowag_ext.grad_mode import ordinary_tensors
@@ -140,7 +140,7 @@ def compress(
 
 def _windows(model: Any, tokens: Tensor | None, ranks: Ranks) -> Tensor:
     """Rank 0's tokens [windows, length], checked."""
-    given = {"windows": checked_batch(model, tokens)[0]} if ranks.first else {}  # type: ignore[arg-type]
+    given = {"windows": checked_windows(model, tokens)} if ranks.first else {}
     said, _ = ranks.tell((given, None))
     windows = said["windows"].to(model.get_input_embeddings().weight.device)
     if len(windows) < ranks.count:

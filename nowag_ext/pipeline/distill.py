@@ -2,8 +2,8 @@
 
 Codes and masks stay; norms, codebook entries and kept values follow the gradient of the divergence
 from the dense model's predictions (as AQLM, Egiazarian et al., 2024, and QuIP#, Tseng et al., 2024,
-end). Of the compressed model one layer is dense at a time: what each layer reads is kept, and on
-the way back those are run again of which the record has no room.
+end). Of the compressed model as many layers are dense at a time as there is room for, or one: what
+each layer reads is kept, and on the way back those are run again that had to be forgotten.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from nowag_ext.calibrate import checked_batch
+from nowag_ext.calibrate import checked_windows
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.linear import PackedLinear, PackedWeight
 from nowag_ext.pipeline.blocks import Blocks
@@ -29,12 +29,14 @@ from nowag_ext.pipeline.moving import Moving
 from nowag_ext.pipeline.streams import embedded
 from nowag_ext.report import Distillation, Progress
 from nowag_ext.resume import LayerStore, open_store, state_key
+from nowag_ext.side_files import report_of
 
 # Steps over which the learning rate rises, at most: the first gradients say little of the next.
 _WARM_UP = 5
 
 _BETAS = (0.9, 0.95)
-_EPSILON = 1e-12
+# Gradients of SmolLM2 at 2 bits are 1e-4 and more; steps shall not be made of rounding errors.
+_EPSILON = 1e-6
 
 # Tokens whose logits are in memory at once.
 _HEAD_TOKENS = 256
@@ -42,8 +44,12 @@ _HEAD_TOKENS = 256
 # What may be held of the layers on the way there for the way back; the rest is run again.
 _RECORD_BYTES = 1 << 30
 
-# How often what has been reached is kept, in seconds.
+# How often what has been reached is kept, in seconds; and what that may cost, as a share of time.
 _KEEP_EVERY = 60.0
+_KEEPING = 0.05
+
+# Between the seeds of passes, so that the passes of neighbouring seeds have no order in common.
+_SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
 @ordinary_tensors
@@ -63,39 +69,45 @@ def distill(
 
     Minimises the mean of KL(dense || compressed) over the tokens with Adam, one window a step. What
     is stored keeps its form and size: codes and masks do not change. The tensors are replaced at
-    the very end: after any exception, an interrupt included, the model is as it was.
+    the very end: after any exception, an interrupt included, the model is as it was. Beside both
+    models it takes 16 bytes for each value of a pruned layer that is kept, and little for others.
 
     Args:
         model: what ``compress`` or ``compress_model`` returned, or ``load`` loaded. Changed in
             place.
         dense: the model that it was made from, or a better one with the same tokens. Its layers may
             be on disk.
-        tokens: text, int64 or int32 [windows, length], without padding; that of the calibration,
-            say.
+        tokens: text, int64 or int32 [windows, length], without padding. What the compression was
+            calibrated on teaches little more.
         passes: how often each window is gone through, in another order each time.
-        learning_rate: of the first steps, in relative terms; it falls to 0 as a cosine.
+        learning_rate: the largest, in relative terms: it rises for some steps, and falls to 0 as a
+            cosine. Below 1.
         seed: of the order.
         work_dir: a directory for what has been reached: the same call, interrupted, goes on from
-            there and ends in the same bits (at the same number of threads). None: nothing is kept.
+            there and, on the CPU, ends in the same bits (at the same number of threads); remove it
+            when the model is saved. None: nothing is kept.
         offload_dir: a directory for the dense model's hidden states, 4 bytes a token and hidden
             unit, which are otherwise in memory.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (what is done, how much, of how much): first in layers of the dense
+            model, then in steps.
 
     Returns:
-        What was done; the model's ``nowag_report``, if it has one, says it too.
+        What was done; the model's ``nowag_report``, if it has one, says it too, in place of what an
+        earlier distillation has left there.
 
     Raises:
         ValueError: the model is not compressed, the models have other vocabularies, unfit tokens or
-            settings, or a divergence that is not finite.
-        TypeError: tokens that are no integers.
+            settings, or a divergence or gradient that is not finite.
+        TypeError: tokens that are no integers, or no tensor.
+        OSError: a full disk.
     """
     start = time.perf_counter()
     check_distillation(passes, learning_rate, seed)
     modules = {n: part for n, part in model.named_modules() if isinstance(part, PackedLinear)}
     if not modules:
         raise ValueError("the model is not compressed: compress it first.")
-    windows = checked_batch(model, tokens)[0]
-    checked_batch(dense, tokens)
+    windows = checked_windows(model, tokens)
+    checked_windows(dense, tokens)
     student = _Student(model, windows.shape[1], modules)
     wanted, head = _predictions(dense, windows, student, offload_dir, progress)
     with open_store(work_dir) as store:
@@ -106,7 +118,7 @@ def distill(
         passes=passes, tokens=windows.numel(), learning_rate=learning_rate, seed=seed,
         divergences=tuple(divergences), seconds=time.perf_counter() - start,
     )  # fmt: skip
-    report = getattr(model, "nowag_report", None)
+    report = report_of(model)
     if report is not None:
         model.nowag_report = replace(report, distillation=learnt)
     return learnt
@@ -116,8 +128,8 @@ def check_distillation(passes: int, learning_rate: float, seed: int) -> None:
     """Raises ValueError for settings of ``distill`` that are out of range."""
     if type(passes) is not int or passes < 1:
         raise ValueError(f"passes must be a positive integer, not {passes!r}.")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate must be finite and above 0, not {learning_rate!r}.")
+    if not isinstance(learning_rate, int | float) or not 0 < learning_rate < 1:
+        raise ValueError(f"learning_rate must be a number above 0, below 1, not {learning_rate!r}.")
     if type(seed) is not int or not 0 <= seed < 2**62:
         raise ValueError(f"seed must be an integer from 0 to 2^62 - 1, not {seed!r}.")
 
@@ -144,7 +156,7 @@ def _predictions(
         )
     for index in range(len(blocks.layers)):
         if progress is not None:
-            progress("what the dense model predicts", index, len(blocks.layers))
+            progress("layers of the dense model", index, len(blocks.layers))
         block = blocks.copied(index)
         for window in hidden.split(1):
             window.copy_(block.run(index, window))
@@ -152,13 +164,18 @@ def _predictions(
 
 
 class _Student:
-    """The compressed model, a layer of which is dense at a time."""
+    """The compressed model, whose layers are dense while they are visited."""
 
     def __init__(self, model: Any, length: int, modules: Mapping[str, PackedLinear]) -> None:
+        self._model = model
         self.moving = Moving({name: module.weight_form() for name, module in modules.items()})
         self._blocks = Blocks(model, length)
         self.layers = range(len(self._blocks.layers))
         self.head = Head(model, self._blocks)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that its predictions follow from."""
+        yield from self._model.state_dict().values()
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._blocks.embed(ids).float()
@@ -176,12 +193,12 @@ class _Student:
         hidden = hidden.detach().requires_grad_()
         saved: dict[int, int] = {}
 
-        def count(tensor: Tensor) -> Tensor:
+        def save(tensor: Tensor) -> tuple[Tensor, int]:
             storage = tensor.untyped_storage()
             saved[storage.data_ptr()] = storage.nbytes()
-            return tensor.detach()  # itself would hold what holds it
+            return tensor.detach(), tensor._version  # itself would hold what holds it
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(save, _unchanged):
             output = blocks.recorded(index, hidden, forwards)
         return _Visit(hidden, weights, dense, output, sum(saved.values()))
 
@@ -210,6 +227,15 @@ class _Visit:
     nbytes: int
 
 
+def _unchanged(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(
+            "a layer writes into a tensor that its gradient follows from: it cannot be tuned."
+        )
+    return tensor
+
+
 def _same(visit: _Visit) -> _Visit:
     return visit
 
@@ -236,7 +262,7 @@ class _Run:
         self._optimizer = torch.optim.Adam(self._steps.values(), betas=_BETAS, eps=_EPSILON)
         self._divergences: list[float] = []  # of each step so far
         self._key = "" if store is None else state_key(
-            (*student.moving.began(), windows, *wanted), [learning_rate, passes, seed]
+            (*student.tensors(), *head.tensors(), windows, *wanted), [learning_rate, passes, seed]
         )  # fmt: skip
 
     def through(self, progress: Progress | None) -> list[float]:
@@ -244,16 +270,20 @@ class _Run:
         count = len(self._windows)
         total = self._passes * count
         self._take_up()
-        kept = time.monotonic()
+        kept, took = time.monotonic(), 0.0
         for step in range(len(self._divergences), total):
             if progress is not None:
                 recent = self._divergences[-count:]
                 now = f", KL {sum(recent) / len(recent):.3f}" if recent else ""
                 progress(f"distillation{now}", step, total)
             self._divergences.append(self._step(self._window(step), self._rate_at(step, total)))
-            if time.monotonic() - kept > _KEEP_EVERY and self._store is not None:
+            passed = time.monotonic() - kept
+            if self._store is not None and passed >= max(_KEEP_EVERY, took / _KEEPING):
                 self._keep()
+                took = time.monotonic() - kept - passed
                 kept = time.monotonic()
+        if progress is not None:
+            progress("distillation", total, total)
         return [
             sum(self._divergences[first : first + count]) / count
             for first in range(0, total, count)
@@ -261,7 +291,7 @@ class _Run:
 
     def _window(self, step: int) -> int:
         done, place = divmod(step, len(self._windows))
-        generator = torch.Generator().manual_seed(self._seed + done)
+        generator = torch.Generator().manual_seed((self._seed + done * _SEED_STRIDE) % 2**63)
         return int(torch.randperm(len(self._windows), generator=generator)[place])
 
     def _rate_at(self, step: int, total: int) -> float:
@@ -282,18 +312,22 @@ class _Run:
             hidden = visit.output.detach()
             del visit
         divergence, gradient = self._divergence(hidden, self._wanted[window, None])
-        if not math.isfinite(divergence):
-            raise ValueError(
-                f"the divergence from the dense model is {divergence} after "
-                f"{len(self._divergences)} steps, not finite: a lower learning_rate may help."
-            )
+        self._check_finite("divergence from the dense model", divergence)
         while visits:
             gradient = student.back(visits.pop()(), gradient)
+        sums = [step.grad.sum() for step in self._steps.values() if step.grad is not None]
+        self._check_finite("gradient's sum", float(sum(sums)))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=False)
         return divergence
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            done = len(self._divergences)
+            advice = "a lower learning_rate may help" if done else "one of the models is damaged"
+            raise ValueError(f"the {what} is {value} after {done} steps, not finite: {advice}.")
 
     def _divergence(self, hidden: Tensor, wanted: Tensor) -> tuple[float, Tensor]:
         """Mean KL(dense || compressed) over tokens, and its gradient for the hidden states."""

@@ -6,6 +6,7 @@ return.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ class Head:
             if not name.startswith(within) and parameter.is_floating_point()
         }
 
+    def tensors(self) -> Iterable[Tensor]:
+        """All that the logits follow from beside the hidden states."""
+        return self._parameters.values()
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """fp32 [windows, length, vocabulary] of [windows, length, hidden_size], any length.
 
@@ -40,7 +45,7 @@ class Head:
         """
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         with evaluating(self._model), self._blocks.skipped(hidden):
-            given = {"input_ids": ids, "use_cache": False}
+            given = {"input_ids": ids, "use_cache": False, "return_dict": True}
             logits: Tensor = functional_call(self._model, self._parameters, (), given).logits
         return logits
 

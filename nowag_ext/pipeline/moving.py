@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -33,13 +33,9 @@ class Moving:
                 if key not in self.steps:
                     tensor = weight.tensors()[part]
                     self._began[key] = tensor, size
-                    self.steps[key] = torch.zeros(tensor.shape, device=tensor.device)
+                    zeros = torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+                    self.steps[key] = zeros
                     self.steps[key].grad = torch.zeros_like(self.steps[key])
-
-    def began(self) -> Iterator[Tensor]:
-        """All tensors of the weights as they were."""
-        for weight in self._weights.values():
-            yield from weight.tensors().values()
 
     def _stored(self, key: str) -> Tensor:
         """Where a tensor is now, as it would be stored."""
