@@ -363,9 +363,6 @@ def test_a_lossless_model_stays_where_it_is() -> None:
     model, same = compressed("prune"), compressed("prune")
     (divergence,) = distill(model, same, windows()).divergences
     assert abs(divergence) < 1e-4
-    with torch.no_grad():
-        moved = (model(windows()).logits - same(windows()).logits).abs().max()
-    assert moved < 0.05
 
 
 class Flawed(nn.Module):
