@@ -31,6 +31,7 @@ from nowag_ext.decoder import decoder_layers
 from nowag_ext.pipeline import blocks as blocks_of_a_model
 from nowag_ext.pipeline.blocks import Blocks, Group
 from nowag_ext.pipeline.capture import output_tensor
+from nowag_ext.pipeline.head import Head
 
 LENGTH = 20
 HIDDEN = 32
@@ -181,6 +182,22 @@ def test_layers_one_by_one_are_the_model_bit_for_bit(family: str, attention: str
     norm = getattr(model.base_model, "norm", None) or model.base_model.final_layer_norm
     with torch.no_grad():
         assert torch.equal(norm(hidden), whole.states[-1])
+
+
+@families
+def test_head_is_the_models_own(family: str) -> None:
+    model = make_model(family)
+    blocks = Blocks(model, LENGTH)
+    tokens = windows(2)
+    hidden = blocks.embed(tokens)
+    for index in range(len(blocks.layers)):
+        hidden = blocks.run(index, hidden)
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        found = Head(model, blocks)(hidden)
+        part = Head(model, blocks)(hidden[:, 3:7])
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(part, wanted[:, 3:7])
 
 
 def test_each_layer_has_its_own_arguments() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_same_bits, assert_within
-from test_blocks import CONFIGS, LENGTH, families, make_model
+from test_blocks import CONFIGS, LENGTH, make_model
 from test_pipeline import windows as text
 from tiny_models import tiny_model
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from nowag_ext import compress, distill, prune, reference, vq_compress
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.linear import PackedLinear
 from nowag_ext.pipeline import distill as distillation
-from nowag_ext.pipeline.blocks import Blocks
-from nowag_ext.pipeline.head import Head
 from nowag_ext.pipeline.moving import Moving
 from nowag_ext.vq import VQWeight
 
@@ -98,22 +96,6 @@ def test_gradients_of_a_pruned_weight(given: dict[str, Any], dtype: torch.dtype)
     kept = weight.dequantize() != 0
     assert_same_bits(weight.gradients(grad)["values"], grad[kept])
     assert_same_bits(weight.dequantize(dtype)[kept], weight.values)
-
-
-@families
-def test_head_is_the_models_own(family: str) -> None:
-    model = make_model(family)
-    blocks = Blocks(model, LENGTH)
-    tokens = windows(2)
-    hidden = blocks.embed(tokens)
-    for index in range(len(blocks.layers)):
-        hidden = blocks.run(index, hidden)
-    with torch.no_grad():
-        wanted = model(tokens).logits
-        found = Head(model, blocks)(hidden)
-        part = Head(model, blocks)(hidden[:, 3:7])
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(part, wanted[:, 3:7])
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_at_the_end(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("nowag_ext.checkpoint.ModelReport.to_json", full)
+        patched.setattr("nowag_ext.report.ModelReport.to_json", full)
         result = run(given)
     assert result.exit_code == 1
     assert "out: the disk is full: nothing was written" in result.stderr

@@ -224,7 +224,11 @@ def test_progress_ends_where_all_is_done() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
-        ({"tokens": [1, 2]}, TypeError, "token batch must be a tensor of int64 or int32, not list"),
+        (
+            {"tokens": [1, 2]},
+            TypeError,
+            "tokens must be a tensor of int64 or int32, not of type list",
+        ),
         ({"tokens": torch.zeros(4)}, TypeError, "not torch.float32"),
         (
             {"tokens": torch.zeros(4, dtype=torch.int64)},
