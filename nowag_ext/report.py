@@ -87,7 +87,7 @@ def distillation_text(learnt: Distillation) -> str:
     fell = ", ".join(f"{divergence:.4f}" for divergence in learnt.divergences)
     passes = "1 pass" if learnt.passes == 1 else f"{learnt.passes} passes"
     return (
-        f"{passes} of {learnt.tokens} tokens; KL(dense || compressed) in nats, of each window just "
+        f"{passes} of {learnt.tokens} tokens; KL to the dense model in nats, of each window just "
         f"before its step, a mean a pass: {fell}"
     )
 

@@ -238,8 +238,8 @@ DistillOffload = Annotated[
 Skip = Annotated[
     int,
     typer.Option(
-        help="Tokens of each text to leave out first. What COMPRESSED was calibrated on teaches "
-        "little more: of one and the same text, compressed by default settings, skip 32768."
+        help="Tokens of each text to leave out first: what COMPRESSED was calibrated on, which it "
+        "fits already. By default compress reads 32768 of one text."
     ),
 ]
 DistillLength = Annotated[int, typer.Option("--length", help="Tokens a window.")]

@@ -77,8 +77,8 @@ def distill(
             place.
         dense: the model that it was made from, or a better one with the same tokens. Its layers may
             be on disk.
-        tokens: text, int64 or int32 [windows, length], without padding. What the compression was
-            calibrated on teaches little more.
+        tokens: text, int64 or int32 [windows, length], without padding. Other text than the
+            compression was calibrated on, which it fits already.
         passes: how often each window is gone through, in another order each time.
         learning_rate: the largest, in relative terms: it rises for some steps, and falls to 0 as a
             cosine. Below 1.
