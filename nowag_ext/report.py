@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+# Bytes of a report that is read: one of 100,000 layers has fewer.
+_LARGEST = 256 << 20
+
 # What a checkpoint has beside its weights.
 REPORT_FILE = "report.json"
 LAYERS_FILE = "layers.csv"
@@ -192,16 +195,21 @@ class ModelReport:
     @classmethod
     def read(cls, file: Path) -> ModelReport | None:
         """The report in a file, or None where there is none, or one that says what none can say."""
-        if not file.is_file():
+        if not file.is_file() or file.stat().st_size > _LARGEST:
             return None
         try:
             report = cls.from_json(file.read_text(encoding="utf-8"))
             report.to_csv()
             numbers = [report.bits_per_weight, report.mean_relative_objective, report.coverage]
+            learnt = report.distillation
+            if learnt is not None:
+                numbers += [learnt.passes, learnt.tokens, learnt.learning_rate, learnt.seed]
+                numbers += [*learnt.divergences, learnt.seconds]
             versions = all(re.fullmatch(r"[\w.+-]{1,80}", one) for one in report.versions.values())
+            sound = versions and all(math.isfinite(number) for number in numbers)
         except Exception:  # whatever stands there
             return None
-        return report if versions and all(math.isfinite(number) for number in numbers) else None
+        return report if sound else None
 
     def to_csv(self) -> str:
         """One line a layer, with a header."""

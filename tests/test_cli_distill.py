@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +135,14 @@ def test_refusals_leave_nothing(
 def test_a_report_that_says_what_none_can_is_not_passed_on(work: Path, tmp_path: Path) -> None:
     shutil.copytree(work / "vq", tmp_path / "vq")
     sound = json.loads((work / "vq" / "report.json").read_text())
+    learnt = asdict(nowag_ext.Distillation(1, 64, 1e-3, 0, (0.5,), 1.0))
     for damaged in (
         "{", "[" * 100_000, json.dumps({**sound, "layers": []}),
         json.dumps({**sound, "versions": {"torch": "2\n# mine"}}),
         json.dumps({**sound, "decoder_weights": "a"}),
+        json.dumps({**sound, "distillation": {**learnt, "passes": "2\n# mine"}}),
+        json.dumps({**sound, "distillation": {**learnt, "divergences": [math.nan]}}),
+        json.dumps({**sound, "distillation": {**learnt, "divergences": ["# mine"]}}),
     ):  # fmt: skip
         (tmp_path / "vq" / "report.json").write_text(damaged)
         given = [*arguments(work, tmp_path / "out"), "--overwrite", "--samples", 1, "--passes", 1]

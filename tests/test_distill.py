@@ -19,7 +19,7 @@ from nowag_ext import compress, distill, prune, reference, vq_compress
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.linear import PackedLinear
 from nowag_ext.pipeline import distill as distillation
-from nowag_ext.pipeline.moving import Moving
+from nowag_ext.pipeline.tuned import TunedTensors
 from nowag_ext.vq import VQWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,7 +112,7 @@ def test_gradients_of_a_whole_model(family: str, form: str) -> None:
         linear = plain.get_submodule(name)
         linear.weight.data = weight.dequantize()
     divergence(dense, plain, tokens).backward()
-    wanted = Moving(weights)
+    wanted = TunedTensors(weights)
     for name, weight in weights.items():
         gradient = plain.get_submodule(name).weight.grad
         assert gradient is not None
@@ -125,7 +125,7 @@ def test_gradients_of_a_whole_model(family: str, form: str) -> None:
         seen: dict[str, Tensor] = {}
 
         def look() -> None:
-            seen.update({n: step.grad.clone() for n, step in student.moving.steps.items()})  # type: ignore[union-attr]
+            seen.update({n: step.grad.clone() for n, step in student.tuned.steps.items()})  # type: ignore[union-attr]
             before()
 
         run._optimizer.step = look  # type: ignore[method-assign, assignment]
@@ -304,7 +304,7 @@ def test_a_divergence_that_is_not_finite_is_said() -> None:
 
 def test_entries_never_leave_what_can_be_stored() -> None:
     weight = vq_compress(torch.randn(64, 16), torch.ones(16), d=4, bits=1)
-    moving = Moving({"one": weight})
+    moving = TunedTensors({"one": weight})
     for step in moving.steps.values():
         step.fill_(1e9)
     moved = moving.weight("one")

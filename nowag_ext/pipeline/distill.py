@@ -25,8 +25,8 @@ from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.linear import PackedLinear, PackedWeight
 from nowag_ext.pipeline.blocks import Blocks
 from nowag_ext.pipeline.head import Head
-from nowag_ext.pipeline.moving import Moving
 from nowag_ext.pipeline.streams import embedded
+from nowag_ext.pipeline.tuned import TunedTensors
 from nowag_ext.report import Distillation, Progress
 from nowag_ext.resume import LayerStore, open_store, state_key
 from nowag_ext.side_files import report_of
@@ -109,11 +109,11 @@ def distill(
     windows = checked_windows(model, tokens)
     checked_windows(dense, tokens)
     student = _Student(model, windows.shape[1], modules)
-    wanted, head = _predictions(dense, windows, student, offload_dir, progress)
     with open_store(work_dir) as store:
+        wanted, head = _predictions(dense, windows, student, offload_dir, progress)
         run = _Run(student, windows, wanted, head, learning_rate, passes, seed, store)
         divergences = run.through(progress)
-    student.moving.install(modules)
+    student.tuned.install(modules)
     learnt = Distillation(
         passes=passes, tokens=windows.numel(), learning_rate=learning_rate, seed=seed,
         divergences=tuple(divergences), seconds=time.perf_counter() - start,
@@ -168,7 +168,7 @@ class _Student:
 
     def __init__(self, model: Any, length: int, modules: Mapping[str, PackedLinear]) -> None:
         self._model = model
-        self.moving = Moving({name: module.weight_form() for name, module in modules.items()})
+        self.tuned = TunedTensors({name: module.weight_form() for name, module in modules.items()})
         self._blocks = Blocks(model, length)
         self.layers = range(len(self._blocks.layers))
         self.head = Head(model, self._blocks)
@@ -184,7 +184,7 @@ class _Student:
         """Runs a layer, recorded."""
         blocks = self._blocks.copied(index)
         names = blocks.linears(index, PackedLinear)
-        weights = {name: self.moving.weight(name) for name in names}
+        weights = {name: self.tuned.weight(name) for name in names}
         dense = {name: weight.dequantize().requires_grad_() for name, weight in weights.items()}
         forwards: dict[str, Callable[[Tensor], Tensor]] = {}
         for name, weight in dense.items():
@@ -208,7 +208,7 @@ class _Student:
         found, *grads = torch.autograd.grad(visit.output, inputs, gradient, allow_unused=True)
         for (name, weight), grad in zip(visit.weights.items(), grads, strict=True):
             if grad is not None:  # an expert that no token is routed to has none
-                self.moving.add(name, weight, grad)
+                self.tuned.add(name, weight, grad)
         return found
 
 
@@ -258,7 +258,7 @@ class _Run:
         self._wanted, self._head = wanted, head
         self._rate, self._passes, self._seed = learning_rate, passes, seed
         self._store = store
-        self._steps = student.moving.steps
+        self._steps = student.tuned.steps
         self._optimizer = torch.optim.Adam(self._steps.values(), betas=_BETAS, eps=_EPSILON)
         self._divergences: list[float] = []  # of each step so far
         self._key = "" if store is None else state_key(

@@ -1,4 +1,4 @@
-"""The continuous tensors of packed weights while gradients move them."""
+"""What is continuous in packed weights, while gradients move it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from nowag_ext.linear import PackedLinear, PackedWeight
 
 
-class Moving:
-    """The continuous tensors of packed weights, each as a step from where it began.
+class TunedTensors:
+    """What is continuous in packed weights, each tensor as a step from where it began.
 
     A shared codebook moves once, for all weights that it serves.
 
