@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_same_bits, assert_within
-from test_blocks import CONFIGS, LENGTH, make_model
+from families import CONFIGS, LENGTH, make_model
 from test_pipeline import windows as text
 from tiny_models import tiny_model
 from torch import Tensor, nn
