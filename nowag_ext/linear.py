@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nowag_ext import ops
-from nowag_ext.codebook import check_name, keep_dtypes
+from nowag_ext.codebook import check_name
 from nowag_ext.ops.checks import check_features
+from nowag_ext.packed import Form, PackedModule, check_vq_content, require_finite, vq_form
 from nowag_ext.prune import SparseWeight, kept_weights
 from nowag_ext.vq import VQWeight, check_code
 
@@ -21,12 +21,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class PackedLinear(nn.Module, ABC):
-    """A linear layer whose weight is a set of tensors in the canonical form of csrc's format.h.
+class PackedLinear(PackedModule):
+    """A linear layer with a packed weight.
 
-    They are parameters without gradient, as in transformers' own quantised layers: what moves,
-    offloads or shards a model looks at its parameters. Their dtypes are part of the form:
-    ``.to(torch.bfloat16)``, ``.half()`` and the like convert the bias and leave them alone.
+    ``.to(torch.bfloat16)`` and the like convert the bias and leave the packed tensors alone.
     """
 
     method: ClassVar[str]
@@ -54,12 +52,6 @@ class PackedLinear(nn.Module, ABC):
         empty = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", nn.Parameter(empty) if empty is not None else None)
 
-    def _set_packed(self, tensors: dict[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            if not isinstance(tensor, nn.Parameter):  # one that is may be other layers' as well
-                tensor = nn.Parameter(tensor, requires_grad=False)
-            self.register_parameter(name, tensor)
-
     def _set_bias(self, bias: Tensor | None) -> None:
         """Takes ``bias`` as this layer's parameter: itself if it is one, else one on its data."""
         if bias is None:
@@ -74,10 +66,6 @@ class PackedLinear(nn.Module, ABC):
             bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         self.bias = bias
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(keep_dtypes(fn, self.packed_parameters().values()), recurse)
-        return self
-
     @classmethod
     @abstractmethod
     def from_weight(cls, weight: Any, bias: Tensor | None = None) -> Self:
@@ -86,70 +74,6 @@ class PackedLinear(nn.Module, ABC):
     @abstractmethod
     def weight_form(self) -> PackedWeight:
         """The weight in its packed form, sharing this layer's tensors."""
-
-    def validate(self) -> None:
-        """Raises ValueError unless the packed tensors are a weight: shapes, dtypes and content."""
-        self._check_packed()
-        self._check_content({name: getattr(self, name) for name in self._expected()})
-
-    @abstractmethod
-    def _check_content(self, tensors: dict[str, Tensor]) -> None:
-        """Raises ValueError on packed tensors of the right shapes and dtypes that are no weight."""
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        assign = local_metadata.get("assign_to_params_buffers", False)
-        try:
-            self._check_given(state_dict, prefix, assign)
-        except ValueError as error:  # how load_state_dict reports what it did not load
-            error_msgs.append(f"{prefix.removesuffix('.') or type(self).__name__}: {error}")
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _check_given(self, state_dict: dict[str, Any], prefix: str, assign: bool) -> None:
-        """Raises ValueError if these packed tensors are no weight; some alone cannot tell."""
-        expected, given = self._expected(), dict[str, Tensor]()
-        for name in self.packed_parameters():
-            shape, dtype = expected[name]
-            tensor = state_dict.get(prefix + name)
-            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or tensor.is_meta:
-                return  # which is nn.Module's to report
-            converts = not assign and tensor.is_floating_point() and dtype.is_floating_point
-            if tensor.dtype != dtype and not converts:
-                raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}.")
-            given[name] = tensor
-        self._check_content(given)
-
-    @abstractmethod
-    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every packed tensor by its name."""
-
-    def packed_parameters(self) -> dict[str, nn.Parameter]:
-        """The packed tensors that are this layer's own, by name."""
-        own = {name: self._parameters.get(name) for name in self._expected()}
-        return {name: parameter for name, parameter in own.items() if parameter is not None}
-
-    def _check_packed(self) -> None:
-        """Raises ValueError unless every packed tensor has its shape and dtype and holds data."""
-        for name, (shape, dtype) in self._expected().items():
-            tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"{name} must be {dtype} of shape {shape}, not {tensor.dtype} of shape "
-                    f"{tuple(tensor.shape)}."
-                )
-            if tensor.is_meta:
-                raise ValueError(f"{name} is on the meta device: it holds no data yet.")
 
     def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
         bias = self._parameters["bias"]
@@ -181,15 +105,6 @@ class PackedLinear(nn.Module, ABC):
     def extra_repr(self) -> str:
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
-
-
-def _require_finite(name: str, tensor: Tensor) -> None:
-    if not tensor.numel() or not tensor.is_floating_point():
-        return
-    # Looking at each takes 20 times as long as their extremes, which a NaN is, too.
-    if not all(torch.isfinite(extreme) for extreme in tensor.detach().aminmax()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ValueError(f"{name} must be finite, but {bad} values are NaN or infinite.")
 
 
 class VQLinear(PackedLinear):
@@ -278,9 +193,7 @@ class VQLinear(PackedLinear):
         )
 
     def _check_content(self, tensors: dict[str, Tensor]) -> None:
-        # Every bit pattern is a legal code (format.h), so codes need no check.
-        for name in tensors.keys() - {"codes"}:
-            _require_finite(name, tensors[name])
+        check_vq_content(tensors)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
@@ -308,14 +221,8 @@ class VQLinear(PackedLinear):
         shared = "" if self.codebook_name is None else f", codebook={self.codebook_name!r}"
         return f"{super().extra_repr()}, d={self.d}, bits={self.bits}{shared}"
 
-    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        rows, cols = self.out_features, self.in_features
-        return {
-            "codes": (ops.packed_shape(rows, cols, self.d, self.code_bits), torch.uint8),
-            "codebook": ((2**self.code_bits, self.d), torch.float16),
-            "row_norms": ((rows,), torch.float16),
-            "col_norms": ((cols,), torch.float16),
-        }
+    def _expected(self) -> Form:
+        return vq_form(self.out_features, self.in_features, self.d, self.code_bits)
 
 
 class SparseLinear(PackedLinear):
@@ -398,7 +305,7 @@ class SparseLinear(PackedLinear):
                 f"values must hold the {int(offsets[-1])} weights that bitmap keeps, not "
                 f"{values.numel()}."
             )
-        _require_finite("values", values)
+        require_finite("values", values)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features], fp32, fp16 or bf16 -> [..., out_features] of x's dtype."""
@@ -414,7 +321,7 @@ class SparseLinear(PackedLinear):
         pattern = f"pattern={self.pattern!r}" if self.pattern else f"sparsity={1 - kept:.4g}"
         return f"{super().extra_repr()}, {pattern}"
 
-    def _expected(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def _expected(self) -> Form:
         rows, cols = self.out_features, self.in_features
         return {
             "bitmap": (ops.bitmap_shape(rows, cols), torch.uint8),
