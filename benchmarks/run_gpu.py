@@ -73,7 +73,7 @@ class Part:
 MEMCHECK = (
     "(normalize or pack or nm or sparse or (kmeans and 70-13) "
     "or (kmeans_iterations and 2000-300) or (kmeans_seed and 4-256) or (prune_select and shape0) "
-    "or (gemv and 1-7) or vq_dequantize) and not graph"
+    "or (gemv and 1-7) or vq_dequantize or vq_gather) and not graph"
 )
 # Those whose blocks or warps work together.
 RACECHECK = (

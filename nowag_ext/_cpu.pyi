@@ -168,6 +168,22 @@ def vq_dequantize(
     threads: int,
     /,
 ) -> None: ...
+def vq_gather(
+    packed: int,
+    codebook: int,
+    row_norms: int,
+    col_norms: int,
+    rows: int,
+    cols: int,
+    d: int,
+    code_bits: int,
+    indices: int,
+    count: int,
+    out: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def sparse_offsets(
     bitmap: int,
     rows: int,
@@ -426,6 +442,23 @@ class Kernels(Protocol):
         out: int,
         dtype: int,
         out_stride: int,
+        queue: int,
+        /,
+    ) -> None: ...
+    def vq_gather(
+        self,
+        packed: int,
+        codebook: int,
+        row_norms: int,
+        col_norms: int,
+        rows: int,
+        cols: int,
+        d: int,
+        code_bits: int,
+        indices: int,
+        count: int,
+        out: int,
+        dtype: int,
         queue: int,
         /,
     ) -> None: ...

@@ -171,6 +171,23 @@ def test_vq_dequantize(d: int, code_bits: int, dtype: torch.dtype) -> None:
     assert_op_agrees(ops.vq_dequantize, *random_vq(133, 700, d, code_bits), dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (3, 9), (8, 16), (1, 2), (2, 8)])
+def test_vq_gather(d: int, code_bits: int, dtype: torch.dtype) -> None:
+    vq, indices = random_vq(133, 700, d, code_bits), torch.tensor([[132, 0, 32], [31, 132, 64]])
+    assert_op_agrees(ops.vq_gather, indices, *vq, dtype)
+    assert_op_agrees(ops.vq_gather, indices.int().t(), *vq, dtype)
+    assert_op_agrees(ops.vq_gather, indices[:0], *vq, dtype)
+    outside = torch.tensor([-1, 133, -(2**63), 2**63 - 1])
+    got = ops.vq_gather(outside.to(CUDA), *(tensor.to(CUDA) for tensor in vq), dtype)
+    assert_same_bits(got, ops.vq_gather(outside.clamp(0, 132), *vq, dtype))
+
+
+def test_vq_gather_of_many_rows() -> None:
+    indices = torch.randint(0, 200, (70_000,))  # more than a grid has blocks along y
+    assert_op_agrees(ops.vq_gather, indices, *random_vq(200, 30, 4, 8), torch.bfloat16)
+
+
 def test_refuses_bytes_at_an_odd_address() -> None:
     def odd(tensor: Tensor) -> Tensor:
         return torch.cat([tensor.new_zeros(1), tensor.view(-1)]).to(CUDA)[1:].view(tensor.shape)
@@ -182,6 +199,7 @@ def test_refuses_bytes_at_an_odd_address() -> None:
         lambda: ops.unpack_codes(odd(codes), 64),
         lambda: ops.vq_gemv(x, odd(codes), *rest),
         lambda: ops.vq_dequantize(odd(codes), *rest, torch.float32),
+        lambda: ops.vq_gather(torch.tensor([5]).to(CUDA), odd(codes), *rest, torch.float32),
         lambda: ops.sparse_offsets(odd(torch.zeros(64, 16, dtype=torch.uint8)), 96),
     ):
         with pytest.raises(ValueError, match="must start at a multiple of 16 bytes"):

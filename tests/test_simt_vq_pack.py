@@ -47,3 +47,29 @@ def test_vq_dequantize(
         assert driver.run("vq_dequantize", *arguments) == 0
         assert_same_bits(out[:, :cols].contiguous(), want[begin:end])
         assert out[:, cols:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "cols", "d", "code_bits"),
+    [*VQ_SHAPES, (33, 300, 1, 5), (34, 261, 2, 16), (64, 70, 5, 13), (9, 50, 7, 11)],
+)
+def test_vq_gather(
+    driver: Driver, rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype
+) -> None:
+    """An index that no row has is taken for the nearest that one has."""
+    vq = vq_weight(rows, cols, d, code_bits, seed=130)
+    given = [rows - 1, 0, rows // 2, rows - 1, -1, rows, rows + 31, -(2**63), 2**63 - 1]
+    indices = torch.tensor(given)
+    out = poisoned(len(given), cols, dtype=dtype)
+    arguments = [*vq, rows, cols, d, code_bits, indices, len(given), out, CODES[dtype]]
+    assert driver.run("vq_gather", *arguments) == 0
+    assert_same_bits(out, reference.vq_gather(indices.clamp(0, rows - 1), *vq, dtype))
+
+
+def test_vq_gather_of_no_rows(driver: Driver) -> None:
+    vq, out = vq_weight(33, 20, 3, 9, seed=130), poisoned(1, 20)
+    for count, status in ((0, True), (-1, False), (2**31, False)):
+        arguments = [*vq, 33, 20, 3, 9, torch.zeros(1, dtype=torch.int64), count, out, 0]
+        assert (driver.run("vq_gather", *arguments) == 0) == status
+    assert out.isnan().all()

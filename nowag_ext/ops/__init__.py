@@ -52,7 +52,7 @@ from nowag_ext.ops.sparse_gemv import (
 )
 from nowag_ext.ops.sparse_pack import sparse_dequantize, sparse_offsets, sparse_pack
 from nowag_ext.ops.vq_gemv import run_vq_gemv, vq_gemv, vq_linear, vq_linear_grad
-from nowag_ext.ops.vq_pack import pack_codes, unpack_codes, vq_dequantize
+from nowag_ext.ops.vq_pack import pack_codes, unpack_codes, vq_dequantize, vq_gather
 
 __all__ = [
     "FORMAT_VERSION",
@@ -91,6 +91,7 @@ __all__ = [
     "sparse_pack",
     "unpack_codes",
     "vq_dequantize",
+    "vq_gather",
     "vq_gemv",
     "vq_linear",
     "vq_linear_grad",

@@ -17,7 +17,7 @@ from nowag_ext.ops.checks import (
     same_device,
 )
 from nowag_ext.ops.format import MAX_CODE_BITS, MAX_SUBVECTOR, packed_shape
-from nowag_ext.ops.registry import backend_of, operation
+from nowag_ext.ops.registry import backend_for, backend_of, operation
 
 
 def _pack_codes_fake(codes: Tensor, code_bits: int) -> Tensor:
@@ -165,4 +165,64 @@ def vq_dequantize(
     out = _vq_dequantize_fake(*vq, dtype)
     dtype_code(out, "dtype")
     dequantize_vq_rows(vq, sizes, 0, sizes[0], out)
+    return out
+
+
+def _vq_gather_fake(
+    indices: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_norms: Tensor,
+    col_norms: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    same_device(codes.device, indices=indices)
+    return codes.new_empty((*indices.shape, col_norms.shape[0]), dtype=dtype)
+
+
+@operation(
+    "vq_gather(Tensor indices, Tensor codes, Tensor codebook, Tensor row_norms, Tensor col_norms, "
+    "ScalarType dtype) -> Tensor",
+    _vq_gather_fake,
+)
+def vq_gather(
+    indices: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_norms: Tensor,
+    col_norms: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of a VQ weight: int64 or int32 indices [...] to [..., in_features], as vq_dequantize's.
+
+    On the CPU an index that no row has raises IndexError; a GPU takes the nearest that one has.
+    """
+    vq = (codes, codebook, row_norms, col_norms)
+    rows, cols, d, code_bits = vq_sizes(*vq)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be torch.int64 or torch.int32, not {indices.dtype}.")
+    if not (indices.is_cpu and codes.is_cpu):
+        same_device(codes.device, indices=indices)
+    out = codes.new_empty((*indices.shape, cols), dtype=dtype)
+    dtype_out = dtype_code(out, "dtype")
+    codebook_at, rows_at, cols_at = codebook.data_ptr(), row_norms.data_ptr(), col_norms.data_ptr()
+    if indices.data_ptr() % indices.itemsize or (codebook_at | rows_at | cols_at) & 1:
+        check_aligned(indices, "indices")
+        check_vq_aligned(*vq)
+    wanted = indices.to(torch.int64).contiguous()
+    backend, queue = backend_for(codes)
+    try:
+        backend.vq_gather(
+            codes.data_ptr(), codebook_at, rows_at, cols_at, rows, cols, d, code_bits,
+            wanted.data_ptr(), wanted.numel(), out.data_ptr(), dtype_out, queue,
+        )  # fmt: skip
+    except ValueError:
+        if wanted.is_cpu:  # the kernel has looked at each already, and tells no more than that
+            outside = wanted[(wanted < 0) | (wanted >= rows)]
+            if outside.numel() > 0:
+                raise IndexError(
+                    f"indices must be from 0 to {rows - 1} in a weight of {rows} rows, not "
+                    f"{int(outside[0])}."
+                ) from None
+        raise
     return out

@@ -33,7 +33,13 @@ from nowag_ext.reference.sparse_pack import (
     to_bitmap,
 )
 from nowag_ext.reference.vq_gemv import vq_linear
-from nowag_ext.reference.vq_pack import pack_codes, unpack_codes, vq_dequantize, vq_entries
+from nowag_ext.reference.vq_pack import (
+    pack_codes,
+    unpack_codes,
+    vq_dequantize,
+    vq_entries,
+    vq_gather,
+)
 
 __all__ = [
     "EPS",
@@ -67,5 +73,6 @@ __all__ = [
     "unpack_codes",
     "vq_dequantize",
     "vq_entries",
+    "vq_gather",
     "vq_linear",
 ]

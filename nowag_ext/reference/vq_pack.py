@@ -39,3 +39,16 @@ def vq_entries(codes: Tensor, codebook: Tensor, row_norms: Tensor, col_norms: Te
     """The codebook entries of all codes, fp16 [rows, cols]: the weight before its norms."""
     rows, cols = row_norms.shape[0], col_norms.shape[0]
     return codebook[unpack_codes(codes, rows).to(torch.int64)].reshape(rows, -1)[:, :cols]
+
+
+def vq_gather(
+    indices: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_norms: Tensor,
+    col_norms: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of the dense weight, [*indices.shape, cols]."""
+    dense = vq_dequantize(codes, codebook, row_norms, col_norms, dtype)
+    return torch.nn.functional.embedding(indices, dense)

@@ -113,4 +113,34 @@ Status vq_dequantize(const uint8_t* packed, const uint16_t* codebook, const uint
     });
 }
 
+int64_t vq_gather_workspace(const uint8_t*, const uint16_t*, const uint16_t*, const uint16_t*,
+                            int64_t, int64_t, int, int, const int64_t*, int64_t, void*, DType) {
+    return 0;
+}
+
+Status vq_gather(const uint8_t* packed, const uint16_t* codebook, const uint16_t* row_norms,
+                 const uint16_t* col_norms, int64_t rows, int64_t cols, int d, int code_bits,
+                 const int64_t* indices, int64_t count, void* out, DType dtype, void*,
+                 Stream stream) {
+    if (!valid_vq(d, code_bits) || rows < 1 || cols < 1 || count < 0 || count > INT32_MAX ||
+        ceil_div(code_positions(cols, d), kGatherPositions) > kMaxGridY) {
+        return Status::invalid_argument;
+    }
+    if (count == 0) return Status::ok;
+    const int64_t positions = code_positions(cols, d);
+    const VqWeight weight{reinterpret_cast<const uint32_t*>(packed),
+                          codebook,
+                          row_norms,
+                          col_norms,
+                          rows,
+                          cols,
+                          positions,
+                          code_bits};
+    const dim3 grid(static_cast<unsigned>(count), blocks_for(positions, kGatherPositions));
+    return with_dtype(dtype, [&](auto type) {
+        return launch(vq_gather_rows<type.value>, grid, kGatherPositions, 0, stream, weight, d,
+                      indices, out);
+    });
+}
+
 }  // namespace nowag::cuda

@@ -11,6 +11,7 @@ namespace nowag::cuda {
 
 constexpr int kPackThreads = 256;
 constexpr int kPackPositions = 64;
+constexpr int kGatherPositions = 128;           // a thread each
 constexpr int kPackPitch = kPackPositions + 2;  // keeps rows of uint16 in different banks
 constexpr size_t kPackShared = sizeof(uint16_t) * kTileRows * kPackPitch;
 // A position's stream is code_bits words; one more may be read past the last.
@@ -84,6 +85,29 @@ __global__ void vq_dequantize_tiles(VqWeight weight, int64_t row_begin, int64_t 
         const float value = half_to_float(weight.codebook[code * kD + column % kD]);
         const float scaled = half_to_float(weight.row_norms[i]) * value;
         Element<kType>::store(out, (i - row_begin) * out_stride + j,
+                              scaled * half_to_float(weight.col_norms[j]));
+    }
+}
+
+// Rows indices[0, count) as dense values, out [count, cols]; an index that no row has is taken for
+// the nearest that one has.
+//   kType  of out
+// Block (x, y): kGatherPositions positions of row indices[x]; a thread: the d values of one.
+template <DType kType>
+__global__ void vq_gather_rows(VqWeight weight, int d, const int64_t* __restrict__ indices,
+                               void* __restrict__ out) {
+    const int64_t p = static_cast<int64_t>(blockIdx.y) * kGatherPositions + threadIdx.x;
+    if (p >= weight.positions) return;
+    const int64_t wanted = indices[blockIdx.x];
+    const int64_t i = wanted < 0 ? 0 : wanted < weight.rows ? wanted : weight.rows - 1;
+    const uint32_t* stream =
+        weight.packed + (i / kTileRows * weight.positions + p) * weight.code_bits;
+    const unsigned code = code_at(stream, static_cast<int>(i % kTileRows), weight.code_bits);
+    const float row_norm = half_to_float(weight.row_norms[i]);
+    for (int k = 0; k < d && p * d + k < weight.cols; ++k) {
+        const int64_t j = p * d + k;
+        const float scaled = row_norm * half_to_float(weight.codebook[code * d + k]);
+        Element<kType>::store(out, blockIdx.x * weight.cols + j,
                               scaled * half_to_float(weight.col_norms[j]));
     }
 }

@@ -29,6 +29,7 @@
     EACH(vq_pack, pack_codes)            \
     EACH(vq_pack, unpack_codes)          \
     EACH(vq_pack, vq_dequantize)         \
+    EACH(vq_pack, vq_gather)             \
     EACH(sparse_pack, sparse_offsets)    \
     EACH(sparse_pack, sparse_pack)       \
     EACH(sparse_pack, sparse_dequantize) \

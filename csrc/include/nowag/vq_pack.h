@@ -26,4 +26,13 @@ NOWAG_DECLARE(vq_dequantize, const uint8_t* packed, const uint16_t* codebook,
               int d, int code_bits, int64_t row_begin, int64_t row_end, void* out, DType dtype,
               int64_t out_stride);
 
+// Rows `indices` [count] of a VQ weight, in any order and as often as they come, as dense values of
+// `dtype`, out [count, cols]; count >= 0, below 2^31 on a GPU.
+//   out[n, j] = the value that vq_dequantize writes for (indices[n], j), bit for bit
+// The CPU refuses (invalid_argument) an index outside [0, rows) before anything is written; a GPU,
+// whose answer nobody waits for, takes the nearest that is allowed.
+NOWAG_DECLARE(vq_gather, const uint8_t* packed, const uint16_t* codebook, const uint16_t* row_norms,
+              const uint16_t* col_norms, int64_t rows, int64_t cols, int d, int code_bits,
+              const int64_t* indices, int64_t count, void* out, DType dtype);
+
 }  // namespace nowag
