@@ -25,6 +25,7 @@ from nowag_ext.forecast import Sizes
 from nowag_ext.methods import Given, LayerSettings, Settings, VQSettings
 from nowag_ext.pipeline import blocks, codebooks, streams
 from nowag_ext.pipeline import compress as pipeline
+from nowag_ext.plan_head import plan_head
 
 _FLOAT = 4
 
@@ -55,13 +56,15 @@ _MOST_CODE_BITS = 12
 class Work:
     """How much calibration text a run takes: ``samples`` windows of ``length`` tokens.
 
-    ``offload``: its hidden states are on disk. 0 samples: none, norms are given.
+    ``offload``: its hidden states are on disk. 0 samples: none, norms are given. ``head``: the
+    settings of the head, if that is packed too.
     """
 
     recipe: str
     samples: int
     length: int
     offload: bool
+    head: VQSettings | None = None
 
 
 @dataclass(frozen=True)
@@ -109,23 +112,38 @@ class _Layer:
 
 
 @dataclass(frozen=True)
+class _Search:
+    """What this machine takes to find codes, or masks, of some settings.
+
+    Attributes:
+        compression: seconds a weight, beside products.
+        seeding: seconds a weight of the starting points of k-means.
+        training: seconds a weight and iteration of k-means; later ones take less.
+    """
+
+    compression: float
+    seeding: float
+    training: float
+
+    def clustering(self, iters: int) -> float:
+        """Seconds a weight that a codebook is trained on."""
+        return self.seeding + iters * self.training
+
+
+@dataclass(frozen=True)
 class _Speeds:
     """Of this machine at a model's sizes.
 
     Attributes:
         products: floating-point operations a second of matrix products.
         attention, elementwise: seconds a layer and window.
-        compression: seconds a weight, beside products.
-        seeding: seconds a weight of the starting points of k-means.
-        training: seconds a weight and iteration of k-means; later ones take less.
+        search: with the settings of most weights.
     """
 
     products: float
     attention: float
     elementwise: float
-    compression: float
-    seeding: float
-    training: float
+    search: _Search
 
 
 def forecast(
@@ -137,7 +155,7 @@ def forecast(
     work: Work,
 ) -> Forecast:
     """What compressing a model will take, given its outline (``forecast.skeleton``)."""
-    costs = _costs(model, settings, ignore, codebook_scope, work.length)
+    costs = _costs(model, settings, ignore, codebook_scope, work)
     return Forecast(work, sizes, costs.memory(work, sizes), costs.seconds(work))
 
 
@@ -150,7 +168,7 @@ def affordable_samples(
     seconds: float,
 ) -> int:
     """How many windows, of the length and recipe of ``work``, so much time is enough for; or 0."""
-    costs = _costs(model, settings, ignore, codebook_scope, work.length)
+    costs = _costs(model, settings, ignore, codebook_scope, work)
     # Seconds grow by as much with every window, once there are enough for what takes but a few.
     few = max(codebooks._WINDOWS, pipeline._NORM_WINDOWS)
     least, more = (
@@ -160,7 +178,7 @@ def affordable_samples(
 
 
 def _costs(
-    model: Any, settings: LayerSettings, ignore: Sequence[str], codebook_scope: str, length: int
+    model: Any, settings: LayerSettings, ignore: Sequence[str], codebook_scope: str, work: Work
 ) -> _Costs:
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     hidden = model.get_input_embeddings().weight.shape[1]
@@ -176,8 +194,29 @@ def _costs(
             trained += linear.weight.numel()
     # Times are those of the settings of most weights.
     typical = max(by_settings, key=lambda one: by_settings[one], default=settings.default)
-    speeds = _speeds(model, typical, length, hidden)
-    return _Costs(model, layers, typical, hidden, trained, base, speeds)
+    speeds = _speeds(model, typical, work.length, hidden)
+    head = None if work.head is None else _head(model, work.head, speeds)
+    return _Costs(model, layers, typical, hidden, trained, base, speeds, head)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What packing the head takes: bytes, and seconds."""
+
+    memory: int
+    seconds: float
+
+
+def _head(model: Any, settings: VQSettings, speeds: _Speeds) -> _Head:
+    unit = plan_head(model, settings).unit
+    inputs, size = unit.shape[1], unit.size
+    search = _search(settings, inputs, speeds.products)
+    iters = min(settings.iters, codebooks.TRAINING_ITERATIONS)
+    return _Head(
+        _FLOAT * (_WEIGHT_COPIES * size + (1 + _METRIC_COPIES) * inputs**2),
+        min(size, codebooks.TRAINING_WEIGHTS) * search.clustering(iters)
+        + size * (search.compression + 3 * inputs / speeds.products),
+    )
 
 
 @dataclass(frozen=True)
@@ -191,13 +230,15 @@ class _Costs:
     trained: int  # weights that share a codebook
     base: int  # bytes in memory before it begins
     speeds: _Speeds
+    head: _Head | None
 
     def memory(self, work: Work, sizes: Sizes) -> dict[str, int]:
-        rest = _memory(self.model, self.layers, sizes, work, self.hidden, self.trained)
+        rest = _memory(self.model, self.layers, sizes, work, self.hidden, self.trained, self.head)
         return {"the program": self.base + _LOADED, **rest}
 
     def seconds(self, work: Work) -> dict[str, float]:
-        return _seconds(self.layers, self.typical, work, self.trained, self.speeds)
+        stages = _seconds(self.layers, self.typical, work, self.trained, self.speeds)
+        return stages if self.head is None else {**stages, "head": self.head.seconds}
 
 
 def _layer(name: str, layer: nn.Module, ignore: Sequence[str], hidden: int) -> _Layer:
@@ -216,7 +257,13 @@ def _layer(name: str, layer: nn.Module, ignore: Sequence[str], hidden: int) -> _
 
 
 def _memory(
-    model: Any, layers: Sequence[_Layer], sizes: Sizes, work: Work, hidden: int, trained: int
+    model: Any,
+    layers: Sequence[_Layer],
+    sizes: Sizes,
+    work: Work,
+    hidden: int,
+    trained: int,
+    head: _Head | None,
 ) -> dict[str, int]:
     """Bytes by what they are for, where most is alive."""
     of_layers = {
@@ -250,7 +297,7 @@ def _memory(
         "layers in fp32, and statistics": 2 * block + max(2 * block, last),
     }
     # Before that, codebooks are trained on what is sampled of the weights: points, codes, gaps ...
-    sampled = min(trained, codebooks._TRAINING_WEIGHTS)
+    sampled = min(trained, codebooks.TRAINING_WEIGHTS)
     training = {"training codebooks": int(sampled * _FLOAT * 1.6)} if trained else {}
     # ... and re-estimated under the Hessians of a layer's groups.
     windows = min(codebooks._WINDOWS, work.samples)
@@ -260,6 +307,9 @@ def _memory(
         "layers in fp32, and statistics": 2 * block + hessians + last,
     }
     stages: list[dict[str, int]] = [through, training, estimating if trained else {}]
+    if head is not None:
+        states = {name: through[name] for name in ("what is compressed", "hidden states")}
+        stages.append({**states, "the head, in fp32": head.memory})
     largest = max(stages, key=lambda stage: sum(stage.values()))
     freed = sum(sum(stage.values()) for stage in stages)
     return {**always, **largest, "what the allocator keeps": min(_MOST_KEPT, freed // 2)}
@@ -306,12 +356,15 @@ def _seconds(
     weights = sum(group.weights for layer in layers for group in layer.groups)
     if work.recipe != "feedback":
         stages = {"activation norms": work.samples * once} if work.samples else {}
-        return {**stages, "compression": weights * (speeds.seeding + iters * speeds.training)}
+        return {
+            **stages,
+            "compression": weights * speeds.search.clustering(iters),
+        }
     stages = {"activation norms": min(pipeline._NORM_WINDOWS, work.samples) * once}
     if trained:
-        sample = min(trained, codebooks._TRAINING_WEIGHTS)
-        most = min(iters, codebooks._TRAINING_ITERATIONS)
-        stages["codebooks"] = sample * (speeds.seeding + most * speeds.training)
+        sample = min(trained, codebooks.TRAINING_WEIGHTS)
+        most = min(iters, codebooks.TRAINING_ITERATIONS)
+        stages["codebooks"] = sample * speeds.search.clustering(most)
     forwards = traces = statistics = compression = factors = updates = hessians = 0.0
     for layer in layers:
         forwards += 2 * work.samples * run(layer)  # once in each stream
@@ -324,7 +377,7 @@ def _seconds(
             statistics += products(group.inputs**3 / 3 + 2 * group.inputs * group.weights)
             factors += len(group.outputs) * products(group.inputs**3 / 3)
             updates += products(3 * group.inputs * group.weights)
-            compression += group.weights * speeds.compression
+            compression += group.weights * speeds.search.compression
     if trained:
         windows = min(codebooks._WINDOWS, work.samples)
         share = min(1.0, codebooks._ESTIMATION_WEIGHTS / trained)
@@ -333,7 +386,7 @@ def _seconds(
     else:
         forwards += traces
     if not trained and isinstance(settings, VQSettings):
-        compression += weights * (speeds.seeding + iters * speeds.training)
+        compression += weights * speeds.search.clustering(iters)
     return {
         **stages, "forwards": forwards, "statistics": statistics,
         "compression": factors + updates + compression,
@@ -342,11 +395,7 @@ def _seconds(
 
 def _speeds(model: Any, settings: Settings, length: int, hidden: int) -> _Speeds:
     """Measures them on random numbers."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
+    random = _random_numbers()
     linears = [
         part
         for layer in decoder_layers(model).values()
@@ -372,6 +421,13 @@ def _speeds(model: Any, settings: Settings, length: int, hidden: int) -> _Speeds
         lambda: functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     )
 
+    search = _search(settings, inputs, products)
+    return _Speeds(products, attention, elementwise, search)
+
+
+def _search(settings: Settings, inputs: int, products: float) -> _Search:
+    """Measures on random numbers what so many inputs take."""
+    random = _random_numbers()
     features = min(inputs, _SEARCH_FEATURES)
     layer, norms = random(_SEARCH_ROWS, features), random(features).abs() + 0.1
     activations = random(2 * features, features)
@@ -400,7 +456,13 @@ def _speeds(model: Any, settings: Settings, length: int, hidden: int) -> _Speeds
     spent = (features**3 / 3 + 3 * features * layer.numel()) / products
     compression = _timed(lambda: settings.compress(layer, norms, lambda _share: None, given))
     compression = scale * max(0.1 * compression, compression - spent) / layer.numel()
-    return _Speeds(products, attention, elementwise, compression, seeding, training)
+    return _Search(compression, seeding, training)
+
+
+def _random_numbers() -> Callable[..., torch.Tensor]:
+    """Draws tensors of the shapes it is called with, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randn(*shape, generator=generator)
 
 
 def _elementwise(states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -45,6 +46,13 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     }
+
+
+def vocabulary_size(model: Any) -> int:
+    """Tokens that the model knows: rows of its embedding, dense or packed."""
+    embeddings = model.get_input_embeddings()
+    known = getattr(embeddings, "num_embeddings", None)
+    return int(embeddings.weight.shape[0] if known is None else known)
 
 
 def decoder_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -19,9 +19,10 @@ from nowag_ext.decoder import check_patterns, decoder_linears, matches
 from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
 from nowag_ext.forecast import Sizes, sizes, skeleton
 from nowag_ext.gguf_source import read_once
-from nowag_ext.methods import LayerSettings
+from nowag_ext.methods import LayerSettings, VQSettings
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
+from nowag_ext.plan_head import head_settings, plan_head
 from nowag_ext.report import ModelReport, Progress
 from nowag_ext.resume import LayerStore, open_store, work_directory
 from nowag_ext.source import check_found, named_dtype, open_dense_model, open_tokenizer
@@ -45,6 +46,7 @@ def compress(
     min_coverage: float = 0.8,
     work_dir: str | os.PathLike[str] | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
+    head: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     dtype: str | torch.dtype = "auto",
     checkpoint_format: str = "nowag",
@@ -77,6 +79,8 @@ def compress(
             remove it when the model is saved. None: nothing is kept.
         offload_dir: a directory for the hidden states of the calibration text, twice 4 bytes a
             token and hidden unit, which are otherwise in memory. They leave nothing there.
+        head: settings of method "vq", such as {"d": 2, "bits": 4}, for the lm_head and, where that
+            is tied to it, the embedding. None: they stay dense.
         progress: called with (what is done, weights done, weights in all).
         dtype, checkpoint_format, trust_remote_code, resume, overwrite: with an ``output`` only.
             dtype: of the model, "auto" (default) for the checkpoint's own (float32 for .gguf).
@@ -98,8 +102,8 @@ def compress(
     """
     common: dict[str, Any] = {
         "overrides": overrides or {}, "codebook_scope": codebook_scope,
-        "min_coverage": min_coverage, "offload_dir": offload_dir, "progress": progress,
-        "work_dir": work_dir, **settings,
+        "min_coverage": min_coverage, "offload_dir": offload_dir, "head": head,
+        "progress": progress, "work_dir": work_dir, **settings,
     }  # fmt: skip
     if not isinstance(model_or_path, str | os.PathLike):
         of_files = (output, dtype, checkpoint_format, trust_remote_code, resume, overwrite)
@@ -122,7 +126,8 @@ def compress(
         )
     job = Job(
         os.fspath(model_or_path), output, method, settings, overrides or {}, tuple(ignore),
-        SharedCodebooks(codebook_scope).scope, dtype=dtype, checkpoint_format=checkpoint_format,
+        SharedCodebooks(codebook_scope).scope, head, dtype=dtype,
+        checkpoint_format=checkpoint_format,
         trust_remote_code=trust_remote_code, overwrite=overwrite,
     )  # fmt: skip
     made_with = {
@@ -201,6 +206,7 @@ class Job:
 
     Attributes:
         layers: the settings of every layer.
+        head_settings: those of the head, if that is to be packed.
         target: ``output``, links followed.
 
     Raises:
@@ -215,11 +221,13 @@ class Job:
     overrides: Mapping[str, Mapping[str, Any]]
     ignore: tuple[str, ...]
     codebook_scope: str
+    head: Mapping[str, Any] | None = None
     dtype: str | torch.dtype = "auto"
     checkpoint_format: str = "nowag"
     trust_remote_code: bool = False
     overwrite: bool = False
     layers: LayerSettings = field(init=False)
+    head_settings: VQSettings | None = field(init=False)
     target: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -232,6 +240,8 @@ class Job:
         named_dtype(str(self.dtype))
         layers = LayerSettings(self.method, self.settings, self.overrides)
         object.__setattr__(self, "layers", layers)
+        head = None if self.head is None else head_settings(self.head)
+        object.__setattr__(self, "head_settings", head)
         with of_argument("output"):
             target = check_vacant(self.output, overwrite=self.overwrite)
             check_apart(target, self.source)
@@ -243,6 +253,7 @@ class Job:
             **source_facts(self.source, str(self.dtype)),
             "codebook_scope": self.codebook_scope, "method": self.method,
             **asdict(self.layers.default), "overrides": self.overrides,
+            "head": None if self.head_settings is None else asdict(self.head_settings),
             "ignore": [pattern for pattern in self.ignore if pattern != "lm_head"],
         }  # fmt: skip
 
@@ -313,6 +324,8 @@ class Job:
                 )
             except ValueError as error:
                 raise ValueError(f"{name} {error}.") from None
+        if self.head_settings is not None:
+            plan_head(model, self.head_settings)
         size = self.sizes(model).written
         with of_argument("output"):
             require_space(self.target, size - finished)
@@ -320,6 +333,6 @@ class Job:
     def sizes(self, model: Any) -> Sizes:
         """What will be written of a model, or its outline."""
         return sizes(
-            model, self.layers, self.ignore, self.codebook_scope,
+            model, self.layers, self.ignore, self.codebook_scope, self.head_settings,
             dense=self.checkpoint_format == "dense",
         )  # fmt: skip

@@ -17,7 +17,9 @@ from nowag_ext.codebook import OWNER
 from nowag_ext.decoder import decoder_linears, matches
 from nowag_ext.gguf_source import gguf_config
 from nowag_ext.methods import METHODS, LayerSettings, VQSettings
+from nowag_ext.packed import vq_form
 from nowag_ext.pipeline.codebooks import SharedCodebooks
+from nowag_ext.plan_head import plan_head
 from nowag_ext.stored import checked_config
 from nowag_ext.vq import check_code
 
@@ -55,14 +57,16 @@ class Sizes:
     Attributes:
         checkpoint: of the safetensors files of the output.
         tensors: of the tensors in them.
-        compressed: of the tensors that stand for compressed weights, packed.
+        compressed: of the tensors that stand for the decoder's compressed weights, packed.
         weights: how many weights those are.
+        head: of the tensors that stand for a packed head.
     """
 
     checkpoint: int
     tensors: int
     compressed: int
     weights: int
+    head: int = 0
 
     @property
     def bits_per_weight(self) -> float:
@@ -72,11 +76,17 @@ class Sizes:
     @property
     def written(self) -> int:
         """Of the tensors on disk when a compression ends: finished layers and the checkpoint."""
-        return self.tensors + self.compressed
+        return self.tensors + self.compressed + self.head
 
 
 def sizes(
-    model: Any, settings: LayerSettings, ignore: Sequence[str], codebook_scope: str, *, dense: bool
+    model: Any,
+    settings: LayerSettings,
+    ignore: Sequence[str],
+    codebook_scope: str,
+    head: VQSettings | None = None,
+    *,
+    dense: bool,
 ) -> Sizes:
     """What compressing a model, or its skeleton, writes; ``dense``: as an ordinary checkpoint."""
     codebooks = SharedCodebooks(codebook_scope)
@@ -104,10 +114,23 @@ def sizes(
         packed |= {f"{name}.{part}": tensor for part, tensor in module.named_parameters()}
         replaced.add(f"{name}.weight")
         weights += linear.weight.numel()
+    packed_head: dict[str, Tensor] = {}
+    if head is not None:
+        plan = plan_head(model, head)
+        owner = plan.embedding or plan.name
+        packed_head = {
+            f"{owner}.{part}": torch.empty(shape, dtype=kind, device="meta")
+            for part, (shape, kind) in vq_form(
+                *plan.unit.shape, head.d, check_code(head.d, head.bits)
+            ).items()
+        }
+        replaced |= {f"{plan.name}.weight", f"{owner}.weight"}
     others = {name: tensor for name, tensor in dense_form.items() if name not in replaced}
-    written = dense_form if dense else {**others, **packed}
+    written = dense_form if dense else {**others, **packed, **packed_head}
     total = _bytes(written)
-    return Sizes(_header_bytes(written) + total, total, _bytes(packed), weights)
+    return Sizes(
+        _header_bytes(written) + total, total, _bytes(packed), weights, _bytes(packed_head)
+    )
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

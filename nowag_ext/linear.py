@@ -71,9 +71,19 @@ class PackedLinear(PackedModule):
     def from_weight(cls, weight: Any, bias: Tensor | None = None) -> Self:
         """The layer of a compressed weight, sharing its tensors. ``bias`` is [out_features]."""
 
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
     @abstractmethod
     def weight_form(self) -> PackedWeight:
         """The weight in its packed form, sharing this layer's tensors."""
+
+    def to_dense(self, weight: nn.Parameter) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = weight
+        linear.register_parameter("bias", self.bias)
+        return linear.train(self.training)
 
     def _bias_as(self, dtype: torch.dtype) -> Tensor | None:
         bias = self._parameters["bias"]

@@ -194,6 +194,10 @@ def _check_vq(form: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be an integer from 1 to {most}, not {value!r:.80}.")
     if "codebook" in form:
         check_name(form["codebook"])
+    if "embedding" in form and (
+        not isinstance(form["embedding"], str) or len(form["modules"]) != 1
+    ):
+        raise ValueError("embedding must be the name of a module that is tied to one other.")
 
 
 def _check_sparse(form: Mapping[str, Any]) -> None:
@@ -248,7 +252,11 @@ METHODS: dict[str, Method] = {
             settings=VQSettings,
             weight=VQWeight,
             module=VQLinear,
-            forms=(frozenset({"d", "code_bits"}), frozenset({"d", "code_bits", "codebook"})),
+            forms=(
+                frozenset({"d", "code_bits"}),
+                frozenset({"d", "code_bits", "codebook"}),
+                frozenset({"d", "code_bits", "embedding"}),
+            ),
             check_form=_check_vq,
             empty=_empty_vq,
         ),

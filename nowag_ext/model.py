@@ -6,7 +6,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from nowag_ext.codebook import adopt_codebooks
+from nowag_ext.embedding import VQEmbedding, tie_head
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.groups import format_group
 from nowag_ext.integrations.transformers import NowagConfig, attach
@@ -21,9 +22,39 @@ from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import packed_linear
 from nowag_ext.offload import bias_of
 from nowag_ext.plan import Plan, Unit, plan_compression
+from nowag_ext.plan_head import HeadPlan
 from nowag_ext.report import LayerReport, ModelReport, Progress
 from nowag_ext.resume import LayerStore, layer_key, open_store
 from nowag_ext.version import __version__
+from nowag_ext.vq import VQWeight
+
+
+@dataclass(frozen=True)
+class PackedHead:
+    """A compressed head, to be put in its place."""
+
+    plan: HeadPlan
+    weight: VQWeight
+    report: LayerReport
+
+    def group(self) -> dict[str, Any]:
+        """Its entry of a configuration's ``groups``."""
+        plan, unit = self.plan, self.plan.unit
+        form = unit.settings.form()
+        if plan.embedding is not None:
+            form["embedding"] = plan.embedding
+        return format_group("vq", form, unit.dtype, asdict(unit.settings), [plan.name])
+
+    def replace(self, model: Any) -> None:
+        """Puts it into the model, in the embedding's place too where that is tied to it."""
+        plan, unit = self.plan, self.plan.unit
+        module = packed_linear("vq", self.weight, unit.linear.bias).train(unit.linear.training)
+        model.set_submodule(plan.name, module)
+        if plan.embedding is not None:
+            dense = model.get_submodule(plan.embedding)
+            embedding = VQEmbedding.from_weight(dense, self.weight, unit.dtype)
+            model.set_submodule(plan.embedding, embedding.train(dense.training))
+            tie_head(model, plan.embedding, plan.name)
 
 
 @ordinary_tensors
@@ -85,6 +116,7 @@ def install(
     seconds: float,
     stages: Mapping[str, float] | None = None,
     calibration_tokens: int = 0,
+    head: PackedHead | None = None,
 ) -> None:
     """Puts the compressed weights of a plan into the model, and says so in config and report."""
     report = ModelReport(
@@ -97,14 +129,17 @@ def install(
         seconds=seconds,
         stages=dict(stages or {}),
         calibration_tokens=calibration_tokens,
+        head=None if head is None else head.report,
         versions={
             "nowag_ext": __version__,
             "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
     )
-    config = _config(plan, weights)
+    config = _config(plan, weights, head)
     _replace(model, plan, weights)
+    if head is not None:
+        head.replace(model)
     codebooks = adopt_codebooks(model)
     if codebooks is not None:
         shared = sum(parameter.nbytes for parameter in codebooks.parameters())
@@ -180,7 +215,9 @@ def layer_report(
     )
 
 
-def _config(plan: Plan, weights: Mapping[str, PackedWeight]) -> NowagConfig:
+def _config(
+    plan: Plan, weights: Mapping[str, PackedWeight], head: PackedHead | None
+) -> NowagConfig:
     """A group for each way of compressing and dtype of weight: readers build modules from it."""
     groups: list[dict[str, Any]] = []
     for name, unit in plan.units.items():
@@ -190,6 +227,8 @@ def _config(plan: Plan, weights: Mapping[str, PackedWeight]) -> NowagConfig:
         if not same:
             groups.append(group)
         (same[0] if same else group)["modules"].append(name)
+    if head is not None:
+        groups.append(head.group())
     return NowagConfig(groups=groups)
 
 

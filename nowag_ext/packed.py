@@ -42,6 +42,19 @@ class PackedModule(nn.Module, ABC):
         self._check_packed()
         self._check_content({name: getattr(self, name) for name in self._expected()})
 
+    @property
+    @abstractmethod
+    def weight_shape(self) -> tuple[int, int]:
+        """Of the dense weight."""
+
+    @abstractmethod
+    def weight_form(self) -> Any:
+        """The weight in its packed form (``VQWeight``, ``SparseWeight``), sharing its tensors."""
+
+    @abstractmethod
+    def to_dense(self, weight: nn.Parameter) -> nn.Module:
+        """The ordinary module with this dense weight in place of the packed one."""
+
     @abstractmethod
     def _check_content(self, tensors: dict[str, Tensor]) -> None:
         """Raises ValueError on packed tensors of the right shapes and dtypes that are no weight."""

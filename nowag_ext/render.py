@@ -107,6 +107,9 @@ def report_table(report: ModelReport) -> Table:
     if shared:
         rows.append(("shared codebooks", "", "", "", megabytes(shared), ""))
     rows.append(_kind_row("all", report.layers, shared))
+    if report.head is not None:
+        rows.append(_kind_row(report.head.name + _otherwise(report.head, report), [report.head]))
+        rows.append(_kind_row("with it", [*report.layers, report.head], shared))
     columns = ("linears", "number", "relative objective", "bits/weight", "MB", "seconds")
     return table(f"{report.method}: {settings_text(report.settings)}", columns, rows)
 
@@ -116,6 +119,7 @@ def forecast_tables(forecast: Forecast) -> list[Table]:
     sizes = forecast.sizes
     facts = [
         ("bits per compressed weight, all in", f"{sizes.bits_per_weight:.3f}"),
+        *([("MB of the packed head", megabytes(sizes.head))] if sizes.head else []),
         ("MB of the weights' files", megabytes(sizes.checkpoint)),
         ("MB on disk at the end, with what is finished", megabytes(sizes.written)),
         ("MB of memory at most", megabytes(forecast.peak_memory)),

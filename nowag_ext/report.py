@@ -111,6 +111,7 @@ class ModelReport:
         stages: seconds by what was done, where the run goes through several.
         calibration_tokens: that Hessians are means over; 0 where there are none.
         distillation: what came after, if it did; objectives are those before it.
+        head: the lm_head, if that is packed too; totals are those without it.
     """
 
     method: str
@@ -125,6 +126,7 @@ class ModelReport:
     stages: dict[str, float] = field(default_factory=dict)
     calibration_tokens: int = 0
     distillation: Distillation | None = None
+    head: LayerReport | None = None
 
     @property
     def compressed_weights(self) -> int:
@@ -143,6 +145,14 @@ class ModelReport:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.bytes / self.compressed_weights
+
+    @property
+    def bits_per_weight_with_head(self) -> float:
+        """All in, the head (and the embedding that is tied to it) counted where it is packed."""
+        if self.head is None:
+            return self.bits_per_weight
+        size = self.bytes + self.head.bytes
+        return 8 * size / (self.compressed_weights + self.head.weights)
 
     @property
     def mean_relative_objective(self) -> float:
@@ -167,6 +177,7 @@ class ModelReport:
         """Totals, settings, versions and layers as a JSON object."""
         totals = {
             "bits_per_weight": self.bits_per_weight,
+            "bits_per_weight_with_head": self.bits_per_weight_with_head,
             "mean_relative_objective": self.mean_relative_objective,
             "coverage": self.coverage,
             "compressed_weights": self.compressed_weights,
@@ -183,6 +194,8 @@ class ModelReport:
         known = {field.name: stored[field.name] for field in fields(cls) if field.name in stored}
         everywhere = {"method": stored["method"], "settings": stored["settings"]}
         known["layers"] = tuple(LayerReport(**{**everywhere, **one}) for one in known["layers"])
+        if known.get("head") is not None:
+            known["head"] = LayerReport(**known["head"])
         known["ignored"] = tuple(known["ignored"])
         known["not_reached"] = tuple(known["not_reached"])
         if known.get("distillation") is not None:
@@ -200,7 +213,9 @@ class ModelReport:
         try:
             report = cls.from_json(file.read_text(encoding="utf-8"))
             report.to_csv()
-            numbers = [report.bits_per_weight, report.mean_relative_objective, report.coverage]
+            numbers = [
+                report.bits_per_weight_with_head, report.mean_relative_objective, report.coverage
+            ]  # fmt: skip
             learnt = report.distillation
             if learnt is not None:
                 numbers += [learnt.passes, learnt.tokens, learnt.learning_rate, learnt.seed]
@@ -212,13 +227,14 @@ class ModelReport:
         return report if sound else None
 
     def to_csv(self) -> str:
-        """One line a layer, with a header."""
+        """One line a layer, the head last, with a header."""
         text = io.StringIO()
         writer = csv.DictWriter(
             text, [field.name for field in fields(LayerReport)], lineterminator="\n"
         )
         writer.writeheader()
         writer.writerows(
-            {**asdict(layer), "settings": settings_text(layer.settings)} for layer in self.layers
+            {**asdict(layer), "settings": settings_text(layer.settings)}
+            for layer in (*self.layers, *([] if self.head is None else [self.head]))
         )
         return text.getvalue()

@@ -106,7 +106,7 @@ def _first_read(model: Any, modules: Mapping[str, nn.Module]) -> str | None:
 
 
 def _run(model: Any) -> None:
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters(recurse=False)).device
     ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
     output = model(input_ids=ids, use_cache=True)
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -62,6 +62,7 @@ def compress(
     ignore: options.Ignore = None,
     override: options.Override = None,
     codebook_scope: options.CodebookScope = None,
+    head: options.Head = None,
     min_coverage: options.MinCoverage = 0.8,
     checkpoint_format: options.Format = "nowag",
     dtype: options.Dtype = "auto",
@@ -85,6 +86,9 @@ def compress(
     recipe = _recipe(recipe, act_norms, text)
     if recipe == "paper" and codebook_scope not in (None, "layer"):
         raise ValueError("--codebook-scope belongs to --recipe feedback: paper has one a layer.")
+    head_form = None if head is None else options.parse_head(head)
+    if recipe == "paper" and head is not None:
+        raise ValueError("--head belongs to --recipe feedback: paper leaves the head dense.")
     if recipe == "paper" and offload is not None:
         raise ValueError("--offload belongs to --recipe feedback: paper keeps no hidden states.")
     scope = SharedCodebooks(codebook_scope or ("model" if recipe == "feedback" else "layer")).scope
@@ -95,12 +99,13 @@ def compress(
     if launched_rank() > 0:
         _help_compress(
             model, output, dtype, trust_remote_code, method, left_dense, codebook_scope=scope,
-            offload_dir=offload, overrides=overrides, min_coverage=min_coverage, **settings,
+            offload_dir=offload, head=head_form, overrides=overrides, min_coverage=min_coverage,
+            **settings,
         )  # fmt: skip
         return
     job = Job(
         model, output, method, settings, overrides, left_dense,
-        scope,
+        scope, head_form,
         dtype=dtype, checkpoint_format=checkpoint_format, trust_remote_code=trust_remote_code,
         overwrite=overwrite,
     )  # fmt: skip
@@ -114,7 +119,9 @@ def compress(
     budget = _MINUTES if minutes is None else minutes
     if not 0 < budget < math.inf:
         raise ValueError(f"--minutes must be a finite number above 0, not {budget:g}.")
-    work = Work(recipe, (wanted or 0) if text else 0, length, offload=offload is not None)
+    work = Work(
+        recipe, (wanted or 0) if text else 0, length, offload is not None, job.head_settings
+    )
     if dry_run:
         if wanted is None and text:
             work = replace(work, samples=_affordable(job, work, budget))
@@ -154,7 +161,8 @@ def compress(
                 if found is None:
                     compress_blocks(
                         loaded, torch.cat(windows), method, left_dense, codebook_scope=scope,
-                        offload_dir=offload, progress=progress, group=group, **common,
+                        offload_dir=offload, head=head_form, progress=progress, group=group,
+                        **common,
                     )  # fmt: skip
                 else:
                     compress_model(loaded, found, method, left_dense, progress=progress, **common)
@@ -248,8 +256,8 @@ def _show_forecast(job: Job, work: Work) -> None:
 def _settings(**given: Any) -> dict[str, Any]:
     """The settings that were given."""
     settings = {name: value for name, value in given.items() if value is not None}
-    if "bits" in settings and settings["bits"].is_integer():
-        settings["bits"] = int(settings["bits"])
+    if "bits" in settings:
+        settings["bits"] = options.whole(settings["bits"])
     return settings
 
 

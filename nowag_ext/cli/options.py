@@ -46,6 +46,21 @@ def parse_samples(text: str) -> int | None:
     return int(text)
 
 
+def parse_head(text: str) -> dict[str, Any]:
+    """ "2,4" -> {"d": 2, "bits": 4}; raises ValueError."""
+    try:
+        d, bits = text.split(",")
+        settings = {"d": int(d), "bits": whole(float(bits))}
+    except ValueError:
+        raise ValueError(f"--head must be D,BITS such as 2,4, not {text!r}.") from None
+    return settings
+
+
+def whole(value: float) -> float:
+    """An int, where a number is one."""
+    return int(value) if value.is_integer() else value
+
+
 MODEL_HELP = "A directory, a hub id or a .gguf file."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)]
@@ -111,6 +126,13 @@ CodebookScope = Annotated[
     str | None,
     typer.Option(help="vq: a codebook for the model (default), for each kind, or each layer."),
 ]
+Head = Annotated[
+    str | None,
+    typer.Option(
+        metavar="D,BITS", help="Pack lm_head, and a tied embedding with it: 2,4 say.",
+        show_default=False,
+    ),
+]  # fmt: skip
 CompressSamples = Annotated[
     str | None,
     typer.Option(

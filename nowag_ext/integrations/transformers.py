@@ -10,6 +10,7 @@ Importing this module registers it. ``config.json`` then holds a ``quantization_
         weight_dtype    of the dense weights they stand for
         d, code_bits | sparsity | pattern
         codebook        vq: the name of the codebook they share; without it each has its own
+        embedding       vq, where the one module is a head: the embedding that is tied to it
         settings        what they were compressed with, for the reader's information
     }
     nowag_ext       the release that wrote it
@@ -17,7 +18,8 @@ Importing this module registers it. ``config.json`` then holds a ``quantization_
 Version 1 had one method and one set of settings beside the groups, and no shared codebooks. It is
 read, and written back as version 2.
 
-A shared codebook is stored once, as ``nowag_codebooks.<name>`` of the base model.
+A shared codebook is stored once, as ``nowag_codebooks.<name>`` of the base model, and what a head
+and its embedding have in common once, as the embedding's.
 """
 
 from __future__ import annotations
@@ -40,9 +42,11 @@ from nowag_ext.codebook import (
     disown_codebooks,
     tie_codebooks,
 )
+from nowag_ext.embedding import VQEmbedding, tie_head, untie_head
 from nowag_ext.groups import DTYPES, checked_groups
 from nowag_ext.linear import PackedLinear
 from nowag_ext.methods import METHODS
+from nowag_ext.packed import PackedModule
 from nowag_ext.plan import check_finite
 from nowag_ext.stored import check_files, shown
 from nowag_ext.version import __version__
@@ -148,7 +152,7 @@ class NowagHfQuantizer(HfQuantizer):
         for module in _packed(model).values():
             # transformers has models initialise weights that they do not look at first; those that
             # are flagged it leaves alone.
-            weight = torch.empty(module.out_features, module.in_features, device="meta")
+            weight = torch.empty(module.weight_shape, device="meta")
             weight._is_hf_initialized = True  # type: ignore[attr-defined]
             module.__dict__["weight"] = weight
         return model
@@ -157,7 +161,10 @@ class NowagHfQuantizer(HfQuantizer):
         """Replaces the linears that the configuration names by empty packed modules."""
         tied = getattr(model, "all_tied_weights_keys", None) or {}
         for group in self.quantization_config.groups:
+            embedding = self._put_embedding(model, group) if "embedding" in group else None
             for stored_name in group["modules"]:
+                if _is_of_another_head(model, stored_name):
+                    continue
                 name = _local_name(model, stored_name)
                 linear = model.get_submodule(name)
                 if not isinstance(linear, nn.Linear):
@@ -165,7 +172,7 @@ class NowagHfQuantizer(HfQuantizer):
                         f"{stored_name} of quantization_config is a {type(linear).__name__} in "
                         "this model, not an nn.Linear: config.json does not fit it."
                     )
-                if f"{name}.weight" in {*tied, *tied.values()}:
+                if embedding is None and f"{name}.weight" in {*tied, *tied.values()}:
                     raise ValueError(
                         f"{stored_name} of quantization_config shares its weight with another "
                         "module of this model: config.json does not fit it."
@@ -175,6 +182,24 @@ class NowagHfQuantizer(HfQuantizer):
                 except ValueError as error:
                     raise ValueError(f"{stored_name} of quantization_config: {error}") from None
                 model.set_submodule(name, module)
+                if embedding is not None:
+                    _tie(model, embedding, name)
+
+    def _put_embedding(self, model: Any, group: Mapping[str, Any]) -> str:
+        """Replaces the embedding of a head's group by an empty packed one; its name."""
+        name = _local_name(model, group["embedding"])
+        dense = model.get_submodule(name)
+        form: dict[str, Any] = {"d": group["d"], "code_bits": group["code_bits"]}
+        try:
+            weight = dense.get_parameter("weight")
+            packed = VQEmbedding(dense, **form, dtype=weight.dtype, device=weight.device)
+        except (AttributeError, TypeError):
+            raise ValueError(
+                f"{group['embedding']} of quantization_config is a {type(dense).__name__} in "
+                "this model, not an nn.Embedding: config.json does not fit it."
+            ) from None
+        model.set_submodule(name, packed)
+        return name
 
     def _process_model_after_weight_loading(self, model: Any, **_kwargs: Any) -> Any:
         _check_all_loaded(model)
@@ -186,6 +211,8 @@ class NowagHfQuantizer(HfQuantizer):
         packed = _packed(model)
         for name, module in packed.items():
             module.__dict__.pop("weight", None)
+            if isinstance(module, VQEmbedding):
+                module.restore_scale()
             for parameter in module.packed_parameters().values():
                 parameter.requires_grad_(False)  # transformers wants one of all that is float
             try:
@@ -251,12 +278,16 @@ def replace_by_dense(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     if isinstance(dtype, str):
         dtype = DTYPES[dtype]
     whole, dtype = dtype is not None, dtype or model.dtype
-    for name, module in _packed(model).items():
-        linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(module.weight_form().dequantize(dtype))
-        linear.register_parameter("bias", module.bias)
-        model.set_submodule(name, linear.train(module.training))
+    made: dict[int, nn.Parameter] = {}  # by a packed tensor: what was one weight stays one
+    packed = _packed(model)
+    for name, module in packed.items():
+        tensor = next(iter(module.packed_parameters().values()))
+        if id(tensor) not in made:
+            made[id(tensor)] = nn.Parameter(module.weight_form().dequantize(dtype))
+        model.set_submodule(name, module.to_dense(made[id(tensor)]))
     disown_codebooks(model)
+    if len(made) < len(packed):
+        untie_head(model)
     return nn.Module.to(model, dtype) if whole else model
 
 
@@ -272,8 +303,26 @@ def _local_name(model: Any, name: str) -> str:
     raise ValueError(f"{name} of quantization_config is no module of this {type(model).__name__}.")
 
 
-def _packed(model: nn.Module) -> dict[str, PackedLinear]:
-    return {n: module for n, module in model.named_modules() if isinstance(module, PackedLinear)}
+def _is_of_another_head(model: Any, name: str) -> bool:
+    """Whether a module is of the head of the model that was saved, and this has none or another."""
+    prefix = getattr(model, "base_model_prefix", "")
+    inside = not prefix or name.startswith(f"{prefix}.")
+    return not inside and model.get_output_embeddings() is None
+
+
+def _tie(model: Any, embedding: str, head: str) -> None:
+    """Ties an empty head and embedding; raises ValueError if one does not fit the other."""
+    shapes = (model.get_submodule(head).weight_shape, model.get_submodule(embedding).weight_shape)
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{head} and {embedding} of quantization_config are one weight, but in this model they "
+            f"are {shapes[0]} and {shapes[1]}: config.json does not fit it."
+        )
+    tie_head(model, embedding, head)
+
+
+def _packed(model: nn.Module) -> dict[str, PackedModule]:
+    return {n: module for n, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
 def _check_headers(model: Any, files: Iterable[str]) -> None:
@@ -298,7 +347,7 @@ def _check_headers(model: Any, files: Iterable[str]) -> None:
                         continue
                     module = f"{name.rpartition('.')[0]}."
                     of_form = OWNER in name.split(".") or (
-                        module in packed and not name.endswith(".bias")
+                        module in packed and name.rpartition(".")[2] in _FORMAT_TENSORS
                     )
                     fixed = of_form or module in packed or not has_head or name.startswith(prefix)
                     stored = opened.get_slice(stored_name)

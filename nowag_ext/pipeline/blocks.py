@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nowag_ext.decoder import decoder_layers
+from nowag_ext.decoder import decoder_layers, vocabulary_size
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.offload import copied, device_of
 from nowag_ext.pipeline.capture import (
@@ -119,7 +119,7 @@ class Blocks:
         self.length = length
         self.known_groups: dict[int, list[Group]] = {}
         self._device = device_of(self._embeddings)
-        vocabulary = self._embeddings.get_parameter("weight").shape[0]
+        vocabulary = vocabulary_size(model)
         ids = torch.arange(length, device=self._device)
         one, two, three = ((ids + shift) % vocabulary for shift in range(3))
         self._calls, output = self._record(one[None])

@@ -26,8 +26,8 @@ SCOPES = ("model", "kind", "layer")
 # Weights to train a codebook on, rows of all layers, and most iterations. More of both lowers the
 # error of the nearest entries, but hardly that which feedback and corrected targets leave: on
 # SmolLM2 half of the rows and 40 iterations end 2 % below an eighth of the rows and 12.
-_TRAINING_WEIGHTS = 1 << 25
-_TRAINING_ITERATIONS = 30
+TRAINING_WEIGHTS = 1 << 25
+TRAINING_ITERATIONS = 30
 
 # Windows whose Hessians entries are re-estimated under: the metric need not be exact.
 _WINDOWS = 8
@@ -121,8 +121,8 @@ class SharedCodebooks:
                 d=settings.d,
                 bits=settings.bits,
                 name=name,
-                share=self._share_of_rows(name, units, _TRAINING_WEIGHTS),
-                iters=min(settings.iters, _TRAINING_ITERATIONS),
+                share=self._share_of_rows(name, units, TRAINING_WEIGHTS),
+                iters=min(settings.iters, TRAINING_ITERATIONS),
                 init=settings.init,
                 seed=settings.seed,
                 progress=report,

@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,17 +26,21 @@ from nowag_ext.feedback import check_device
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import METHODS, Given, VQSettings
-from nowag_ext.model import install, layer_report
+from nowag_ext.model import PackedHead, install, layer_report
 from nowag_ext.pipeline.blocks import Blocks, Group
 from nowag_ext.pipeline.codebooks import SharedCodebooks
+from nowag_ext.pipeline.head import Head
+from nowag_ext.pipeline.head_weight import compress_head, head_hessian
 from nowag_ext.pipeline.norms import activation_norms
 from nowag_ext.pipeline.ranks import Ranks, common_groups
 from nowag_ext.pipeline.stages import Stages
 from nowag_ext.pipeline.statistics import GroupStatistics
 from nowag_ext.pipeline.streams import CompressedStream, Stream, embedded
 from nowag_ext.plan import Plan, plan_compression
+from nowag_ext.plan_head import HeadPlan, head_settings, plan_head
 from nowag_ext.report import LayerReport, Progress
 from nowag_ext.resume import LayerStore, open_store, run_key
+from nowag_ext.vq import VQWeight
 
 # Activation norms serve to train codebooks and to check; for that few windows will do.
 _NORM_WINDOWS = 4
@@ -55,6 +61,7 @@ def compress(
     min_coverage: float = 0.8,
     work_dir: str | os.PathLike[str] | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
+    head: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     group: dist.ProcessGroup | None = None,
     **settings: Any,
@@ -80,6 +87,8 @@ def compress(
             token and hidden unit, which are otherwise in memory. They leave nothing there.
         codebook_scope: which linears of method "vq" share a codebook: "model", all of them; "kind",
             those of one name (all down_proj, say); "layer", none.
+        head: settings of method "vq", such as {"d": 2, "bits": 4}, for the lm_head and, where that
+            is tied to it, the embedding. None: they stay dense.
         progress: called with (what is done, weights done, weights in all).
         group: processes that share the work, each of which makes this same call: windows and
             linears go over them. Rank 0 alone gives tokens (the others None) and a work_dir, and
@@ -107,6 +116,7 @@ def compress(
             shared_codebooks=codebook_scope != "layer",
         )  # fmt: skip
 
+    head_plan = None if head is None else plan_head(model, head_settings(head))
     # Everything that is not of the norms is found out before they are measured.
     linears = decoder_linears(model).items()
     plan = plan_with({name: torch.ones(linear.in_features) for name, linear in linears})
@@ -131,10 +141,14 @@ def compress(
                 codebooks.re_estimate(plan.units, blocks, windows, progress)
             codebooks.save(store, key)
         run = _Run(plan, blocks, codebooks, ranks, stages, progress, store, key, offload_dir)
-        run.through(windows[ranks.share(len(windows))])
+        hidden = run.through(windows[ranks.share(len(windows))])
+        packed_head = None if head_plan is None else run.head(model, head_plan, hidden)
     if ranks.first:
         seconds = time.perf_counter() - start
-        install(model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel())
+        install(
+            model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel(),
+            packed_head,
+        )  # fmt: skip
     return model
 
 
@@ -176,13 +190,43 @@ class _Run:
         self._total = float(sum(unit.size for unit in plan.units.values()))
         self._done = 0.0
 
-    def through(self, windows: Tensor) -> None:
-        """Compresses every unit of the plan, under this rank's windows and the other ranks'."""
+    def through(self, windows: Tensor) -> Tensor:
+        """Compresses every unit of the plan, under this rank's windows and the other ranks'.
+
+        Returns what the last layer makes of this rank's windows when all of them are compressed.
+        """
         with self._stages("forwards"):
             dense = Stream(embedded(self._blocks, windows, self._offload_dir))
             compressed = CompressedStream(embedded(self._blocks, windows, self._offload_dir))
         for index in range(len(self._blocks.layers)):
             self._layer(index, dense, compressed)
+        return compressed.hidden
+
+    def head(self, model: Any, plan: HeadPlan, hidden: Tensor) -> PackedHead | None:
+        """The head, compressed by rank 0 under what the compressed layers have it read."""
+        name, unit = plan.name, plan.unit
+        key = f"{self._key} {name} {asdict(unit.settings)}"
+        made: _Made | None = None if self._store is None else self._store.get(name, key, unit)
+        resumed: bool = self._ranks.tell(({}, made is not None))[1]
+        if not resumed:
+            with self._stages("statistics"):
+                head = Head(model, self._blocks, logits=False)
+                hessian = head_hessian(head, hidden, unit.shape[1], self._ranks)
+            if self._ranks.first:
+                began = time.perf_counter()
+                with self._stages("head"):
+                    weight = compress_head(unit, hessian, partial(self._tell_of_head, plan))
+                made = weight, time.perf_counter() - began
+                if self._store is not None:
+                    self._store.put(name, key, *made)
+        if made is None:
+            return None
+        assert isinstance(made[0], VQWeight)
+        return PackedHead(plan, made[0], layer_report(name, unit, *made, resumed=resumed))
+
+    def _tell_of_head(self, plan: HeadPlan, share: float) -> None:
+        if self._progress is not None:
+            self._progress(plan.name, share * plan.unit.size, float(plan.unit.size))
 
     def _layer(self, index: int, dense: Stream, compressed: CompressedStream) -> None:
         dense.blocks, compressed.blocks = (self._blocks.copied(index) for _ in range(2))

@@ -103,7 +103,11 @@ def distill(
     """
     start = time.perf_counter()
     check_distillation(passes, learning_rate, seed)
-    modules = {n: part for n, part in model.named_modules() if isinstance(part, PackedLinear)}
+    modules = {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, PackedLinear) and part is not model.get_output_embeddings()
+    }
     if not modules:
         raise ValueError("the model is not compressed: compress it first.")
     windows = checked_windows(model, tokens)

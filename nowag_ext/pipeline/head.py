@@ -7,14 +7,16 @@ return.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
+from nowag_ext.packed import PackedModule
 from nowag_ext.pipeline.blocks import Blocks
-from nowag_ext.pipeline.capture import evaluating
+from nowag_ext.pipeline.capture import Stop, evaluating
 
 
 class Head:
@@ -23,15 +25,22 @@ class Head:
     Args:
         model: a Hugging Face causal LM, whose layers may be on disk.
         blocks: its layers.
+        logits: False: it is to be asked for ``inputs`` alone.
     """
 
-    def __init__(self, model: Any, blocks: Blocks) -> None:
+    def __init__(self, model: Any, blocks: Blocks, *, logits: bool = True) -> None:
         self._model, self._blocks = model, blocks
+        as_they_are = [part for part in model.modules() if isinstance(part, PackedModule)]
+        if not logits:  # the largest of all: what is not run needs no copy
+            as_they_are += [model.get_output_embeddings(), model.get_input_embeddings()]
+        left_out = {id(parameter) for part in as_they_are for parameter in part.parameters()}
         within = tuple(f"{name}." for name in blocks.layers)
         self._parameters = {
             name: _ordinary(parameter.detach().float())
             for name, parameter in model.named_parameters()
-            if not name.startswith(within) and parameter.is_floating_point()
+            if not name.startswith(within)
+            and id(parameter) not in left_out
+            and parameter.is_floating_point()
         }
 
     def tensors(self) -> Iterable[Tensor]:
@@ -43,11 +52,31 @@ class Head:
 
         Recorded for a backward to the hidden states, if gradients are on.
         """
+        logits: Tensor = self._run(hidden).logits
+        return logits
+
+    @torch.no_grad()
+    def inputs(self, hidden: Tensor) -> Tensor:
+        """What the head itself reads, fp32 [windows, length, in_features]."""
+        seen: list[Tensor] = []
+
+        def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0].float())
+            raise Stop
+
+        hook = self._model.get_output_embeddings().register_forward_pre_hook(look)
+        try:
+            with suppress(Stop):
+                self._run(hidden)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _run(self, hidden: Tensor) -> Any:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         with evaluating(self._model), self._blocks.skipped(hidden):
             given = {"input_ids": ids, "use_cache": False, "return_dict": True}
-            logits: Tensor = functional_call(self._model, self._parameters, (), given).logits
-        return logits
+            return functional_call(self._model, self._parameters, (), given)
 
 
 def _ordinary(tensor: Tensor) -> Tensor:
