@@ -108,7 +108,8 @@ def report_table(report: ModelReport) -> Table:
         rows.append(("shared codebooks", "", "", "", megabytes(shared), ""))
     rows.append(_kind_row("all", report.layers, shared))
     if report.head is not None:
-        rows.append(_kind_row(report.head.name + _otherwise(report.head, report), [report.head]))
+        form = {name: report.head.settings[name] for name in ("d", "bits")}
+        rows.append(_kind_row(f"{report.head.name} ({settings_text(form)})", [report.head]))
         rows.append(_kind_row("with it", [*report.layers, report.head], shared))
     columns = ("linears", "number", "relative objective", "bits/weight", "MB", "seconds")
     return table(f"{report.method}: {settings_text(report.settings)}", columns, rows)

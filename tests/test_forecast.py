@@ -19,11 +19,14 @@ from nowag_ext.cli import app
 from nowag_ext.cost import Work, affordable_samples, forecast
 from nowag_ext.decoder import decoder_layers, decoder_linears
 from nowag_ext.forecast import sizes, skeleton
-from nowag_ext.methods import LayerSettings
+from nowag_ext.methods import LayerSettings, VQSettings
 from nowag_ext.pipeline.blocks import Blocks
 
 TOKENS = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(1))
 VQ: dict[str, Any] = {"d": 4, "bits": 2, "iters": 2}
+
+
+SPEEDS = cost._Speeds(1e6, 1e-3, 1e-3, cost._Search(1e-7, 1e-7, 1e-8))
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def run(*arguments: object) -> Result:
         ("vq", {"codebook_scope": "kind", "ignore": ["o_proj"], "dtype": "bfloat16"}, VQ),
         ("prune", {"overrides": {"up_proj": {"method": "vq", **VQ}}}, {"pattern": "2:4"}),
         ("vq", {"checkpoint_format": "dense", "dtype": "float16"}, VQ),
+        ("vq", {"head": {"d": 2, "bits": 4}, "dtype": "bfloat16"}, VQ),
     ],
 )
 def test_bytes_and_bits_are_those_of_the_run(
@@ -58,6 +62,7 @@ def test_bytes_and_bits_are_those_of_the_run(
     job = disk.Job(
         str(source), tmp_path / "other", method, settings, more.get("overrides", {}),
         tuple(more.get("ignore", ["lm_head"])), more.get("codebook_scope", "model"),
+        head=more.get("head"),
         dtype=more.get("dtype", "auto"), checkpoint_format=more.get("checkpoint_format", "nowag"),
     )  # fmt: skip
     foretold = job.sizes(job.outline())
@@ -66,6 +71,7 @@ def test_bytes_and_bits_are_those_of_the_run(
     assert foretold.bits_per_weight == report.bits_per_weight
     assert foretold.weights == report.compressed_weights
     assert foretold.compressed == report.bytes
+    assert foretold.head == (report.head.bytes if "head" in more else 0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -122,6 +128,11 @@ def test_what_takes_more(source: Path) -> None:
     given = foretold(source, settings, "layer", Work("paper", 0, 512, False))
     assert set(given.stages) == {"compression"}
     assert given.peak_memory < paper.peak_memory
+    packed = VQSettings(d=2, bits=4)
+    head = foretold(source, settings, "model", Work("feedback", 4, 512, False, packed))
+    assert head.stages["head"] > 0
+    assert {**head.stages, "head": 0}.keys() == {**few.stages, "head": 0}.keys()
+    assert head.peak_memory >= few.peak_memory
 
 
 @pytest.mark.parametrize("recipe", ["feedback", "paper"])
@@ -130,7 +141,7 @@ def test_windows_that_there_is_time_for(
 ) -> None:
     """One more would take longer; less time than the rest takes is enough for none."""
     settings = LayerSettings("vq", VQ, {})
-    monkeypatch.setattr(cost, "_speeds", lambda *_: cost._Speeds(1e6, 1e-3, 1e-3, 1e-7, 1e-7, 1e-8))
+    monkeypatch.setattr(cost, "_speeds", lambda *_: SPEEDS)
 
     def seconds(windows: int) -> float:
         return foretold(source, settings, "model", Work(recipe, windows, 64, False)).seconds

@@ -57,7 +57,8 @@ def logits(model: Any) -> Tensor:
 
 def assert_tied(model: Any) -> None:
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    assert isinstance(head, VQLinear) and isinstance(embedding, VQEmbedding)
+    assert isinstance(head, VQLinear)
+    assert isinstance(embedding, VQEmbedding)
     for name in FORM:
         assert head.get_parameter(name) is embedding.get_parameter(name), name
 
@@ -149,8 +150,10 @@ def test_report_counts_the_head_apart(tmp_path: Path) -> None:
     report = model.nowag_report
     without = compress(family_model("llama", tied=True), windows(6), **SETTINGS).nowag_report
     assert report.bits_per_weight == without.bits_per_weight
-    assert without.head is None and without.bits_per_weight_with_head == without.bits_per_weight
-    assert report.head.name == "lm_head" and report.head.settings["d"] == HEAD["d"]
+    assert without.head is None
+    assert without.bits_per_weight_with_head == without.bits_per_weight
+    assert report.head.name == "lm_head"
+    assert report.head.settings["d"] == HEAD["d"]
     every = report.bytes + report.head.bytes
     weights = report.compressed_weights + report.head.weights
     assert report.bits_per_weight_with_head == pytest.approx(8 * every / weights)
@@ -279,7 +282,8 @@ def test_goes_on_with_a_finished_head(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("nowag_ext.pipeline.compress.compress_head", refuse)
     compress(model, windows(6), head=HEAD, work_dir=tmp_path, **SETTINGS)
-    assert called["head"] == 0 and model.nowag_report.head.resumed
+    assert called["head"] == 0
+    assert model.nowag_report.head.resumed
     for name, tensor in expected.state_dict().items():
         assert_same_bits(model.state_dict()[name], tensor, name)
 

@@ -11,6 +11,7 @@ _ARGUMENTS = re.compile(
     r"^(bits|checkpoint_format|codebook_scope|d|dtype|ignore|init|iters|learning_rate"
     r"|max_new_tokens|method|min_coverage|n_init|passes|pattern|recipe|seed|sparsity|temperature)"
     r"(?= must | names )"
+    r"|^head(?=: )"
     r"|\b(codebook_scope|max_new_tokens|min_coverage|n_init)\b"
 )
 # Options that are not called as the argument is.
