@@ -3,12 +3,13 @@
     python benchmarks/bench_decode.py --json benchmarks/results/cpu/decode.json
 
 Randomly initialised models of the shapes of Llama-3.2-1B and SmolLM2-135M, dense and with every
-decoder linear a VQLinear of random codes (2 bits, d=4 or d=6): speed does not depend on what the
-weights are. All contenders take turns in one process, and figures are medians of the rounds. In the
-same rounds the decoder's linears and the lm_head are timed alone, in the order of a token, so that
-every weight comes from where it comes from in a token; the rest is attention, norms and the
-interpreter. Of the packed linears, the same pass is timed three ways: the kernel by its addresses,
-the function around it, which checks and allocates, and the module.
+decoder linear a VQLinear of random codes (2 bits, d=4 or d=6), one of them with a packed head and
+embedding too: speed does not depend on what the weights are. All contenders take turns in one
+process, and figures are medians of the rounds. In the same rounds the decoder's linears and the
+lm_head are timed alone, in the order of a token, so that every weight comes from where it comes
+from in a token; the rest is attention, norms and the interpreter. Of the packed linears, the same
+pass is timed three ways: the kernel by its addresses, the function around it, which checks and
+allocates, and the module.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nowag_ext import _cpu, ops
 from nowag_ext.decoder import decoder_linears
+from nowag_ext.embedding import VQEmbedding, tie_head
 from nowag_ext.generate import tokens_per_second
 from nowag_ext.linear import VQLinear
 from nowag_ext.ops.checks import DTYPES
 
 BITS = 2
 SUBVECTORS = (4, 6)  # d
+HEAD = {"d": 2, "bits": 4}
 SHAPES: dict[str, dict[str, int]] = {
     "llama-1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -83,10 +86,10 @@ def dense_model(shape: str) -> LlamaForCausalLM:
     return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
-def random_vq(linear: nn.Linear, d: int) -> VQLinear:
+def random_vq(linear: nn.Linear, d: int, bits: int = BITS) -> VQLinear:
     """Random codes of a weight as large as transformers' random initialisation, std 0.02."""
     rows, cols = linear.weight.shape
-    packed = VQLinear(cols, rows, d=d, bits=BITS)
+    packed = VQLinear(cols, rows, d=d, bits=bits)
     packed.codes.random_(0, 256)
     packed.codebook.normal_()
     packed.row_norms.uniform_(0.01, 0.03)
@@ -103,8 +106,21 @@ def compressed(dense: LlamaForCausalLM, d: int) -> LlamaForCausalLM:
     return model
 
 
-def packed_linears(model: nn.Module) -> list[VQLinear]:
-    return [module for module in model.modules() if isinstance(module, VQLinear)]
+def with_packed_head(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    model = copy.deepcopy(model)
+    weight = random_vq(model.lm_head, **HEAD).weight_form()
+    dtype = model.dtype
+    model.lm_head = VQLinear.from_weight(weight)
+    embedding = VQEmbedding.from_weight(model.model.embed_tokens, weight, dtype)
+    model.model.embed_tokens = embedding
+    tie_head(model, "model.embed_tokens", "lm_head")
+    validate(model.lm_head)
+    return model
+
+
+def packed_linears(model: LlamaForCausalLM) -> list[VQLinear]:
+    """Those of the decoder."""
+    return [module for module in model.model.modules() if isinstance(module, VQLinear)]
 
 
 def tensors(module: VQLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -127,8 +143,8 @@ def contender(name: str, model: LlamaForCausalLM) -> Contender:
         size: torch.randn(1, 1, size, dtype=model.dtype)
         for size in {linear.in_features for linear in linears}
     }
-    head, x = model.lm_head.weight, inputs[model.config.hidden_size]
-    parts: dict[str, list[Call]] = {"lm_head": [partial(nn.functional.linear, x, head)]}
+    x = inputs[model.config.hidden_size]
+    parts: dict[str, list[Call]] = {"lm_head": [product(model.lm_head, x)]}
     parts["linears"] = [product(linear, inputs[linear.in_features]) for linear in linears]
     if packed:
         parts["kernels"] = [kernel(linear, inputs[linear.in_features]) for linear in packed]
@@ -171,6 +187,7 @@ def contenders(shape: str) -> list[Contender]:
     dense = dense_model(shape)
     models = [("dense bf16", dense)]
     models += [(f"VQ d={d} bf16", compressed(dense, d)) for d in SUBVECTORS]
+    models.append((f"VQ d={SUBVECTORS[0]}, packed head bf16", with_packed_head(models[1][1])))
     if available_memory() > 3 * 4 * dense.num_parameters():
         for name, model in list(models):
             models.append((name.replace("bf16", "fp32"), copy.deepcopy(model).float()))

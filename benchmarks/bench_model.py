@@ -27,7 +27,6 @@ from real_layers import CALIBRATION, TEST, add_data_option, calibrated, require_
 import nowag_ext
 from nowag_ext import evaluate
 from nowag_ext.generate import encode_prompt, tokens_per_second
-from nowag_ext.linear import SparseLinear, VQLinear
 from nowag_ext.source import open_dense_model
 from nowag_ext.text import read_text
 
@@ -68,11 +67,15 @@ def compress(
     """Compresses, saves, reloads, and checks that the reloaded model is the same bit for bit.
 
     "windows=16" among the settings is for block by block, with feedback, on so many windows of the
-    calibration text; "distill=64" for distillation on so many windows of 512 tokens after those.
+    calibration text, "head=2:4" with that for a packed head of d=2 at 4 bits; "distill=64" for
+    distillation on so many windows of 512 tokens after those.
     """
     method, settings = parse_method(text)
     model, tokenizer = open_dense_model(dense)
     learnt = settings.pop("distill", 0)
+    if "head" in settings:
+        d, _, bits = settings["head"].partition(":")
+        settings["head"] = {"d": int(d), "bits": json.loads(bits)}
     if "windows" in settings:
         tokens = evaluate.tokenize(tokenizer, read_text(data / CALIBRATION))
         windows = evaluate.split_windows(tokens, 1024, settings.pop("windows"))
@@ -91,13 +94,12 @@ def compress(
             torch.equal(*(one.base_model(ids).last_hidden_state for one in (model, reloaded)))
             for ids in (logits_on[:, :64], logits_on[:, :1])
         )
-    packed = {
-        name for name, module in reloaded.named_modules()
-        if isinstance(module, (VQLinear, SparseLinear))
-    }  # fmt: skip
+    packed = {layer.name for layer in report.layers}
     figures = {
         "settings": report.settings,
         "bits_per_weight": report.bits_per_weight,
+        "head": report.head
+        and {**asdict(report.head), "bits_per_weight_with_head": report.bits_per_weight_with_head},
         "mean_relative_objective": report.mean_relative_objective,
         "compress_seconds": report.seconds + (report.distillation.seconds if learnt else 0.0),
         "stages": report.stages,

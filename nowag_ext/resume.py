@@ -49,7 +49,7 @@ def layer_key(settings: Settings, weight: Tensor, act_norms: Tensor) -> str:
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for tensor in (weight, act_norms.double()):
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -90,7 +90,7 @@ def _digest(identity: Mapping[str, Any], tensors: Iterable[tuple[str, Tensor]]) 
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

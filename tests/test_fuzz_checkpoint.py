@@ -25,7 +25,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nowag_ext
-from nowag_ext.decoder import decoder_linears
+from nowag_ext.decoder import decoder_linears, vocabulary_size
 from nowag_ext.integrations import transformers as quantizer
 
 CASES, CHUNK = 2050, 50  # the first chunk in the plain suite, the others under the sanitizers
@@ -52,16 +52,16 @@ def deep(levels: int, kind: Callable[[Any], Any]) -> Any:
 # --- what is damaged ------------------------------------------------------------------------------
 
 
-def tiny() -> Any:
+def tiny(**more: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 72, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "attention_bias": True}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads)).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads, **more)).eval()
 
 
 def make_sources(folder: Path) -> list[Path]:
-    """Checkpoints of every form: both versions, every method, shards, a shared codebook."""
-    names = ["mixed", "shared", "v1_vq", "v1_prune"]
+    """Checkpoints of every form: both versions, every method, shards, a shared codebook, a head."""
+    names = ["mixed", "shared", "head", "v1_vq", "v1_prune"]
     model = tiny()
     norms = {n: torch.ones(linear.in_features) for n, linear in decoder_linears(model).items()}
     others = {"down_proj": {"method": "prune"}, "o_proj": {"method": "prune", "pattern": "2:4"}}
@@ -71,7 +71,10 @@ def make_sources(folder: Path) -> list[Path]:
     tokens = torch.arange(16).view(2, 8)
     nowag_ext.compress(model, tokens, d=4, bits=1.5, iters=1, overrides=others)
     nowag_ext.save_compressed(model, None, folder / "shared", max_shard_size="20KB")
-    for name in names[2:]:
+    model = tiny(tie_word_embeddings=True)
+    nowag_ext.compress(model, tokens, d=4, bits=1.5, iters=1, head={"d": 2, "bits": 3})
+    nowag_ext.save_compressed(model, None, folder / "head")
+    for name in names[3:]:
         shutil.copytree(VERSION_1 / name, folder / name)
     return [folder / name for name in names]
 
@@ -240,7 +243,7 @@ def run_case(seed: int, sources: list[Path], folder: Path) -> str:
                     model = nowag_ext.load(folder)
             except (ValueError, OSError) as error:
                 return f"{what}: {type(error).__name__}: {error}"
-            vocabulary = model.get_input_embeddings().weight.shape[0]
+            vocabulary = vocabulary_size(model)
             for length in (1, 40):  # one goes through the kernels for few tokens
                 model(torch.arange(length)[None] % vocabulary)
     except Exception as error:

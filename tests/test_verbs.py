@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import nowag_ext
 from nowag_ext import SparseLinear, compress_model, prune
-from nowag_ext.linear import PackedLinear
+from nowag_ext.packed import PackedModule
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -48,7 +48,7 @@ def packed_bits(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{own}": tensor.detach().clone()
         for name, module in model.named_modules()
-        if isinstance(module, PackedLinear)
+        if isinstance(module, PackedModule)
         for own, tensor in module.packed_parameters().items()
     }
 
@@ -249,13 +249,14 @@ class Models(RuleBasedStateMachine):
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
 
-    @initialize(method=st.sampled_from(["vq", "prune"]))
+    @initialize(method=st.sampled_from(["vq", "prune", "vq with a head"]))
     def start(self, method: str) -> None:
         self.model = tiny_model()
-        vq = {"d": 4, "bits": 1.5, "iters": 2}
-        compress_model(
-            self.model, random_act_norms(self.model), method, **(vq if method == "vq" else {})
-        )
+        vq: dict[str, Any] = {} if method == "prune" else {"d": 4, "bits": 1.5, "iters": 2}
+        if method == "vq with a head":
+            nowag_ext.compress(self.model, tiny_tokens(), head={"d": 2, "bits": 3}, **vq)
+        else:
+            compress_model(self.model, random_act_norms(self.model), method, **vq)
         self.bits, self.logits = packed_bits(self.model), logits(self.model)
 
     def new_path(self) -> Path:
@@ -310,7 +311,7 @@ class Models(RuleBasedStateMachine):
     @rule(dtype=st.sampled_from([None, torch.float32]))
     def dense_copy(self, dtype: torch.dtype | None) -> None:
         dense = copy.deepcopy(self.model).dequantize(dtype=dtype)
-        assert not any(isinstance(module, PackedLinear) for module in dense.modules())
+        assert not any(isinstance(module, PackedModule) for module in dense.modules())
         got = logits(dense)
         limit = 1e-4 if self.model.dtype == torch.float32 else 5e-2
         assert (got - self.logits).norm() <= limit * got.norm()
