@@ -30,6 +30,15 @@ const VqLookupTable* lookup_table() {
 #endif
 }
 
+const VqIntegerTable* nibble_table() {
+    const VqIntegerTable* none = nullptr;
+#ifdef NOWAG_X86
+    return simd_pick(none, &kVqNibbleAvx2, none, none);
+#else
+    return none;
+#endif
+}
+
 // Fewer codes than this are done sooner than a second thread starts.
 constexpr int64_t kCodesForThreads = 32768;
 // Rows that make a table worth building: building one costs as much as looking this many up. (Four
@@ -130,17 +139,26 @@ void decode(const Problem& problem) {
     multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), lanes, stride);
 }
 
-void decode_integers(const Problem& problem) {
-    const VqIntegerTable& kernel = *decode_table()->integers;
+// What decodes in integers, null if that is not faster.
+const VqIntegerTable* integer_table(const Problem& problem) {
+    if (problem.d == 1 && problem.code_bits == 4) return nibble_table();
+    return problem.tokens == 1 && problem.d > 4 ? decode_table()->integers : nullptr;
+}
+
+void decode_integers(const Problem& problem, const VqIntegerTable& kernel) {
     constexpr int kLanes = 8;
-    const Buffer<float> scaled = buffer<float>(problem.positions() * problem.d);
-    scaled_inputs(problem, 0, scaled.get());
+    const int64_t positions = problem.positions();
     const Buffer<float> codebook = buffer<float>(problem.entries() * kLanes);
     const float unit =
         kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, codebook.get());
-    const Buffer<float> inputs = buffer<float>(problem.positions() * kLanes);
-    kernel.arrange_inputs(scaled.get(), problem.d, problem.positions(), unit, inputs.get());
-    multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), kLanes, 1);
+    const Buffer<float> scaled = buffer<float>(positions * problem.d);
+    const int64_t stride = ceil_div(positions, kVqIntegerPositions) * kVqIntegerPositions * kLanes;
+    const Buffer<float> inputs = buffer<float>(problem.tokens * stride);
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        scaled_inputs(problem, t, scaled.get());
+        kernel.arrange_inputs(scaled.get(), problem.d, positions, unit, &inputs[t * stride]);
+    }
+    multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), kLanes, stride);
 }
 
 // --- lookup: see vq_gemv.h ---
@@ -231,8 +249,8 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
                           bias, rows,  cols,   d,      code_bits, y,         threads};
     if (lookup_table() != nullptr && code_bits == 8 && rows >= kLookupRows) {
         look_up(problem);
-    } else if (decode_table()->integers != nullptr && tokens == 1 && d > 4) {
-        decode_integers(problem);
+    } else if (const VqIntegerTable* const kernel = integer_table(problem); kernel != nullptr) {
+        decode_integers(problem, *kernel);
     } else {
         decode(problem);
     }

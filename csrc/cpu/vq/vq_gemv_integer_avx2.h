@@ -114,7 +114,11 @@ void arrange_integer_inputs(const float* inputs, int d, int64_t positions, float
     }
 }
 
-void multiply_integer_tile(const VqDecodeTile& tile) { multiply_tile_as<Integers8, 8, 2>(tile); }
+void multiply_integer_tile(const VqDecodeTile& tile) {
+    VqDecodeTile one = tile;
+    one.token_stride = 1;  // to the next position
+    multiply_tile_as<Integers8, 8, 2>(one);
+}
 
 }  // namespace
 }  // namespace nowag::cpu

@@ -18,20 +18,23 @@ struct VqDecodeTile {
     int code_bits;
     int lanes;
     int tokens;
-    int token_stride;          // tokens, padded to whole vectors
+    int token_stride;          // tokens, padded to whole vectors; or as VqIntegerTable says
     const uint8_t* codes_end;  // of all tiles: nothing may be read from here on
     float* sums;               // out: [tokens, 32], sum_p of entry . input
 };
 
-// One token and 8 lanes in 16-bit integers, each position's inputs and the codebook in units of
-// their own.
+// Positions that inputs in integers have room for are a multiple of so many.
+constexpr int64_t kVqIntegerPositions = 64;
+
+// Decode in 16-bit integers, inputs and the codebook in units of their own.
 struct VqIntegerTable {
     // float16 [entries, d] -> what multiply_tile wants, in room for floats [entries, 8]; its unit
     float (*arrange_codebook)(const uint16_t* codebook, int64_t entries, int d, void* out);
-    // Scaled inputs [positions, d] and the codebook's unit -> what multiply_tile wants, in room
-    // for floats [positions, 8]
+    // Scaled inputs [positions, d] of a token and the codebook's unit -> what multiply_tile wants,
+    // in room for floats [positions, 8]
     void (*arrange_inputs)(const float* inputs, int d, int64_t positions, float codebook_unit,
                            float* out);
+    // Of the tile's inputs each token's begin `token_stride` floats after those of the one before.
     void (*multiply_tile)(const VqDecodeTile& tile);
 };
 
@@ -47,10 +50,13 @@ struct VqDecodeTable {
     // y[i] = sums[i] * row_norms[i] + bias[i], rounded to dtype; bias may be null
     void (*finish)(const float* sums, const uint16_t* row_norms, const void* bias, DType dtype,
                    int64_t rows, void* y);
-    const VqIntegerTable* integers;  // null where they are not faster
+    const VqIntegerTable* integers;  // for one token and d > 4; null where they are not faster
 };
 
 extern const VqDecodeTable kVqDecodeScalar, kVqDecodeAvx2, kVqDecodeAvx512;
+
+// For codes of 4 bits and d = 1.
+extern const VqIntegerTable kVqNibbleAvx2;
 
 // Lookup, for codes of 8 bits.
 constexpr int64_t kVqLookupEntries = 256;

@@ -10,6 +10,8 @@
 //   decode: fetches the codebook entry of each code and multiplies. float32 throughout, but for one
 //           token and d > 4 on AVX2: entries are 16-bit integers in one unit for the codebook,
 //           x_j col_norms_j in one for each position; each pair of products is summed exactly.
+//           Codes of 4 bits and d = 1, on AVX2 and above: entries are 14-bit integers in one unit,
+//           x_j col_norms_j in one for each run of 64 positions, whose products are summed exactly.
 //   lookup: computes T_p once for every position and adds T_p[code] for every row.
 //           Codes of 8 bits, 512 rows or more, on AVX2 and AVX-512: T_p is float32.
 //           The same on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are
@@ -29,7 +31,9 @@
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
 //                and, for decode in integers,
 //                + row_norms[i] * sum over positions of d * M * max |c_kj| / 32000,
-//                M = the position's largest |x_j col_norms_j|;
+//                M = the position's largest |x_j col_norms_j|, or, with codes of 4 bits,
+//                + row_norms[i] * sum over positions of M * max |c_k| / 8000,
+//                M = the largest |x_j col_norms_j| of the position's run;
 //                or, for lookup of integers,
 //                + row_norms[i] * sum over groups and scales of (their positions) * L / 62000,
 //                L = their largest  sum_j |x_j col_norms_j| max_k |c_kj|,  a bound of |T_p[k]|;
