@@ -23,8 +23,9 @@ from test_pipeline import SETTINGS, windows
 from tiny_model import TEXT, save_tiny
 from tiny_models import tiny_model
 from torch import distributed as dist
+from typer.testing import CliRunner
 
-from nowag_ext import compress
+from nowag_ext import cli, compress
 from nowag_ext.pipeline import compress as pipeline
 from nowag_ext.pipeline.ranks import ALONE, RankLostError, Ranks
 from nowag_ext.pipeline.statistics import GroupStatistics
@@ -225,6 +226,15 @@ def test_rank_0_keeps_and_resumes_for_all(tmp_path: Path) -> None:
     assert not any(layer.resumed for layer in alone.nowag_report.layers)
 
 
+def test_compress_alone_has_ranks(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nowag_ext.cli.base.launched", lambda: 2)
+    monkeypatch.setattr("nowag_ext.cli.base.launcher", lambda: ["torchrun"])
+    arguments = ["eval", work / "model", "--text", work / "text.txt"]
+    run = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert run.exit_code == 1
+    assert run.stderr == "Error: torchrun is for compress alone: start this without it.\n"
+
+
 # --- torchrun ------------------------------------------------------------------------------------
 
 COMMON = ["--bits", 1, "--iters", 3, "--length", 32, "--samples", 6]
@@ -311,13 +321,9 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_there(work: Path, tmp_
             f"torchrun --nproc-per-node 2 -m -- nowag_ext {command}"
         )
         assert not output.exists()
-    other = subprocess.run(
-        **fresh_python("-m", "nowag_ext", *given, OMP_NUM_THREADS="1"),
-        capture_output=True,
-        timeout=300,
-    )
-    assert other.returncode == 1
-    assert "processes 2, not processes 1" in said(other)[0]
+    alone = CliRunner().invoke(cli.app, [str(argument) for argument in given])
+    assert alone.exit_code == 1
+    assert "processes 2, not processes 1" in alone.stderr
     again = torchrun(work, *given)
     assert again.returncode == 0, again.stderr
     report = json.loads((output / "report.json").read_text())
@@ -327,15 +333,13 @@ def test_a_rank_that_dies_ends_the_run_which_goes_on_from_there(work: Path, tmp_
 
 
 @pytest.mark.slow
-def test_refusals_are_said_once(work: Path, tmp_path: Path) -> None:
+def test_a_refusal_is_said_once(work: Path, tmp_path: Path) -> None:
     given = compress_arguments(work, tmp_path / "out")
     (tmp_path / "out").write_text("mine")
     run = torchrun(work, *given)
     assert run.returncode == 1
     (ours,) = said(run)
     assert ours == f"Error: --output: {tmp_path / 'out'} is a file: a directory is needed."
-    run = torchrun(work, "eval", work / "model", "--text", work / "text.txt")
-    assert said(run) == ["Error: torchrun is for compress alone: start this without it."]
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

@@ -1,4 +1,4 @@
-"""Kernels on every linear of SmolLM2-135M-Instruct with its own activations, where it is cached."""
+"""Kernels on linears of SmolLM2-135M-Instruct with its own activations, where it is cached."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def linears(dense: tuple[Any, Any]) -> dict[str, RealLinear]:
     found = {
         name: RealLinear(linear.weight.detach(), norms[name], torch.empty(0))
         for name, linear in decoder_linears(model).items()
+        if int(name.split(".")[2]) % 3 == 0  # of 30 blocks, all alike in their shapes
     }
 
     def keep(name: str) -> None:
@@ -63,7 +64,7 @@ def linears(dense: tuple[Any, Any]) -> dict[str, RealLinear]:
         keep(name)
     with torch.inference_mode():
         model(held_out)
-    assert len(found) == 210
+    assert len(found) == 70
     return found
 
 
