@@ -3,8 +3,8 @@
     python benchmarks/bench_decode.py --json benchmarks/results/cpu/decode.json
 
 Randomly initialised models of the shapes of Llama-3.2-1B and SmolLM2-135M, dense and with every
-decoder linear a VQLinear of random codes (2 bits, d=4 or d=6), one of them with a packed head and
-embedding too: speed does not depend on what the weights are. All contenders take turns in one
+decoder linear a VQLinear of random codes (2 bits, d=4 or d=6; 4 bits, d=1), some with a packed head
+and embedding too: speed does not depend on what the weights are. All contenders take turns in one
 process, and figures are medians of the rounds. In the same rounds the decoder's linears and the
 lm_head are timed alone, in the order of a token, so that every weight comes from where it comes
 from in a token; the rest is attention, norms and the interpreter. Of the packed linears, the same
@@ -37,9 +37,14 @@ from nowag_ext.generate import tokens_per_second
 from nowag_ext.linear import VQLinear
 from nowag_ext.ops.checks import DTYPES
 
-BITS = 2
-SUBVECTORS = (4, 6)  # d
-HEAD = {"d": 2, "bits": 4}
+Form = tuple[int, int]  # d and bits
+# By contender, the forms of the decoder's linears and of the head, if that is packed.
+FORMS: dict[str, tuple[Form, Form | None]] = {
+    "VQ d=4": ((4, 2), None),
+    "VQ d=6": ((6, 2), None),
+    "VQ d=4, head d=2 4 bits": ((4, 2), (2, 4)),
+    "VQ d=1 4 bits, head too": ((1, 4), (1, 4)),
+}
 SHAPES: dict[str, dict[str, int]] = {
     "llama-1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192,
@@ -86,7 +91,7 @@ def dense_model(shape: str) -> LlamaForCausalLM:
     return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
-def random_vq(linear: nn.Linear, d: int, bits: int = BITS) -> VQLinear:
+def random_vq(linear: nn.Linear, d: int, bits: int) -> VQLinear:
     """Random codes of a weight as large as transformers' random initialisation, std 0.02."""
     rows, cols = linear.weight.shape
     packed = VQLinear(cols, rows, d=d, bits=bits)
@@ -97,25 +102,24 @@ def random_vq(linear: nn.Linear, d: int, bits: int = BITS) -> VQLinear:
     return packed
 
 
-def compressed(dense: LlamaForCausalLM, d: int) -> LlamaForCausalLM:
+def compressed(dense: LlamaForCausalLM, form: Form, head: Form | None) -> LlamaForCausalLM:
     model = copy.deepcopy(dense)
     for name, linear in decoder_linears(model).items():
-        model.set_submodule(name, random_vq(linear, d))
+        model.set_submodule(name, random_vq(linear, *form))
     for module in packed_linears(model)[:7]:
         validate(module)
+    if head is not None:
+        pack_head(model, head)
     return model
 
 
-def with_packed_head(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    model = copy.deepcopy(model)
-    weight = random_vq(model.lm_head, **HEAD).weight_form()
+def pack_head(model: LlamaForCausalLM, form: Form) -> None:
+    weight = random_vq(model.lm_head, *form).weight_form()
     dtype = model.dtype
     model.lm_head = VQLinear.from_weight(weight)
-    embedding = VQEmbedding.from_weight(model.model.embed_tokens, weight, dtype)
-    model.model.embed_tokens = embedding
+    model.model.embed_tokens = VQEmbedding.from_weight(model.model.embed_tokens, weight, dtype)
     tie_head(model, "model.embed_tokens", "lm_head")
     validate(model.lm_head)
-    return model
 
 
 def packed_linears(model: LlamaForCausalLM) -> list[VQLinear]:
@@ -186,8 +190,7 @@ def contenders(shape: str) -> list[Contender]:
     """Dense and compressed in bf16, and in fp32 where memory holds them all."""
     dense = dense_model(shape)
     models = [("dense bf16", dense)]
-    models += [(f"VQ d={d} bf16", compressed(dense, d)) for d in SUBVECTORS]
-    models.append((f"VQ d={SUBVECTORS[0]}, packed head bf16", with_packed_head(models[1][1])))
+    models += [(f"{name} bf16", compressed(dense, *forms)) for name, forms in FORMS.items()]
     if available_memory() > 3 * 4 * dense.num_parameters():
         for name, model in list(models):
             models.append((name.replace("bf16", "fp32"), copy.deepcopy(model).float()))
@@ -251,7 +254,7 @@ def row(shape: str, entry: Contender, entries: list[Contender], read_gb_s: float
 def show(found: dict[str, Any]) -> None:
     token = 1e3 / found["tokens_per_second"]
     print(
-        f"{found['shape']:>9} {found['contender']:<12} {found['tokens_per_second']:7.2f} tokens/s, "
+        f"{found['shape']:>9} {found['contender']:<28} {found['tokens_per_second']:7.2f} tokens/s, "
         f"{found['read_percent']:.0f} % of read bandwidth; ms a token {token:.2f}: "
         + ", ".join(
             f"{part} {ms:.2f} ({ms / token:.0%})" for part, ms in found["ms_a_token"].items()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from nowag_ext.decoder import name_of
 from nowag_ext.files import atomic_directory, check_vacant, remove, require_space
 from nowag_ext.gguf_source import check_gguf, convert_gguf, explained, read_once
 from nowag_ext.integrations.transformers import QUANT_METHOD, NowagConfig, replace_by_dense
@@ -395,7 +396,13 @@ model = nowag_ext.load("this directory, or its hub id")
 def _compressed_card(model: Any) -> str:
     config = model.config.quantization_config
     ways: dict[str, int] = {}
+    head_name, head = name_of(model, model.get_output_embeddings()), ""
     for group in config.groups:
+        if group["modules"] == [head_name]:
+            tied = " and the embedding that is tied to it" if "embedding" in group else ""
+            form = settings_text({name: group[name] for name in ("d", "code_bits")})
+            head = f" Packed too: its {head_name}{tied} ({form})."
+            continue
         way = f"{METHODS[group['method']].label} ({settings_text(group.get('settings', {}))})"
         ways[way] = ways.get(way, 0) + len(group["modules"])
     listed = "; ".join(
@@ -403,7 +410,7 @@ def _compressed_card(model: Any) -> str:
     )
     about = (
         f"The linear layers of this {type(model).__name__}'s decoder were compressed in one "
-        f"shot by NoWag: {listed}.\n"
+        f"shot by NoWag: {listed}.{head}\n"
     )
     return _card(model, _COMPRESSED_HEAD, about)
 
@@ -428,6 +435,11 @@ def _figures(model: Any) -> str:
         return ""
     rows = {
         "bits per compressed weight, all in": f"{report.bits_per_weight:.3f}",
+        **(
+            {f"with {report.head.name}": f"{report.bits_per_weight_with_head:.3f}"}
+            if report.head
+            else {}
+        ),
         "mean relative objective": f"{report.mean_relative_objective:.5f}",
         "compressed share of the decoder's weights": f"{report.coverage:.1%}",
         "compressed layers": str(len(report.layers)),

@@ -48,6 +48,11 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+def name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    """The full name of one of the model's modules, None if it is none of them."""
+    return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
 def vocabulary_size(model: Any) -> int:
     """Tokens that the model knows: rows of its embedding, dense or packed."""
     embeddings = model.get_input_embeddings()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nowag_ext.decoder import name_of
 from nowag_ext.embedding import check_embedding
 from nowag_ext.methods import VQSettings, make_settings
 from nowag_ext.plan import Unit
@@ -49,7 +50,7 @@ def plan_head(model: Any, settings: VQSettings) -> HeadPlan:
         ValueError: the model has none that can be packed; the sentence says why.
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    name, embedding = _name_of(model, head), _name_of(model, embeddings)
+    name, embedding = name_of(model, head), name_of(model, embeddings)
     if not isinstance(head, nn.Linear) or name is None:
         raise ValueError(
             f"head: the model has none that is an nn.Linear, but {type(head).__name__}: leave it "
@@ -76,10 +77,6 @@ def plan_head(model: Any, settings: VQSettings) -> HeadPlan:
         raise ValueError(f"head: {weight_readers_text(readers)}: leave it dense.")
     norms = torch.ones(head.in_features)
     return HeadPlan(name, Unit(head, norms, settings), embedding if tied else None)
-
-
-def _name_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
-    return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
 def _sharing(model: Any, weight: str) -> set[str]:

@@ -146,6 +146,7 @@ def _assert_near(own: Any, kept: Any) -> None:
         (2, "vq", {**SETTINGS, "overrides": {"o_proj": {"method": "prune", "pattern": "2:4"}}}),
         (3, "vq", {**SETTINGS, "codebook_scope": "kind"}),
         (2, "vq", {**SETTINGS, "codebook_scope": "layer", "ignore": ("lm_head", "k_proj")}),
+        (2, "vq", {**SETTINGS, "head": {"d": 2, "bits": 3}}),
         (2, "prune", {"sparsity": 0.5}),
     ],
 )
@@ -206,6 +207,7 @@ def test_rank_0_keeps_and_resumes_for_all(tmp_path: Path) -> None:
         def run(group: dist.ProcessGroup) -> Any:
             model, first = models[group.rank()], group.rank() == 0
             given = {"work_dir": directory, "progress": stop} if first else {}
+            given["head"] = {"d": 2, "bits": 3}
             return compress(model, windows() if first else None, group=group, **given, **SETTINGS)
 
         return together(2, run)

@@ -30,7 +30,7 @@ from nowag_ext.model import PackedHead, install, layer_report
 from nowag_ext.pipeline.blocks import Blocks, Group
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.head import Head
-from nowag_ext.pipeline.head_weight import compress_head, head_hessian
+from nowag_ext.pipeline.head_weight import compress_head, head_statistics
 from nowag_ext.pipeline.norms import activation_norms
 from nowag_ext.pipeline.ranks import Ranks, common_groups
 from nowag_ext.pipeline.stages import Stages
@@ -141,8 +141,8 @@ def compress(
                 codebooks.re_estimate(plan.units, blocks, windows, progress)
             codebooks.save(store, key)
         run = _Run(plan, blocks, codebooks, ranks, stages, progress, store, key, offload_dir)
-        hidden = run.through(windows[ranks.share(len(windows))])
-        packed_head = None if head_plan is None else run.head(model, head_plan, hidden)
+        streams = run.through(windows[ranks.share(len(windows))])
+        packed_head = None if head_plan is None else run.head(model, head_plan, *streams)
     if ranks.first:
         seconds = time.perf_counter() - start
         install(
@@ -190,20 +190,22 @@ class _Run:
         self._total = float(sum(unit.size for unit in plan.units.values()))
         self._done = 0.0
 
-    def through(self, windows: Tensor) -> Tensor:
+    def through(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Compresses every unit of the plan, under this rank's windows and the other ranks'.
 
-        Returns what the last layer makes of this rank's windows when all of them are compressed.
+        Returns what the last layer makes of this rank's windows, the dense one and the compressed.
         """
         with self._stages("forwards"):
             dense = Stream(embedded(self._blocks, windows, self._offload_dir))
             compressed = CompressedStream(embedded(self._blocks, windows, self._offload_dir))
         for index in range(len(self._blocks.layers)):
             self._layer(index, dense, compressed)
-        return compressed.hidden
+        return dense.hidden, compressed.hidden
 
-    def head(self, model: Any, plan: HeadPlan, hidden: Tensor) -> PackedHead | None:
-        """The head, compressed by rank 0 under what the compressed layers have it read."""
+    def head(
+        self, model: Any, plan: HeadPlan, dense: Tensor, compressed: Tensor
+    ) -> PackedHead | None:
+        """The head, compressed by rank 0, from what the last layer of each stream has returned."""
         name, unit = plan.name, plan.unit
         key = f"{self._key} {name} {asdict(unit.settings)}"
         made: _Made | None = None if self._store is None else self._store.get(name, key, unit)
@@ -211,11 +213,12 @@ class _Run:
         if not resumed:
             with self._stages("statistics"):
                 head = Head(model, self._blocks, logits=False)
-                hessian = head_hessian(head, hidden, unit.shape[1], self._ranks)
+                statistics = head_statistics(head, dense, compressed, unit.shape[1])
+                statistics.add_up(self._ranks)
             if self._ranks.first:
                 began = time.perf_counter()
                 with self._stages("head"):
-                    weight = compress_head(unit, hessian, partial(self._tell_of_head, plan))
+                    weight = compress_head(unit, statistics, partial(self._tell_of_head, plan))
                 made = weight, time.perf_counter() - began
                 if self._store is not None:
                     self._store.put(name, key, *made)
