@@ -213,7 +213,7 @@ def _head(model: Any, settings: VQSettings, speeds: _Speeds) -> _Head:
     search = _search(settings, inputs, speeds.products)
     iters = min(settings.iters, codebooks.TRAINING_ITERATIONS)
     return _Head(
-        _FLOAT * (_WEIGHT_COPIES * size + (1 + _METRIC_COPIES) * inputs**2),
+        _FLOAT * ((_WEIGHT_COPIES + 1) * size + (1 + _METRIC_COPIES) * inputs**2),
         min(size, codebooks.TRAINING_WEIGHTS) * search.clustering(iters)
         + size * (search.compression + 3 * inputs / speeds.products),
     )

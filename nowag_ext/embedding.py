@@ -65,7 +65,8 @@ class VQEmbedding(PackedModule):
         self.num_embeddings = embedding.num_embeddings
         self.embedding_dim = embedding.embedding_dim
         self.d, self.code_bits = d, code_bits
-        self._scaled = type(embedding) is not nn.Embedding
+        # What rows are multiplied by: nothing, a number, or, None, a tensor of the model's dtype.
+        self._factor = None if isinstance(_own_scale(embedding), Tensor) else _scale(embedding)
         # No submodule: nothing of it is a part of the packed model.
         self.__dict__["outline"] = _with_weight(
             embedding, nn.Parameter(torch.empty(self.weight_shape, device="meta"), False)
@@ -94,10 +95,10 @@ class VQEmbedding(PackedModule):
 
     def restore_scale(self) -> None:
         """The scale as the dense embedding's class has it, which a low dtype has rounded."""
+        self.scale.requires_grad_(False)
         known = _scale(self.outline)
         if known is not None:
-            with torch.no_grad():
-                self.scale.fill_(known)
+            self.scale.fill_(known)
 
     def weight_form(self) -> VQWeight:
         tensors = {name: getattr(self, name).detach() for name in _TENSORS}
@@ -120,7 +121,9 @@ class VQEmbedding(PackedModule):
             kind,
         )  # fmt: skip
         rows = rows.to(scale.dtype)
-        return rows * scale if self._scaled else rows
+        if self._factor == 1:
+            return rows
+        return rows * (scale if self._factor is None else self._factor)
 
     def extra_repr(self) -> str:
         return (
@@ -135,11 +138,21 @@ class VQEmbedding(PackedModule):
 
 
 def _with_weight(embedding: nn.Module, weight: nn.Parameter) -> nn.Module:
-    """The embedding with another weight; all else is the same."""
+    """The embedding with another weight, and without hooks; all else is the same."""
     other = copy.copy(embedding)
+    state = vars(other)
+    for name in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, of the embedding itself
+        state.pop(name, None)
+    for name, value in state.items():
+        if "_hooks" in name and isinstance(value, dict):
+            state[name] = type(value)()
     other._parameters = {**embedding._parameters, "weight": weight}
     other._buffers = dict(embedding._buffers)
     return other
+
+
+def _own_scale(embedding: nn.Module) -> Any:
+    return 1.0 if type(embedding) is nn.Embedding else getattr(embedding, "embed_scale", None)
 
 
 def _scale(embedding: nn.Module) -> float | None:

@@ -48,9 +48,12 @@ class PackedHead:
     def replace(self, model: Any) -> None:
         """Puts it into the model, in the embedding's place too where that is tied to it."""
         plan, unit = self.plan, self.plan.unit
-        module = packed_linear("vq", self.weight, unit.linear.bias).train(unit.linear.training)
+        module = packed_linear("vq", self.weight, bias_of(unit.linear)).train(unit.linear.training)
         model.set_submodule(plan.name, module)
-        if plan.embedding is not None:
+        if plan.embedding is None:
+            for config in (model.config, model.config.get_text_config()):
+                config.tie_word_embeddings = False  # what a class would tie, and here is not
+        else:
             dense = model.get_submodule(plan.embedding)
             embedding = VQEmbedding.from_weight(dense, self.weight, unit.dtype)
             model.set_submodule(plan.embedding, embedding.train(dense.training))

@@ -12,6 +12,7 @@ from torch import nn
 from nowag_ext.decoder import name_of
 from nowag_ext.embedding import check_embedding
 from nowag_ext.methods import VQSettings, make_settings
+from nowag_ext.normalize import as_weight
 from nowag_ext.plan import Unit
 from nowag_ext.weight_reads import weight_readers, weight_readers_text
 
@@ -40,6 +41,10 @@ def head_settings(given: Mapping[str, Any]) -> VQSettings:
     except (TypeError, ValueError) as error:
         raise type(error)(f"head: {error}") from None
     assert isinstance(settings, VQSettings)
+    if settings.n_init != 1:
+        raise ValueError(
+            f"head: its codebook is trained once: n_init must be 1, not {settings.n_init}."
+        )
     return settings
 
 
@@ -51,10 +56,20 @@ def plan_head(model: Any, settings: VQSettings) -> HeadPlan:
     """
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     name, embedding = name_of(model, head), name_of(model, embeddings)
-    if not isinstance(head, nn.Linear) or name is None:
+    if type(head) is not nn.Linear or name is None:  # others may do more than it
         raise ValueError(
             f"head: the model has none that is an nn.Linear, but {type(head).__name__}: leave it "
             "dense."
+        )
+    if not head.weight.is_meta:
+        try:
+            as_weight(head.weight)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"head: {name}: {error}") from None
+    if not isinstance(getattr(model, "_tied_weights_keys", None) or {}, Mapping):
+        raise ValueError(
+            "head: this model says what is tied in a way that only older releases of transformers "
+            "read (_tied_weights_keys is a list): leave it dense."
         )
     sharing = _sharing(model, f"{name}.weight")
     tied = embedding is not None and f"{embedding}.weight" in sharing
@@ -83,6 +98,8 @@ def _sharing(model: Any, weight: str) -> set[str]:
     """All names of the parameter of this name."""
     named = dict(model.named_parameters(remove_duplicate=False))
     same = {name for name, parameter in named.items() if parameter is named[weight]}
+    if not named[weight].is_meta:
+        return same
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     source = tied.get(weight, weight)
     # Of weights without data transformers alone knows.

@@ -14,8 +14,9 @@ import torch
 from compare import assert_same_bits
 from families import CONFIGS, make_model, windows
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, OPTConfig
 
 import nowag_ext
 from nowag_ext import VQLinear, compress, save_compressed
@@ -364,3 +365,101 @@ def test_configurations_that_do_not_fit_are_refused(
     file.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=sentence):
         nowag_ext.load(tmp_path / "a")
+
+
+def test_another_head_is_not_taken_from_what_is_kept(tmp_path: Path) -> None:
+    def run(change: Callable[[Any], None]) -> Any:
+        model = family_model("llama", tied=False)
+        with torch.no_grad():
+            change(model)
+        compress(model, windows(6), head=HEAD, work_dir=tmp_path, **SETTINGS)
+        return model.nowag_report
+
+    assert not run(lambda model: None).head.resumed
+    assert run(lambda model: None).head.resumed
+    assert not run(lambda model: model.lm_head.weight.neg_()).head.resumed
+    assert not run(lambda model: model.model.norm.weight.mul_(2)).head.resumed
+    other = run(lambda model: model.model.embed_tokens.weight.neg_())
+    assert not any(layer.resumed for layer in other.layers)
+
+
+def untie(model: Any) -> Any:
+    """Weights of their own, whatever the configuration says."""
+    model.lm_head.weight = nn.Parameter(-model.lm_head.weight.detach())
+    return model
+
+
+def test_weights_that_are_untied_against_the_configuration_stay_so(tmp_path: Path) -> None:
+    model = untie(family_model("llama", tied=True))
+    expected = model.model.embed_tokens.weight.clone()
+    compress(model, windows(6), head=HEAD, **SETTINGS)
+    assert torch.equal(model.model.embed_tokens.weight, expected)
+    save_compressed(model, None, tmp_path / "a")
+    assert_same_bits(logits(nowag_ext.load(tmp_path / "a", dtype=torch.float32)), logits(model))
+
+
+def test_dense_again_where_layers_were_on_disk(tmp_path: Path) -> None:
+    """accelerate's hooks keep the dense embedding's forward, which is not to come back."""
+    family_model("gemma3", tied=True).save_pretrained(tmp_path / "dense")
+    model = nowag_ext.load_dense_model(tmp_path / "dense", offload_folder=tmp_path / "disk")[0]
+    compress(model, windows(6), head=HEAD, **SETTINGS)
+    expected = logits(model)
+    dense = nowag_ext.to_dense(model)
+    ids, embedding = windows(1), dense.get_input_embeddings()
+    torch.testing.assert_close(embedding(ids), embedding.weight[ids] * embedding.embed_scale)
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_is_between_embedding_and_layers(tmp_path: Path) -> None:
+    """OPT-350m's form: a linear there, of the model's dtype, which nobody's output follows from."""
+    sizes = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=257, word_embed_proj_dim=16, max_position_embeddings=64, **sizes)
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    model = compress(copy.deepcopy(dense), windows(6), head=HEAD, **SETTINGS)
+    assert_tied(model)
+    nowag_ext.distill(model, dense, windows(2))
+    save_compressed(model, None, tmp_path / "a")
+    assert_same_bits(logits(nowag_ext.load(tmp_path / "a")), logits(model))
+
+
+def test_a_norm_on_disk_is_refused(tmp_path: Path) -> None:
+    family_model("llama", tied=True).save_pretrained(tmp_path / "dense")
+    places = {"model.norm": "disk", "model.embed_tokens": "cpu", "model.layers": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", device_map=places, offload_folder=tmp_path / "disk"
+    )
+    assert "model.norm.weight is on disk" in refused(model)
+
+
+def test_no_parameter_of_a_loaded_embedding_is_trained(tmp_path: Path) -> None:
+    save_compressed(packed("gemma3"), None, tmp_path / "a")
+    loaded = nowag_ext.load(tmp_path / "a")
+    assert not any(p.requires_grad for p in loaded.get_input_embeddings().parameters())
+
+
+def test_a_second_copy_of_what_is_tied_is_refused(tmp_path: Path) -> None:
+    save_compressed(packed(), None, tmp_path / "a")
+    file = tmp_path / "a" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.codes"] = tensors["model.embed_tokens.codes"] + 1
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head.codes in .* is stored beside model.embed_tok"):
+        nowag_ext.load(tmp_path / "a")
+
+
+class Halved(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 0.5
+
+
+def test_heads_that_are_more_than_a_linear_or_of_another_dtype_are_refused() -> None:
+    model = untie(family_model("llama", tied=True))
+    model.lm_head.double()
+    assert "head: lm_head: W must be" in refused(model)
+    model = family_model("llama", tied=False)
+    halved = Halved(*reversed(model.lm_head.weight.shape), bias=False)
+    model.lm_head = halved
+    assert "none that is an nn.Linear, but Halved" in refused(model)
+    assert "n_init must be 1" in refused(family_model("llama", tied=True), {**HEAD, "n_init": 3})

@@ -337,6 +337,7 @@ def _check_headers(model: Any, files: Iterable[str]) -> None:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     has_head = any(name.startswith(prefix) for name in expected)
     packed = {f"{name}." for name in _packed(model)}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
@@ -345,6 +346,11 @@ def _check_headers(model: Any, files: Iterable[str]) -> None:
                     name = next((name for name in names if name in expected), None)
                     if name is None:
                         continue
+                    if name in tied and name.rpartition(".")[2] in _FORMAT_TENSORS:
+                        raise ValueError(
+                            f"{stored_name} in {file} is stored beside {tied[name]}, which it is "
+                            "tied to: they are one tensor."
+                        )
                     module = f"{name.rpartition('.')[0]}."
                     of_form = OWNER in name.split(".") or (
                         module in packed and name.rpartition(".")[2] in _FORMAT_TENSORS

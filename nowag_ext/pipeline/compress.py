@@ -36,7 +36,7 @@ from nowag_ext.pipeline.ranks import Ranks, common_groups
 from nowag_ext.pipeline.stages import Stages
 from nowag_ext.pipeline.statistics import GroupStatistics
 from nowag_ext.pipeline.streams import CompressedStream, Stream, embedded
-from nowag_ext.plan import Plan, plan_compression
+from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.plan_head import HeadPlan, head_settings, plan_head
 from nowag_ext.report import LayerReport, Progress
 from nowag_ext.resume import LayerStore, open_store, run_key
@@ -125,6 +125,7 @@ def compress(
             check_device(unit.device)
     windows = _windows(model, tokens, ranks)
     blocks = Blocks(model, windows.shape[1])
+    head_of = None if head_plan is None else Head(model, blocks, logits=False)
     with open_store(work_dir if ranks.first else None) as store:
         with stages("activation norms"):
             few = windows[: max(_NORM_WINDOWS, ranks.count)]
@@ -132,7 +133,8 @@ def compress(
         plan = plan_with(norms)
         codebooks.assign(plan.units)
         key = "" if store is None else run_key(
-            plan.units, windows=windows, codebook_scope=codebook_scope, processes=ranks.count
+            plan.units, windows=windows, codebook_scope=codebook_scope, processes=ranks.count,
+            **_beside(model, plan.units),
         )  # fmt: skip
         if not codebooks.load(store, key, windows.device):
             with stages("codebooks"):
@@ -142,7 +144,9 @@ def compress(
             codebooks.save(store, key)
         run = _Run(plan, blocks, codebooks, ranks, stages, progress, store, key, offload_dir)
         streams = run.through(windows[ranks.share(len(windows))])
-        packed_head = None if head_plan is None else run.head(model, head_plan, *streams)
+        packed_head = None
+        if head_plan is not None and head_of is not None:
+            packed_head = run.head(head_plan, head_of, *streams)
     if ranks.first:
         seconds = time.perf_counter() - start
         install(
@@ -163,6 +167,16 @@ def _windows(model: Any, tokens: Tensor | None, ranks: Ranks) -> Tensor:
             f"{len(windows)}."
         )
     return windows
+
+
+def _beside(model: Any, units: Mapping[str, Unit]) -> dict[str, Tensor]:
+    """What results follow from beside the units: all other parameters that are in memory."""
+    weights = {id(unit.linear.weight) for unit in units.values()}
+    return {
+        f"parameter {name}": parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in weights and not parameter.is_meta
+    }
 
 
 class _Run:
@@ -203,16 +217,15 @@ class _Run:
         return dense.hidden, compressed.hidden
 
     def head(
-        self, model: Any, plan: HeadPlan, dense: Tensor, compressed: Tensor
+        self, plan: HeadPlan, head: Head, dense: Tensor, compressed: Tensor
     ) -> PackedHead | None:
         """The head, compressed by rank 0, from what the last layer of each stream has returned."""
         name, unit = plan.name, plan.unit
-        key = f"{self._key} {name} {asdict(unit.settings)}"
+        key = f"{self._key} {name} {plan.embedding} {asdict(unit.settings)}"
         made: _Made | None = None if self._store is None else self._store.get(name, key, unit)
         resumed: bool = self._ranks.tell(({}, made is not None))[1]
         if not resumed:
             with self._stages("statistics"):
-                head = Head(model, self._blocks, logits=False)
                 statistics = head_statistics(head, dense, compressed, unit.shape[1])
                 statistics.add_up(self._ranks)
             if self._ranks.first:

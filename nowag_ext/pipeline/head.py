@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from nowag_ext.packed import PackedModule
 from nowag_ext.pipeline.blocks import Blocks
-from nowag_ext.pipeline.capture import Stop, evaluating
+from nowag_ext.pipeline.capture import Stop, evaluating, replaced_forwards
 
 
 class Head:
@@ -30,18 +30,25 @@ class Head:
 
     def __init__(self, model: Any, blocks: Blocks, *, logits: bool = True) -> None:
         self._model, self._blocks = model, blocks
+        self._embedding = model.get_input_embeddings()
         as_they_are = [part for part in model.modules() if isinstance(part, PackedModule)]
         if not logits:  # the largest of all: what is not run needs no copy
-            as_they_are += [model.get_output_embeddings(), model.get_input_embeddings()]
+            as_they_are += [model.get_output_embeddings(), self._embedding]
         left_out = {id(parameter) for part in as_they_are for parameter in part.parameters()}
         within = tuple(f"{name}." for name in blocks.layers)
-        self._parameters = {
-            name: _ordinary(parameter.detach().float())
+        parameters = {
+            name: parameter.detach()
             for name, parameter in model.named_parameters()
             if not name.startswith(within)
             and id(parameter) not in left_out
             and parameter.is_floating_point()
         }
+        on_disk = [name for name, parameter in parameters.items() if parameter.is_meta]
+        if on_disk:
+            raise ValueError(
+                f"{on_disk[0]} is on disk: all but the decoder layers must be in memory."
+            )
+        self._parameters = {name: _ordinary(one.float()) for name, one in parameters.items()}
 
     def tensors(self) -> Iterable[Tensor]:
         """All that the logits follow from beside the hidden states."""
@@ -74,7 +81,13 @@ class Head:
 
     def _run(self, hidden: Tensor) -> Any:
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-        with evaluating(self._model), self._blocks.skipped(hidden):
+        # Nobody looks at what the tokens are: the layers pass on other states.
+        embedded = hidden.new_zeros(*ids.shape, self._embedding.embedding_dim)
+        with (
+            evaluating(self._model),
+            self._blocks.skipped(hidden),
+            replaced_forwards({"": self._embedding}, lambda *_, **__: embedded),
+        ):
             given = {"input_ids": ids, "use_cache": False, "return_dict": True}
             return functional_call(self._model, self._parameters, (), given)
 

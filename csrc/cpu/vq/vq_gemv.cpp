@@ -122,7 +122,7 @@ void multiply_tiles(const Problem& problem, void (*multiply_tile)(const VqDecode
         float sums[kVqGemvMaxTokens * kTileRows];
         multiply_tile({problem.packed + tile * problem.stride(), codebook, inputs, positions,
                        problem.code_bits, lanes, static_cast<int>(problem.tokens),
-                       static_cast<int>(stride), problem.codes_end(), sums});
+                       stride, problem.codes_end(), sums});
         finish_tile(problem, tile, sums);
     });
 }

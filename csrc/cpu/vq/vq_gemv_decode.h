@@ -136,7 +136,7 @@ void multiply_tile_as(const VqDecodeTile& tile) {
     constexpr int kScaleBits = 4;  // an entry's 16 bytes, as a power of two
     constexpr int kRows = kRegisters / 2, kPairRows = V::kFloats == 16 ? 8 : 4;
     const Unpacker unpacker(tile.code_bits, kScaleBits);
-    const int64_t stride = static_cast<int64_t>(tile.token_stride) * kLanes;
+    const int64_t stride = tile.token_stride * kLanes;
     const int vectors = (tile.tokens * kLanes + V::kFloats - 1) / V::kFloats;
     alignas(64) uint32_t offsets[kDecodeBlock * kTileRows];
     alignas(64) float sums[kTileRows * kVqGemvMaxTokens * kLanes];

@@ -169,7 +169,7 @@ void multiply_tile(const VqDecodeTile& tile) {
     };
     const Tables tables{twice(entries.low), twice(entries.high)};
     for (int t = 0; t < tile.tokens; ++t) {
-        const float* inputs = tile.inputs + int64_t{t} * tile.token_stride;
+        const float* inputs = tile.inputs + t * tile.token_stride;
         multiply(tile.codes, reinterpret_cast<const Run*>(inputs), tile.positions, tables,
                  tile.sums + t * kTileRows);
     }

@@ -18,7 +18,7 @@ struct VqDecodeTile {
     int code_bits;
     int lanes;
     int tokens;
-    int token_stride;          // tokens, padded to whole vectors; or as VqIntegerTable says
+    int64_t token_stride;      // tokens, padded to whole vectors; or as VqIntegerTable says
     const uint8_t* codes_end;  // of all tiles: nothing may be read from here on
     float* sums;               // out: [tokens, 32], sum_p of entry . input
 };

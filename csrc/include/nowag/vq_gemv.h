@@ -33,7 +33,8 @@
 //                + row_norms[i] * sum over positions of d * M * max |c_kj| / 32000,
 //                M = the position's largest |x_j col_norms_j|, or, with codes of 4 bits,
 //                + row_norms[i] * sum over positions of M * max |c_k| / 8000,
-//                M = the largest |x_j col_norms_j| of the position's run;
+//                M = the largest |x_j col_norms_j| of the position's run (in both, an M or
+//                max |c_k| below 2^-85 counts as that);
 //                or, for lookup of integers,
 //                + row_norms[i] * sum over groups and scales of (their positions) * L / 62000,
 //                L = their largest  sum_j |x_j col_norms_j| max_k |c_kj|,  a bound of |T_p[k]|;
