@@ -121,8 +121,8 @@ void multiply_tiles(const Problem& problem, void (*multiply_tile)(const VqDecode
     parallel_for(problem.tiles(), threads, [&](int64_t tile) {
         float sums[kVqGemvMaxTokens * kTileRows];
         multiply_tile({problem.packed + tile * problem.stride(), codebook, inputs, positions,
-                       problem.code_bits, lanes, static_cast<int>(problem.tokens),
-                       stride, problem.codes_end(), sums});
+                       problem.code_bits, lanes, static_cast<int>(problem.tokens), stride,
+                       problem.codes_end(), sums});
         finish_tile(problem, tile, sums);
     });
 }
