@@ -1,9 +1,9 @@
 // The nibble kernel of vq_gemv.h for AVX2: codes of 4 bits and d = 1, a byte of codes a row pair.
 //
-// A codebook of 16 numbers fits in two registers, the low and the high bytes of 16-bit integers, and
-// one instruction takes 32 bytes out of one of them. Codes of two positions are interleaved before,
-// so that a row's two entries lie side by side for the instruction that multiplies both with their
-// inputs and adds the products up. 47 instructions do 4 positions of 32 rows.
+// A codebook of 16 numbers fits in two registers, the low and the high bytes of 16-bit integers,
+// and one instruction takes 32 bytes out of one of them. Codes of two positions are interleaved
+// before, so that a row's two entries lie side by side for the instruction that multiplies both
+// with their inputs and adds the products up. 47 instructions do 4 positions of 32 rows.
 //
 // Tokens are taken one after another: a token's result does not depend on its company.
 
@@ -96,8 +96,8 @@ void arrange_inputs(const float* inputs, int, int64_t positions, float codebook_
     }
 }
 
-// sums += 4 rows of 8 of the tile each (a: its first 4, b: the others), all products of 4 positions.
-// Z has their codes, those of two positions interleaved.
+// Adds the products of 4 positions of 8 rows to their sums, the first 4 rows' to `a` and the others'
+// to `b`. `codes` has those of two positions a lane, interleaved.
 void add_rows(__m256i codes, __m256i low, __m256i high, __m256i inputs, __m256i& a, __m256i& b) {
     const __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
     a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_unpacklo_epi8(lows, highs), inputs));
