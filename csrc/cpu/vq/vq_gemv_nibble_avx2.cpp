@@ -96,7 +96,7 @@ void arrange_inputs(const float* inputs, int, int64_t positions, float codebook_
     }
 }
 
-// Adds the products of 4 positions of 8 rows to their sums, the first 4 rows' to `a` and the others'
+// Adds the products of 4 positions of 8 rows to their sums, the first 4 rows' to `a`, the others'
 // to `b`. `codes` has those of two positions a lane, interleaved.
 void add_rows(__m256i codes, __m256i low, __m256i high, __m256i inputs, __m256i& a, __m256i& b) {
     const __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
