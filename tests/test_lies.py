@@ -268,6 +268,7 @@ def test_vq(d: int, bits: int, value: float, what: int, tokens: int, seed: int) 
     ops.vq_linear(torch.randn(tokens, 50, generator=draw), *vq)
     ops.vq_linear_grad(torch.randn(tokens, 37, generator=draw), *vq)
     ops.vq_dequantize(*vq, torch.float32)
+    ops.vq_gather(torch.tensor([36, 0]), *vq, torch.float16)
     assert ops.unpack_codes(vq[0], 37).shape == (37, vq[0].shape[1])
 
 
@@ -298,6 +299,9 @@ def operands_of_everything() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
         "vq_linear": (ops.vq_linear, [x, *vq, bias]),
         "vq_linear of many": (lambda *t: ops.vq_linear(x.repeat(400, 1), *t), [*vq, bias]),
         "vq_dequantize": (lambda *t: ops.vq_dequantize(*t, torch.bfloat16), [*vq]),
+        "vq_gather": (
+            lambda *t: ops.vq_gather(*t, torch.float32), [torch.tensor([36, 0, 5]), *vq]
+        ),
         "sparse_gemv": (ops.sparse_gemv, [W[:2].clone(), bitmap, values, offsets, torch.ones(6)]),
         "sparse_linear": (
             lambda *t: ops.sparse_linear(W.repeat(9, 1), *t), [bitmap, values, offsets]
