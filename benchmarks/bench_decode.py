@@ -10,6 +10,10 @@ lm_head are timed alone, in the order of a token, so that every weight comes fro
 from in a token; the rest is attention, norms and the interpreter. Of the packed linears, the same
 pass is timed three ways: the kernel by its addresses, the function around it, which checks and
 allocates, and the module.
+
+    python benchmarks/bench_decode.py --shape llama-1b --llama-cpp BUILD/bin --prompts 64 512
+
+also has llama.cpp's own benchmark take its turns (llama_cpp.py), and times prompts.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,6 +33,7 @@ from typing import Any
 
 import harness
 import torch
+from llama_cpp import LlamaCppModel, random_models
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -206,12 +213,25 @@ def available_memory() -> int:
     return 0
 
 
-def measure(entries: list[Contender], rounds: int, new_tokens: int) -> None:
+def measure(
+    entries: list[Contender],
+    peers: list[LlamaCppModel],
+    rounds: int,
+    new_tokens: int,
+    prompts: Sequence[int],
+) -> None:
     prompt = torch.ones(1, 1, dtype=torch.int64)
     for _ in range(rounds):
         for entry in entries:
             speed = tokens_per_second(entry.model, NoText(), prompt, new_tokens=new_tokens)
             entry.seconds["token"].append(1 / speed)
+        for peer in peers:
+            peer.measure(new_tokens, prompts, torch.get_num_threads())
+        for entry in entries:
+            for length in prompts:
+                ids = torch.ones(1, length, dtype=torch.int64)
+                read = partial(entry.model, ids, logits_to_keep=1)
+                entry.seconds[f"prompt of {length}"].append(seconds_of([read]))
         for entry in entries:
             for _ in range(PASSES):
                 for part, calls in entry.parts.items():
@@ -225,7 +245,14 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def row(shape: str, entry: Contender, entries: list[Contender], read_gb_s: float) -> dict[str, Any]:
+def row(
+    shape: str,
+    entry: Contender,
+    entries: list[Contender],
+    peers: list[LlamaCppModel],
+    prompts: Sequence[int],
+    read_gb_s: float,
+) -> dict[str, Any]:
     token, head, linears = (entry.median(part) for part in ("token", "lm_head", "linears"))
     found: dict[str, Any] = {
         "shape": shape, "contender": entry.name, "tokens_per_second": 1 / token,
@@ -233,12 +260,18 @@ def row(shape: str, entry: Contender, entries: list[Contender], read_gb_s: float
         "ms_a_token": {
             "lm_head": 1e3 * head, "linears": 1e3 * linears, "rest": 1e3 * (token - head - linears)
         },
+        "prompt_tokens_per_second": {
+            length: length / entry.median(f"prompt of {length}") for length in prompts
+        },
+        "weight_bytes": weight_bytes(entry.model),
         "read_percent": 100 * weight_bytes(entry.model) / token / 1e9 / read_gb_s,
         "ratios": {
             peer.name: peer.median("token") / token
             for peer in entries if peer.name.startswith("dense") and peer is not entry
         },
     }  # fmt: skip
+    for peer in peers:
+        found["ratios"][peer.name] = 1 / token / statistics.median(peer.decoding)
     if "kernels" in entry.parts:
         count = len(entry.parts["kernels"])
         kernels, modules = entry.median("kernels"), entry.median("modules")
@@ -253,15 +286,17 @@ def row(shape: str, entry: Contender, entries: list[Contender], read_gb_s: float
 
 def show(found: dict[str, Any]) -> None:
     token = 1e3 / found["tokens_per_second"]
-    print(
-        f"{found['shape']:>9} {found['contender']:<28} {found['tokens_per_second']:7.2f} tokens/s, "
-        f"{found['read_percent']:.0f} % of read bandwidth; ms a token {token:.2f}: "
-        + ", ".join(
-            f"{part} {ms:.2f} ({ms / token:.0%})" for part, ms in found["ms_a_token"].items()
-        )
-        + "".join(f"; {ratio:.2f}x {peer}" for peer, ratio in found["ratios"].items()),
-        flush=True,
-    )
+    parts = [f"{found['tokens_per_second']:7.2f} tokens/s"]
+    parts += [
+        f"{speed:.1f} of a prompt of {length}"
+        for length, speed in found["prompt_tokens_per_second"].items()
+    ]
+    parts.append(f"{found['weight_bytes'] / 2**20:.0f} MiB")
+    if "ms_a_token" in found:
+        parts.append(f"{found['read_percent']:.0f} % of read bandwidth; ms a token {token:.2f}")
+        parts += [f"{part} {ms:.2f} ({ms / token:.0%})" for part, ms in found["ms_a_token"].items()]
+        parts += [f"{ratio:.2f}x {peer}" for peer, ratio in found["ratios"].items()]
+    print(f"{found['shape']:>9} {found['contender']:<28} {', '.join(parts)}", flush=True)
     if "us_a_linear" in found:
         us = ", ".join(f"{part} {us:.1f}" for part, us in found["us_a_linear"].items())
         print(f"{'':>22} {found['linears']} linears, us each: {us}", flush=True)
@@ -276,18 +311,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens a round")
     parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's)")
+    parser.add_argument("--prompts", type=int, nargs="*", default=[], help="lengths, to time too")
+    parser.add_argument("--llama-cpp", type=Path, help="the folder of llama-bench, to run too")
+    parser.add_argument("--keep", type=Path, help="a folder that keeps llama.cpp's models")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     report = harness.Report("decode")
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as stack:
+        keep = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for shape in [options.shape] if options.shape else SHAPES:
+            peers = []
+            if options.llama_cpp:
+                peers = random_models(options.llama_cpp, keep, shape, SHAPES[shape])
             entries = contenders(shape)
-            measure(entries, options.rounds, options.new_tokens)
-            for entry in entries:
-                report.rows.append(row(shape, entry, entries, report.ceilings["read_gb_s"]))
-                show(report.rows[-1])
-            del entries, entry
+            measure(entries, peers, options.rounds, options.new_tokens, options.prompts)
+            read = report.ceilings["read_gb_s"]
+            report.rows += [
+                row(shape, entry, entries, peers, options.prompts, read) for entry in entries
+            ]
+            report.rows += [peer.row(shape) for peer in peers]
+            for found in report.rows[-len(entries) - len(peers) :]:
+                show(found)
+            del entries
     if options.json:
         report.write(options.json)
 

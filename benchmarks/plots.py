@@ -116,7 +116,7 @@ def decode(document: Document) -> Figure:
     shapes = list(dict.fromkeys(row["shape"] for row in document["rows"]))
     figure, found = panels(len(shapes))
     for axes, shape in zip(found, shapes, strict=True):
-        rows = [row for row in document["rows"] if row["shape"] == shape]
+        rows = [row for row in document["rows"] if row["shape"] == shape and "ms_a_token" in row]
         stacked(axes, rows)
         axes.set(xlabel="ms a token", title=shape)
     legend_below(figure, found[0])

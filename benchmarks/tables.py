@@ -53,7 +53,7 @@ def source(document: Document) -> str:
 
 def peers_of(rows: Sequence[Row]) -> list[str]:
     """The contenders that others are compared with, in the order of the document."""
-    return list(dict.fromkeys(peer for row in rows for peer in row["ratios"]))
+    return list(dict.fromkeys(peer for row in rows for peer in row.get("ratios", ())))
 
 
 def own_rows(rows: Sequence[Row]) -> list[Row]:
@@ -263,12 +263,14 @@ def decode(document: Document, _: Document | None) -> str:
         rounds = sorted(row["tokens_per_second_rounds"])
         token = 1e3 / row["tokens_per_second"]
         half = 50 * (rounds[-1] - rounds[0]) / row["tokens_per_second"]
-        lines.append(
-            [row["shape"], row["contender"], number(row["tokens_per_second"]), f"±{half:.0f} %",
-             f"{row['read_percent']:.0f} %",
-             *(number(row["ratios"].get(peer, float("nan"))) for peer in peers),
-             *(f"{number(ms)} ({ms / token:.0%})" for ms in row["ms_a_token"].values())]
-        )  # fmt: skip
+        cells = [row["shape"], row["contender"], number(row["tokens_per_second"]), f"±{half:.0f} %"]
+        if "ms_a_token" in row:
+            cells += [
+                f"{row['read_percent']:.0f} %",
+                *(number(row["ratios"].get(peer, float("nan"))) for peer in peers),
+                *(f"{number(ms)} ({ms / token:.0%})" for ms in row["ms_a_token"].values()),
+            ]
+        lines.append(cells + [""] * (len(header) - len(cells)))
     packed = [row for row in rows if "us_a_linear" in row]
     text = "What one packed linear takes at one token, µs:"
     columns = list(packed[0]["us_a_linear"])

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nowag_ext.decoder import decoder_linears, vocabulary_size
+from nowag_ext.decoder import check_tokens, decoder_linears
 from nowag_ext.files import atomic_file, check_file
 from nowag_ext.grad_mode import ordinary_tensors
 from nowag_ext.report import Progress
@@ -330,12 +330,6 @@ def checked_batch(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor | None]
             f"attention_mask of a token batch of shape {tuple(ids.shape)} keeps no position: "
             "nothing but padding says nothing about the inputs."
         )
-    vocabulary = vocabulary_size(model)
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocabulary:
-        raise ValueError(
-            f"token ids must be in [0, {vocabulary}), but the batch holds "
-            f"{low if low < 0 else high}: was it made by another model's tokenizer?"
-        )
+    check_tokens(model, ids)
     device = next(model.get_input_embeddings().parameters(recurse=False)).device
     return ids.to(device), None if mask is None else mask.to(device)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_MORE_POSITIONS = 2  # OPT's
+
 
 def _decoder(model: nn.Module) -> nn.Module:
     get_decoder = getattr(model, "get_decoder", None)
@@ -58,6 +60,39 @@ def vocabulary_size(model: Any) -> int:
     embeddings = model.get_input_embeddings()
     known = getattr(embeddings, "num_embeddings", None)
     return int(embeddings.weight.shape[0] if known is None else known)
+
+
+def check_tokens(model: Any, ids: Tensor) -> None:
+    """Raises ValueError for token ids [windows, length] that a causal LM cannot be run on.
+
+    On a GPU what is out of range ends the use of the device, not of the call alone.
+    """
+    vocabulary = vocabulary_size(model)
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocabulary:
+        raise ValueError(
+            f"token ids must be in [0, {vocabulary}), but there is {low if low < 0 else high}: "
+            "were they made by another model's tokenizer?"
+        )
+    positions = _learned_positions(model)
+    if positions is not None and ids.shape[1] > positions:
+        raise ValueError(
+            f"windows of {ids.shape[1]} tokens are longer than the {positions} positions that the "
+            "model knows."
+        )
+
+
+def _learned_positions(model: Any) -> int | None:
+    """Positions that a model looks up, None if it computes them; some hold a few rows more."""
+    text = model.config.get_text_config(decoder=True)
+    most = getattr(text, "max_position_embeddings", None)
+    words = model.get_input_embeddings()
+    parts = _decoder(model).modules()
+    others = [part for part in parts if isinstance(part, nn.Embedding) and part is not words]
+    if not isinstance(most, int):
+        return None
+    some = range(most, most + _MORE_POSITIONS + 1)
+    return most if any(other.num_embeddings in some for other in others) else None
 
 
 def decoder_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

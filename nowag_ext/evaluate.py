@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nowag_ext.decoder import check_tokens
 from nowag_ext.report import Progress
 
 # Positions whose logits are turned into fp32 distributions at a time: a vocabulary of 128k entries
@@ -127,7 +128,8 @@ def perplexity(
         progress: called with ("perplexity", windows done, windows in all).
 
     Raises:
-        ValueError: the text is shorter than one window, or the likelihood is not finite.
+        ValueError: the text is shorter than one window, the model does not know its tokens or so
+            many positions, or the likelihood is not finite.
     """
     batches = split_windows(tokens, window, windows)
     total = 0.0
@@ -165,9 +167,10 @@ def teacher_forced_check(
     """Feeds the first ``count`` tokens one at a time with a cache, and again in one pass.
 
     Raises:
-        ValueError: fewer than ``count`` tokens.
+        ValueError: fewer than ``count`` tokens, or more than the model has positions for.
     """
     sequence = split_windows(tokens, count, 1)
+    check_tokens(model, sequence)
     with torch.inference_mode():
         stepwise = _stepwise_logits(model, sequence[0], progress)
         one_pass = _forward(model, sequence).logits[0].float()
@@ -190,6 +193,7 @@ def _logits(
     model: nn.Module, batches: Tensor, stage: str, progress: Progress | None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (tokens [window], logits [window, vocabulary]) of each window, one pass each."""
+    check_tokens(model, batches)
     training = model.training
     model.eval()
     try:

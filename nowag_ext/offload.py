@@ -10,9 +10,10 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
@@ -86,6 +87,29 @@ def device_of(module: nn.Module) -> torch.device:
     if has_offloaded_params(module):
         return torch.device(module._hf_hook.execution_device)  # type: ignore[arg-type, union-attr]
     return next(module.parameters(recurse=False)).device
+
+
+def bring_back(model: Any) -> None:
+    """Everything that accelerate has offloaded, to the CPU or to disk, in memory and to stay."""
+    offloaded = [module for module in model.modules() if has_offloaded_params(module)]
+    for module in offloaded:
+        with own_parameters(module) as own:
+            found = dict(own)
+        _remove_hook(module)
+        module._parameters.update(found)
+    if offloaded:
+        model.tie_weights()  # each module has brought its own
+
+
+def take_hook(module: nn.Module, replaced: nn.Module) -> nn.Module:
+    """The module, called where the one that it replaces is: accelerate's hook moves its inputs.
+
+    What was offloaded is not: the module is in memory, on its device.
+    """
+    hook = getattr(replaced, "_hf_hook", None)
+    if isinstance(hook, AlignDevicesHook) and not hook.offload:
+        add_hook_to_module(module, hook)
+    return module
 
 
 def copied(module: nn.Module) -> nn.Module:

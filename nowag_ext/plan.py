@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nowag_ext.decoder import check_patterns, decoder_linears, decoder_weights, matches
 from nowag_ext.methods import LayerSettings, Settings
 from nowag_ext.normalize import as_importance, as_weight
-from nowag_ext.offload import device_of, own_parameters, weight_of
+from nowag_ext.offload import bias_of, device_of, own_parameters, weight_of
 from nowag_ext.weight_reads import weight_readers, weight_readers_text
 
 _SHOWN = 3  # names in a sentence about many
@@ -85,7 +85,9 @@ def plan_compression(
     every = decoder_linears(model)
     ignored = tuple(name for name in every if matches(name, ignore))
     linears = {name: linear for name, linear in every.items() if name not in ignored}
+    _check_overrides(overrides, every, linears)
     _check_parameters(linears)
+    _check_forwards(linears)
     not_reached = _check_coverage(model, every, linears, min_coverage)
     _check_shared(model, linears)
     check_weight_reads(model, linears)
@@ -96,6 +98,57 @@ def plan_compression(
     _check_rest(model, {f"{name}.weight" for name in linears})
     total = sum(weight.numel() for _, weight in decoder_weights(model))
     return Plan(settings.default, units, ignored, not_reached, total)
+
+
+def _check_overrides(
+    patterns: Iterable[str], every: Collection[str], linears: Collection[str]
+) -> None:
+    """Raises for a pattern that names nothing that is to be compressed."""
+    for pattern in patterns:
+        if any(matches(name, [pattern]) for name in linears):
+            continue
+        if any(matches(name, [pattern]) for name in every):
+            raise ValueError(f"overrides pattern {pattern!r} names only what ignore leaves dense.")
+        raise ValueError(
+            f"overrides pattern {pattern!r} names no linear of the decoder layers, which alone it "
+            "is for: an lm_head has settings of its own (head)."
+        )
+
+
+def _check_forwards(linears: Mapping[str, nn.Linear]) -> None:
+    """Raises for a subclass of nn.Linear that does other than to multiply and add its bias."""
+    for name, linear in linears.items():
+        if type(linear).forward is not nn.Linear.forward and not _multiplies(linear):
+            raise ValueError(
+                f"{name} is a {type(linear).__name__}, which does more than an nn.Linear: leave "
+                f"it dense with ignore=['{name.rpartition('.')[2]}']."
+            )
+
+
+def _multiplies(linear: nn.Linear) -> bool:
+    weight = weight_of(linear)
+    if weight.is_meta:
+        return True  # which says nothing, and is refused for that
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, linear.in_features, generator=generator).to(weight.device, weight.dtype)
+    modes = [(part, part.training) for part in linear.modules()]
+    try:
+        with torch.no_grad():
+            output = linear.eval()(x)
+    except Exception:  # whatever it wants, it is no nn.Linear
+        return False
+    finally:
+        for part, training in modes:
+            part.training = training
+    expected = nn.functional.linear(x, weight, bias_of(linear))
+    if not isinstance(output, Tensor) or output.shape != expected.shape:
+        return False
+    # What rounding and other ways of multiplying leave; a NaN in the weight is for others to find.
+    return torch.allclose(output, expected, rtol=0.05, atol=0.05 * _size(expected), equal_nan=True)
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.detach().float().abs().mean())
 
 
 def _check_parameters(linears: Mapping[str, nn.Linear]) -> None:

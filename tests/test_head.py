@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from compare import assert_same_bits
 from families import CONFIGS, make_model, windows
 from safetensors import safe_open
@@ -241,13 +243,45 @@ def test_generates_the_same_with_a_cache() -> None:
     assert torch.equal(static, model.generate(ids, **given))
 
 
-def test_offload_to_the_cpu(tmp_path: Path) -> None:
-    from accelerate import cpu_offload
-
-    model = packed()
-    expected = logits(model)
-    cpu_offload(model, execution_device=torch.device("cpu"))
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offload(where: str, tied: bool, tmp_path: Path) -> None:
+    model = packed(tied=tied)
+    expected, device = logits(model), torch.device("cpu")
+    dense = logits(nowag_ext.to_dense(copy.deepcopy(model)))
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device=device)
+    else:
+        accelerate.disk_offload(model, str(tmp_path), execution_device=device)
     assert_same_bits(logits(model), expected)
+    nowag_ext.to_dense(model)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    assert_same_bits(logits(model), dense)
+
+
+class Counting(AlignDevicesHook):
+    calls = 0
+
+    def pre_forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().pre_forward(*args, **kwargs)
+
+
+def test_hooks_that_move_inputs_stay() -> None:
+    """Where a model is on several devices accelerate has its modules' inputs moved."""
+    model = family_model("llama", tied=True)
+    hooked = ("lm_head", "model.embed_tokens", "model.layers.0.mlp.up_proj")
+    hooks = [Counting(execution_device=torch.device("cpu")) for _ in hooked]
+    for name, hook in zip(hooked, hooks, strict=True):
+        add_hook_to_module(model.get_submodule(name), hook)
+    compress(model, windows(4), head=HEAD, **SETTINGS)
+    for step in (lambda: None, lambda: nowag_ext.to_dense(model)):
+        step()
+        for hook in hooks:
+            hook.calls = 0
+        logits(model)
+        assert [hook.calls for hook in hooks] == [1, 1, 1]
 
 
 def test_bfloat16_checkpoints_keep_the_scale_of_the_class(tmp_path: Path) -> None:

@@ -434,6 +434,44 @@ def test_weights_that_are_computed_are_refused() -> None:
     compress_model(model, norms, **VQ)
 
 
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 1.5 * super().forward(input)
+
+
+class Router(nn.Linear):
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), input
+
+
+class Written(nn.Linear):
+    """An nn.Linear in other words, as Falcon has it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+@pytest.mark.parametrize("kind", [Scaled, Router])
+def test_linears_that_do_more_are_refused(kind: type[nn.Linear]) -> None:
+    model = tiny_model()
+    model.model.layers[1].mlp.down_proj.__class__ = kind
+    sentence = rf"layers\.1\.mlp\.down_proj is a {kind.__name__}, which does more than an nn.Linear"
+    with pytest.raises(ValueError, match=sentence):
+        compress_model(model, random_act_norms(model), **VQ)
+    assert model.model.layers[1].mlp.down_proj.training == model.training
+    compress_model(model, random_act_norms(model), ignore=["down_proj"], min_coverage=0.1, **VQ)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_written_otherwise_are_compressed(dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.__class__ = Written
+    compress_model(model, random_act_norms(model), **VQ)
+    assert isinstance(model.model.layers[1].mlp.down_proj, VQLinear)
+
+
 def test_adapters_are_refused() -> None:
     model = tiny_model()
     model.peft_config = {"default": object()}

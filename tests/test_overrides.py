@@ -83,13 +83,15 @@ def test_a_model_mixes_methods_settings_and_dense_layers(tmp_path: Path) -> None
         ({3: {"bits": 2}}, TypeError, "override 3 must be a pattern and a mapping"),
         ("down_proj", TypeError, "overrides must map patterns to settings"),
         ({"q_proj": {"d": 6, "bits": 2}}, ValueError, r"layers\.0\.self_attn\.q_proj is too small"),
+        ({"lm_head": {"bits": 2}}, ValueError, "'lm_head' names no linear of the decoder layers"),
+        ({"gate_proj": {"bits": 2}}, ValueError, "'gate_proj' names only what ignore leaves dense"),
     ],
 )
 def test_unfit_overrides(overrides: Any, error: type[Exception], sentence: str) -> None:
     model = tiny_model()
-    before = copy.deepcopy(model.state_dict())
+    before, norms = copy.deepcopy(model.state_dict()), random_act_norms(model)
     with pytest.raises(error, match=sentence):
-        compress_model(model, random_act_norms(model), overrides=overrides, **VQ)
+        compress_model(model, norms, "vq", ["gate_proj"], overrides=overrides, **VQ)
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 

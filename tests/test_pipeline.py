@@ -239,7 +239,7 @@ def test_progress_ends_where_all_is_done() -> None:
         (
             {"tokens": torch.cat([windows(), torch.full((1, 32), -1)])},
             ValueError,
-            "token ids must be in .*but the batch holds -1",
+            "token ids must be in .*but there is -1",
         ),
         ({"codebook_scope": "world"}, ValueError, "codebook_scope must be one of model, kind"),
         ({"bits": 1.3}, ValueError, r"d \* bits must be an integer"),
