@@ -125,8 +125,8 @@ def test_non_finite_activations_name_the_module() -> None:
         ([torch.ones(2, 3)], TypeError, r"int64 or int32, not torch\.float32"),
         ([[1, 2, 3]], TypeError, "int64 or int32, not list"),
         ([torch.ones(3, dtype=torch.int64)], ValueError, r"\[batch, tokens\], not \(3,\)"),
-        ([torch.full((1, 4), VOCABULARY)], ValueError, r"in \[0, 200\), but the batch holds 200"),
-        ([torch.full((1, 4), -1)], ValueError, r"in \[0, 200\), but the batch holds -1"),
+        ([torch.full((1, 4), VOCABULARY)], ValueError, r"in \[0, 200\), but there is 200"),
+        ([torch.full((1, 4), -1)], ValueError, r"in \[0, 200\), but there is -1"),
         (
             [{"input_ids": tiny_tokens(1, 4), "attention_mask": torch.ones(1, 5)}],
             ValueError,
