@@ -62,10 +62,11 @@ def vocabulary_size(model: Any) -> int:
     return int(embeddings.weight.shape[0] if known is None else known)
 
 
-def check_tokens(model: Any, ids: Tensor) -> None:
+def check_tokens(model: Any, ids: Tensor, new_tokens: int = 0) -> None:
     """Raises ValueError for token ids [windows, length] that a causal LM cannot be run on.
 
-    On a GPU what is out of range ends the use of the device, not of the call alone.
+    Or that it cannot follow by so many new ones. On a GPU an index out of range ends the use of the
+    device, not of the call alone.
     """
     vocabulary = vocabulary_size(model)
     low, high = int(ids.min()), int(ids.max())
@@ -75,11 +76,13 @@ def check_tokens(model: Any, ids: Tensor) -> None:
             "were they made by another model's tokenizer?"
         )
     positions = _learned_positions(model)
-    if positions is not None and ids.shape[1] > positions:
-        raise ValueError(
-            f"windows of {ids.shape[1]} tokens are longer than the {positions} positions that the "
-            "model knows."
-        )
+    # Of the last new token the model does not read the next.
+    length = ids.shape[1] + max(0, new_tokens - 1)
+    if positions is not None and length > positions:
+        what = f"a prompt of {ids.shape[1]} tokens and {new_tokens} new ones are more"
+        if not new_tokens:
+            what = f"windows of {length} tokens are longer"
+        raise ValueError(f"{what} than the {positions} positions that the model knows.")
 
 
 def _learned_positions(model: Any) -> int | None:

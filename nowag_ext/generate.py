@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from nowag_ext.decoder import check_tokens
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def generate(
     fixed_length: bool = False,
     temperature: float = 0.0,
     seed: int = 0,
+    show: Callable[[str], object] | None = None,
 ) -> Generation:
     """Text of at most ``max_new_tokens`` tokens.
 
@@ -70,11 +74,13 @@ def generate(
         temperature: tokens are drawn at it, from all of the vocabulary; at 0 each is the most
             likely one.
         seed: of what is drawn.
+        show: called with each piece of the text as it comes.
 
     Raises:
-        ValueError: a number out of range.
+        ValueError: a number out of range, or more tokens than the model has positions for.
     """
     check_generation(max_new_tokens, temperature)
+    check_tokens(model, prompt, max_new_tokens)
     if temperature > 0:
         torch.manual_seed(seed)
     ids = prompt.to(next(model.parameters()).device)
@@ -89,10 +95,21 @@ def generate(
         top_p=None,
         top_k=0 if temperature > 0 else None,
         pad_token_id=_pad_token(model, tokenizer),
+        streamer=None if show is None else _streamer(tokenizer, show),
     )
     new = output[0, ids.shape[1] :].tolist()
     seconds = time.perf_counter() - start
     return Generation(tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)
+
+
+def _streamer(tokenizer: Any, show: Callable[[str], object]) -> Any:
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            show(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def check_generation(max_new_tokens: int, temperature: float) -> None:

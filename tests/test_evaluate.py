@@ -137,7 +137,12 @@ def test_teacher_forced_check_needs_enough_tokens(tokens: torch.Tensor) -> None:
 def test_generate_is_greedy() -> None:
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     prompt = encode_prompt(tokenizer, "It was", chat=False)
-    run = generate(model, tokenizer, prompt, max_new_tokens=12, fixed_length=True)
+    pieces: list[str] = []
+    run = generate(
+        model, tokenizer, prompt, max_new_tokens=12, fixed_length=True, show=pieces.append
+    )
+    assert "".join(pieces) == run.text
+    assert len(pieces) > 1
     ids = prompt[0].tolist()
     for _ in range(12):
         with torch.no_grad():

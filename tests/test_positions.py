@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import tiny_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, PreTrainedConfig
 
 import nowag_ext
 from nowag_ext.evaluate import compare_with_dense, perplexity, teacher_forced_check
+from nowag_ext.generate import generate
 
 VOCABULARY, POSITIONS = 67, 24
 VQ: dict[str, Any] = {"d": 2, "bits": 2, "iters": 3}
@@ -75,6 +77,15 @@ def test_as_many_tokens_as_positions(family: str) -> None:
     perplexity(made(LEARNT[family]()), tokens(POSITIONS).flatten(), window=POSITIONS)
     with pytest.raises(ValueError, match="positions"):
         perplexity(made(LEARNT[family]()), tokens(POSITIONS).flatten(), window=POSITIONS + 1)
+
+
+def test_generation_ends_with_the_positions() -> None:
+    model, prompt = made(LEARNT["opt"]()), tokens(POSITIONS // 2)[:1]
+    most = POSITIONS - prompt.shape[1] + 1
+    run = generate(model, tiny_tokenizer(), prompt, max_new_tokens=most, fixed_length=True)
+    assert run.tokens == most
+    with pytest.raises(ValueError, match=f"{most + 1} new ones are more than the {POSITIONS} pos"):
+        generate(model, tiny_tokenizer(), prompt, max_new_tokens=most + 1)
 
 
 def test_positions_that_are_computed_have_no_end() -> None:

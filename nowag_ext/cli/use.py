@@ -62,9 +62,10 @@ def generate(
             model, dtype, tokenizer=tokenizer, trust_remote_code=trust_remote_code
         )
     run = generate_text(
-        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-    )
-    out.print(run.text, soft_wrap=True)
+        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
+        show=lambda text: out.print(text, end="", soft_wrap=True),
+    )  # fmt: skip
+    out.print()
     err.print(
         f"{run.tokens} tokens in {run.seconds:.2f} s: {run.tokens_per_second:.1f} tokens/s, "
         f"reading the {ids.shape[1]} of the prompt included; {dtype_name(loaded.dtype)}",
