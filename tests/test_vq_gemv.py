@@ -42,6 +42,9 @@ LAYERS = [
     (1, 3, 1, 4),
     (290, 128, 1, 4),
     (77, 1214, 1, 4),
+    (97, 1214, 2, 4),
+    (64, 130, 4, 4),
+    (200, 33, 8, 4),
 ]
 
 
@@ -58,14 +61,11 @@ def integer_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
         products = scaled @ codebook.double().abs().amax(0)
         group = torch.nn.functional.max_pool1d(products, 511, stride=1, padding=255)
         error = group.sum(1, keepdim=True) / 62000
-    elif d == 1 and entries == 16 and _cpu.simd_level() != "scalar":
-        runs = torch.nn.functional.pad(scaled[:, :, 0], (0, -x.shape[1] % 64)).unflatten(
-            1, (-1, 64)
-        )
-        of_run = runs.amax(2) * runs.new_tensor(
-            [min(64, x.shape[1] - first) for first in range(0, x.shape[1], 64)]
-        )
-        error = of_run.sum(1, keepdim=True) * codebook.double().abs().max() / 8000
+    elif entries == 16 and _cpu.simd_level() != "scalar":
+        products = scaled @ codebook.double().abs().T  # [tokens, positions, entries]
+        runs = products.amax(2).split(16, dim=1)
+        error = sum((run.amax(1) * run.shape[1] for run in runs), torch.zeros(())) / 4000
+        error = error[:, None]
     elif one_token_is_apart(d) and x.shape[0] == 1 and not looked_up(vq):
         largest = codebook.double().abs().max()
         error = scaled.amax(2).sum(1, keepdim=True) * d * largest / 32000
@@ -129,6 +129,7 @@ def test_within_the_error_bound_anywhere(
         (100, 400, 8, 16),
         (100, 90, 3, 7),
         (300, 1300, 1, 4),
+        (300, 1300, 2, 4),
     ],
 )
 def test_same_bits_for_any_threads_and_company(layer: tuple[int, int, int, int]) -> None:
@@ -151,7 +152,8 @@ def test_same_bits_for_any_threads_and_company(layer: tuple[int, int, int, int])
 
 @pytest.mark.parametrize("outlier", [1.0, 40.0, 1000.0])
 @pytest.mark.parametrize(
-    "layer", [(1000, 1536, 4, 8), (577, 2050, 2, 8), (520, 400, 6, 12), (90, 1500, 1, 4)]
+    "layer",
+    [(1000, 1536, 4, 8), (577, 2050, 2, 8), (520, 400, 6, 12), (90, 1500, 1, 4), (90, 1500, 2, 4)],
 )
 def test_close_on_inputs_with_outlier_channels(
     layer: tuple[int, int, int, int], outlier: float
@@ -165,20 +167,22 @@ def test_close_on_inputs_with_outlier_channels(
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
-@pytest.mark.parametrize("form", [(4, 8), (6, 12), (1, 4)])
+@pytest.mark.parametrize("form", [(4, 8), (6, 12), (1, 4), (2, 4)])
 @pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-30, 1e30])
 def test_inputs_of_extreme_magnitude(magnitude: float, form: tuple[int, int], tokens: int) -> None:
     vq = random_vq(600, 300, *form)
     x = activations(tokens, 300, torch.float32) * magnitude
     exact = reference.vq_linear(x, *vq, None)
+    off = float(exact.abs().max()) * 4e-3
     torch.testing.assert_close(
-        ops.vq_gemv(x, *vq, None).double(), exact, rtol=1e-2, atol=max(3e-3 * magnitude, 1e-26)
+        ops.vq_gemv(x, *vq, None).double(), exact, rtol=1e-2, atol=max(off, 1e-26)
     )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    "layer", [(600, 90, 4, 8), (100, 90, 6, 12), (100, 90, 3, 7), (100, 90, 1, 4)]
+    "layer",
+    [(600, 90, 4, 8), (100, 90, 6, 12), (100, 90, 3, 7), (100, 90, 1, 4), (100, 90, 2, 4)],
 )
 def test_non_finite_inputs_show(layer: tuple[int, int, int, int], bad: float) -> None:
     vq = random_vq(*layer)

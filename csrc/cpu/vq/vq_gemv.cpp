@@ -30,8 +30,8 @@ const VqLookupTable* lookup_table() {
 #endif
 }
 
-const VqIntegerTable* nibble_table() {
-    const VqIntegerTable* none = nullptr;
+const VqNibbleTable* nibble_table() {
+    const VqNibbleTable* none = nullptr;
 #ifdef NOWAG_X86
     return simd_pick(none, &kVqNibbleAvx2, none, none);
 #else
@@ -139,12 +139,6 @@ void decode(const Problem& problem) {
     multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), lanes, stride);
 }
 
-// What decodes in integers, null if that is not faster.
-const VqIntegerTable* integer_table(const Problem& problem) {
-    if (problem.d == 1 && problem.code_bits == 4) return nibble_table();
-    return problem.tokens == 1 && problem.d > 4 ? decode_table()->integers : nullptr;
-}
-
 void decode_integers(const Problem& problem, const VqIntegerTable& kernel) {
     constexpr int kLanes = 8;
     const int64_t positions = problem.positions();
@@ -152,13 +146,10 @@ void decode_integers(const Problem& problem, const VqIntegerTable& kernel) {
     const float unit =
         kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, codebook.get());
     const Buffer<float> scaled = buffer<float>(positions * problem.d);
-    const int64_t stride = ceil_div(positions, kVqIntegerPositions) * kVqIntegerPositions * kLanes;
-    const Buffer<float> inputs = buffer<float>(problem.tokens * stride);
-    for (int64_t t = 0; t < problem.tokens; ++t) {
-        scaled_inputs(problem, t, scaled.get());
-        kernel.arrange_inputs(scaled.get(), problem.d, positions, unit, &inputs[t * stride]);
-    }
-    multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), kLanes, stride);
+    scaled_inputs(problem, 0, scaled.get());
+    const Buffer<float> inputs = buffer<float>(positions * kLanes);
+    kernel.arrange_inputs(scaled.get(), problem.d, positions, unit, inputs.get());
+    multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), kLanes, 1);
 }
 
 // --- lookup: see vq_gemv.h ---
@@ -235,6 +226,36 @@ void look_up(const Problem& problem) {
     }
 }
 
+// Codes of 4 bits. A pair of tiles is the unit of work: they share the loads of the tables.
+void look_up_nibbles(const Problem& problem, const VqNibbleTable& kernel) {
+    constexpr int64_t kTiles = 2;
+    const int64_t positions = problem.positions(), runs = ceil_div(positions, kVqNibbleRun);
+    float codebook[kMaxSubvector * kVqNibbleEntries];
+    for (int k = 0; k < kVqNibbleEntries; ++k) {
+        for (int j = 0; j < problem.d; ++j) {
+            codebook[j * kVqNibbleEntries + k] =
+                float16_to_float(problem.codebook[k * problem.d + j]);
+        }
+    }
+    const Buffer<float> scaled = buffer<float>(positions * problem.d);
+    const Buffer<VqNibbleRun> tables = buffer<VqNibbleRun>(problem.tokens * runs);
+    for (int64_t t = 0; t < problem.tokens; ++t) {
+        scaled_inputs(problem, t, scaled.get());
+        kernel.build_tables(codebook, scaled.get(), problem.d, positions, &tables[t * runs]);
+    }
+    const int threads = problem.rows * positions < kCodesForThreads ? 1 : problem.threads;
+    parallel_for(ceil_div(problem.tiles(), kTiles), threads, [&](int64_t index) {
+        const int64_t first = index * kTiles, tiles = std::min(kTiles, problem.tiles() - first);
+        const int64_t rows = std::min(tiles * kTileRows, problem.rows - first * kTileRows);
+        float sums[kTiles * kTileRows];
+        for (int64_t t = 0; t < problem.tokens; ++t) {
+            kernel.multiply(problem.packed + first * problem.stride(), problem.stride(), positions,
+                            tiles, &tables[t * runs], sums);
+            finish(problem, t, first * kTileRows, rows, sums);
+        }
+    });
+}
+
 }  // namespace
 
 Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed,
@@ -249,8 +270,10 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
                           bias, rows,  cols,   d,      code_bits, y,         threads};
     if (lookup_table() != nullptr && code_bits == 8 && rows >= kLookupRows) {
         look_up(problem);
-    } else if (const VqIntegerTable* const kernel = integer_table(problem); kernel != nullptr) {
-        decode_integers(problem, *kernel);
+    } else if (nibble_table() != nullptr && code_bits == 4) {
+        look_up_nibbles(problem, *nibble_table());
+    } else if (tokens == 1 && d > 4 && decode_table()->integers != nullptr) {
+        decode_integers(problem, *decode_table()->integers);
     } else {
         decode(problem);
     }

@@ -1,182 +1,213 @@
-// The nibble kernel of vq_gemv.h for AVX2: codes of 4 bits and d = 1, a byte of codes a row pair.
+// The nibble kernel of vq_gemv.h for AVX2: codes of 4 bits, tables of 16 integer products.
 //
-// A codebook of 16 numbers fits in two registers, the low and the high bytes of 16-bit integers,
-// and one instruction takes 32 bytes out of one of them. Codes of two positions are interleaved
-// before, so that a row's two entries lie side by side for the instruction that multiplies both
-// with their inputs and adds the products up. 47 instructions do 4 positions of 32 rows.
+// A position's table fits in two registers of 16 bytes, the low and the high halves of integers of
+// 12 bits, out of which one instruction takes 16 bytes. Halves of 4 positions add up in bytes
+// before they are put together, 16 positions in 16 bits. 16 instructions do 2 positions of 32 rows,
+// whatever d is, and two tiles share the loads of the tables.
 //
 // Tokens are taken one after another: a token's result does not depend on its company.
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "cpu/vq/vq_gemv_table.h"
-#include "nowag/dtype.h"
 #include "nowag/format.h"
 
 namespace nowag::cpu {
 namespace {
 
-constexpr int kEntries = 16;
 constexpr int kPositionBytes = 16;  // codes of a tile
-constexpr int kTogether = 4;        // positions
-// Positions that inputs have one unit for, and whose sums are 32-bit integers: both magnitudes are
-// at most kLargest, and 2 products of 16 groups of positions of at most kLargest^2 each fit.
-constexpr int kRun = 64;
-constexpr float kLargest = 8191.0f;
-static_assert(2.0 * kRun / kTogether * kLargest * kLargest < 2147483647.0);
-// Smallest unit: inputs this small have no need of more precision, and 1 / unit stays finite.
+constexpr int kPairs = kVqNibbleRun / 2;
+// Pairs of positions, one a lane, whose halves add up in bytes.
+constexpr int kTogether = 4;
+// An integer is low + 64 high, both from -32 to 31.
+constexpr int kHalfBits = 6, kHalfMost = 31;
+constexpr int kLargest = (kHalfMost << kHalfBits) + kHalfMost;
+static_assert(kTogether * (kHalfMost + 1) <= 128, "halves add up in bytes");
+static_assert(kVqNibbleRun * kLargest <= 32767, "a run adds up in 16 bits");
+// Smallest unit: products this small have no need of more precision, and 1 / unit stays finite.
 constexpr float kSmallestUnit = 0x1p-100f;
 
-// What arrange_codebook writes.
-struct Entries {
-    int8_t low[kEntries], high[kEntries];  // bytes
-};
-
-// What arrange_inputs writes for each run of positions: integers of 4 positions, 8 times 2 of them
-// a lane, in the order that multiply_run wants.
-struct Run {
-    __m256i inputs[kRun / kTogether];
-    float unit;
-};
-
-// There is room for 8 floats a position, in whole runs.
-static_assert(kRun == kVqIntegerPositions && sizeof(Run) <= kRun * 8 * sizeof(float));
-
-float magnitude(float value) { return value < 0 ? -value : value; }
-
-float unit_for(float largest) {
-    const float wanted = largest / kLargest;
-    return wanted < kSmallestUnit ? kSmallestUnit : wanted;  // NaN stays
+// 16 products of a position in units of 1: their low halves, then their high ones.
+__m256i halves(__m256 first, __m256 second) {
+    constexpr int kInOrder = _MM_SHUFFLE(3, 1, 2, 0);  // packing is by lane
+    const __m256i integers = _mm256_permute4x64_epi64(
+        _mm256_packs_epi32(_mm256_cvtps_epi32(first), _mm256_cvtps_epi32(second)), kInOrder);
+    const __m256i round = _mm256_set1_epi16(1 << (kHalfBits - 1));
+    const __m256i high = _mm256_srai_epi16(_mm256_add_epi16(integers, round), kHalfBits);
+    const __m256i low = _mm256_sub_epi16(integers, _mm256_slli_epi16(high, kHalfBits));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), kInOrder);
 }
 
-int16_t to_integer(float value) { return static_cast<int16_t>(_mm_cvtss_si32(_mm_set_ss(value))); }
-
-// The largest magnitude, NaN if a value is not finite.
-float largest_of(const float* values, int64_t count) {
-    float largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const float size = magnitude(values[i]);
-        if (!(size <= __FLT_MAX__)) return __builtin_nanf("");
-        largest = size > largest ? size : largest;
-    }
-    return largest;
-}
-
-float arrange_codebook(const uint16_t* codebook, int64_t, int, void* out) {
-    float values[kEntries];
-    for (int k = 0; k < kEntries; ++k) values[k] = float16_to_float(codebook[k]);
-    const float unit = unit_for(largest_of(values, kEntries));
-    Entries& entries = *static_cast<Entries*>(out);
-    for (int k = 0; k < kEntries; ++k) {
-        const int16_t integer = to_integer(values[k] / unit);
-        entries.low[k] = static_cast<int8_t>(integer & 0xff);
-        entries.high[k] = static_cast<int8_t>(integer >> 8);
-    }
-    return unit;
-}
-
-void arrange_inputs(const float* inputs, int, int64_t positions, float codebook_unit, float* out) {
-    Run* run = reinterpret_cast<Run*>(out);
-    for (int64_t first = 0; first < positions; first += kRun, ++run) {
-        const int64_t left = positions - first, count = left < kRun ? left : kRun;
-        const float unit = unit_for(largest_of(inputs + first, count));
-        const float scale = 1 / unit;
-        int16_t integers[kRun] = {};
-        for (int64_t i = 0; i < count; ++i) integers[i] = to_integer(inputs[first + i] * scale);
-        for (int g = 0; g < kRun / kTogether; ++g) {
-            const int16_t* x = integers + g * kTogether;
-            const auto pair = [](int16_t a, int16_t b) {
-                return static_cast<int>(static_cast<uint16_t>(a) |
-                                        static_cast<uint32_t>(static_cast<uint16_t>(b)) << 16);
-            };
-            const int low = pair(x[0], x[2]), high = pair(x[1], x[3]);
-            run->inputs[g] = _mm256_setr_epi32(low, low, low, low, high, high, high, high);
+void build_run(const float* codebook, const float* inputs, int d, int64_t count, VqNibbleRun& run) {
+    const __m256 sign = _mm256_set1_ps(-0.0f), most = _mm256_set1_ps(__FLT_MAX__);
+    alignas(32) float products[kVqNibbleRun][kVqNibbleEntries];
+    __m256 largest = _mm256_setzero_ps();
+    __m256 finite = _mm256_cmp_ps(largest, most, _CMP_LE_OQ);
+    for (int64_t p = 0; p < count; ++p) {
+        for (int half = 0; half < kVqNibbleEntries; half += 8) {
+            __m256 sum = _mm256_setzero_ps();
+            for (int j = 0; j < d; ++j) {
+                const __m256 entries = _mm256_loadu_ps(codebook + j * kVqNibbleEntries + half);
+                sum = _mm256_fmadd_ps(entries, _mm256_broadcast_ss(inputs + p * d + j), sum);
+            }
+            const __m256 size = _mm256_andnot_ps(sign, sum);
+            finite = _mm256_and_ps(finite, _mm256_cmp_ps(size, most, _CMP_LE_OQ));
+            largest = _mm256_max_ps(largest, size);
+            _mm256_store_ps(products[p] + half, sum);
         }
-        run->unit = unit * codebook_unit;
+    }
+    alignas(32) float sizes[8];
+    _mm256_store_ps(sizes, largest);
+    float unit = kSmallestUnit;
+    for (const float size : sizes) unit = size / kLargest > unit ? size / kLargest : unit;
+    // Integers cannot say that a product is not finite: the unit does, to all rows.
+    run.unit = _mm256_movemask_ps(finite) == 0xff ? unit : __builtin_nanf("");
+
+    const __m256 scale = _mm256_set1_ps(1 / unit);
+    for (int64_t p = 0; p < kVqNibbleRun; ++p) {
+        __m256i both = _mm256_setzero_si256();
+        if (p < count) {
+            both = halves(_mm256_mul_ps(_mm256_load_ps(products[p]), scale),
+                          _mm256_mul_ps(_mm256_load_ps(products[p] + 8), scale));
+        }
+        const int64_t pair = p / 2, lane = p % 2 * kVqNibbleEntries;
+        _mm_store_si128(reinterpret_cast<__m128i*>(run.low[pair] + lane),
+                        _mm256_castsi256_si128(both));
+        _mm_store_si128(reinterpret_cast<__m128i*>(run.high[pair] + lane),
+                        _mm256_extracti128_si256(both, 1));
     }
 }
 
-// Adds the products of 4 positions of 8 rows to their sums, the first 4 rows' to `a`, the others'
-// to `b`. `codes` has those of two positions a lane, interleaved.
-void add_rows(__m256i codes, __m256i low, __m256i high, __m256i inputs, __m256i& a, __m256i& b) {
-    const __m256i lows = _mm256_shuffle_epi8(low, codes), highs = _mm256_shuffle_epi8(high, codes);
-    a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_unpacklo_epi8(lows, highs), inputs));
-    b = _mm256_add_epi32(b, _mm256_madd_epi16(_mm256_unpackhi_epi8(lows, highs), inputs));
+void build_tables(const float* codebook, const float* inputs, int d, int64_t positions,
+                  VqNibbleRun* runs) {
+    for (int64_t first = 0; first < positions; first += kVqNibbleRun, ++runs) {
+        const int64_t left = positions - first;
+        build_run(codebook, inputs + first * d, d, left < kVqNibbleRun ? left : kVqNibbleRun,
+                  *runs);
+    }
 }
 
-struct Tables {
-    __m256i low, high;
+// The halves of a tile's even rows, and of its odd ones, [position][8 pairs of rows, 16 in all].
+struct Halves {
+    __m256i even_low, even_high, odd_low, odd_high;
+
+    void add(__m256i codes, __m256i low, __m256i high) {
+        const __m256i nibble = _mm256_set1_epi8(15);
+        const __m256i even = _mm256_and_si256(codes, nibble);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
+        even_low = _mm256_add_epi8(even_low, _mm256_shuffle_epi8(low, even));
+        even_high = _mm256_add_epi8(even_high, _mm256_shuffle_epi8(high, even));
+        odd_low = _mm256_add_epi8(odd_low, _mm256_shuffle_epi8(low, odd));
+        odd_high = _mm256_add_epi8(odd_high, _mm256_shuffle_epi8(high, odd));
+    }
 };
 
-// totals [8] += unit * the products of `groups` times 4 positions, whose codes are at `codes`.
-void add_run(const uint8_t* codes, const Run& run, int64_t groups, const Tables& tables,
-             __m256 (&totals)[8]) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i s0 = _mm256_setzero_si256(), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0, s6 = s0,
-            s7 = s0;
-    for (int64_t g = 0; g < groups; ++g, codes += kTogether * kPositionBytes) {
-        // Positions 0 and 1, 2 and 3: a lane has one of the first and one of the second pair.
-        const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-        const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + 1);
-        const __m256i inputs = run.inputs[g];
-        const __m256i even0 = _mm256_and_si256(first, nibble);
-        const __m256i even1 = _mm256_and_si256(second, nibble);
-        add_rows(_mm256_unpacklo_epi8(even0, even1), tables.low, tables.high, inputs, s0, s1);
-        add_rows(_mm256_unpackhi_epi8(even0, even1), tables.low, tables.high, inputs, s2, s3);
-        const __m256i odd0 = _mm256_and_si256(_mm256_srli_epi16(first, 4), nibble);
-        const __m256i odd1 = _mm256_and_si256(_mm256_srli_epi16(second, 4), nibble);
-        add_rows(_mm256_unpacklo_epi8(odd0, odd1), tables.low, tables.high, inputs, s4, s5);
-        add_rows(_mm256_unpackhi_epi8(odd0, odd1), tables.low, tables.high, inputs, s6, s7);
+// 16-bit sums of rows 0, 2, .. 14, of 16, .. 30, of 1, .. 15, of 17, .. 31; a lane has a half of
+// the positions.
+struct Sums16 {
+    __m256i rows[4];
+
+    void add(const Halves& halves) {
+        const __m256i factors = _mm256_set1_epi16((1 << kHalfBits) << 8 | 1);
+        const auto whole = [&](__m256i pairs) { return _mm256_maddubs_epi16(factors, pairs); };
+        const auto into = [&](__m256i& sum, __m256i pairs) {
+            sum = _mm256_add_epi16(sum, whole(pairs));
+        };
+        into(rows[0], _mm256_unpacklo_epi8(halves.even_low, halves.even_high));
+        into(rows[1], _mm256_unpackhi_epi8(halves.even_low, halves.even_high));
+        into(rows[2], _mm256_unpacklo_epi8(halves.odd_low, halves.odd_high));
+        into(rows[3], _mm256_unpackhi_epi8(halves.odd_low, halves.odd_high));
+    }
+};
+
+// totals [kTiles][4] += unit * the entries of a run, whose codes are `stride` bytes from those of
+// the next tile.
+template <int kTiles>
+void add_run(const uint8_t* codes, int64_t stride, const VqNibbleRun& run,
+             __m256 (&totals)[kTiles][4]) {
+    const __m256i zero = _mm256_setzero_si256();
+    Sums16 sums[kTiles];
+#pragma GCC unroll 2
+    for (int i = 0; i < kTiles; ++i) sums[i] = {{zero, zero, zero, zero}};
+    for (int first = 0; first < kPairs; first += kTogether) {
+        Halves parts[kTiles];
+#pragma GCC unroll 2
+        for (int i = 0; i < kTiles; ++i) parts[i] = {zero, zero, zero, zero};
+#pragma GCC unroll 4
+        for (int q = 0; q < kTogether; ++q, codes += 2 * kPositionBytes) {
+            const __m256i low =
+                _mm256_load_si256(reinterpret_cast<const __m256i*>(run.low[first + q]));
+            const __m256i high =
+                _mm256_load_si256(reinterpret_cast<const __m256i*>(run.high[first + q]));
+#pragma GCC unroll 2
+            for (int i = 0; i < kTiles; ++i) {
+                parts[i].add(
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i * stride)), low,
+                    high);
+            }
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < kTiles; ++i) sums[i].add(parts[i]);
     }
     const __m256 unit = _mm256_set1_ps(run.unit);
-    const __m256i sums[8] = {s0, s1, s2, s3, s4, s5, s6, s7};
-    for (int i = 0; i < 8; ++i) {
-        totals[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sums[i]), unit, totals[i]);
+#pragma GCC unroll 2
+    for (int i = 0; i < kTiles; ++i) {
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; ++r) {
+            const __m128i both = _mm_add_epi16(_mm256_castsi256_si128(sums[i].rows[r]),
+                                               _mm256_extracti128_si256(sums[i].rows[r], 1));
+            const __m256 values = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(both));
+            totals[i][r] = _mm256_fmadd_ps(values, unit, totals[i][r]);
+        }
     }
 }
 
-// The sums of a tile for one token.
-void multiply(const uint8_t* codes, const Run* runs, int64_t positions, const Tables& tables,
-              float* sums) {
-    __m256 totals[8];
-    for (__m256& total : totals) total = _mm256_setzero_ps();
-    int64_t first = 0;
-    for (; first + kRun <= positions; first += kRun, ++runs) {
-        add_run(codes + first * kPositionBytes, *runs, kRun / kTogether, tables, totals);
+// Every second of 16 rows, and the others, to all in order.
+void store_rows(__m256 even, __m256 odd, float* out) {
+    const __m256 low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+    _mm256_storeu_ps(out, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(out + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
+
+template <int kTiles>
+void multiply_of(const uint8_t* codes, int64_t stride, int64_t positions, const VqNibbleRun* runs,
+                 float* sums) {
+    constexpr int64_t kRunBytes = kVqNibbleRun * kPositionBytes;
+    __m256 totals[kTiles][4];
+    for (auto& tile : totals) {
+        for (__m256& total : tile) total = _mm256_setzero_ps();
     }
-    if (first < positions) {
-        // The inputs past the end are 0, their codes must not be read.
-        alignas(32) uint8_t rest[kRun * kPositionBytes] = {};
-        const int64_t left = positions - first;
-        __builtin_memcpy(rest, codes + first * kPositionBytes,
-                         static_cast<size_t>(left * kPositionBytes));
-        add_run(rest, *runs, ceil_div(left, kTogether), tables, totals);
+    int64_t left = positions;
+    for (; left >= kVqNibbleRun; left -= kVqNibbleRun, codes += kRunBytes, ++runs) {
+        add_run<kTiles>(codes, stride, *runs, totals);
     }
-    for (int i = 0; i < 8; ++i) {
-        alignas(16) float own[4];
-        _mm_store_ps(own, _mm_add_ps(_mm256_castps256_ps128(totals[i]),
-                                     _mm256_extractf128_ps(totals[i], 1)));
-        // Of the even rows 0-6, 8-14, 16-22, 24-30, then of the odd ones.
-        for (int r = 0; r < 4; ++r) sums[i % 4 * 8 + 2 * r + i / 4] = own[r];
+    if (left > 0) {
+        // What lies past the end has tables of 0, and codes that must not be read.
+        alignas(32) uint8_t rest[kTiles * kRunBytes] = {};
+        for (int i = 0; i < kTiles; ++i) {
+            std::memcpy(rest + i * kRunBytes, codes + i * stride,
+                        static_cast<size_t>(left * kPositionBytes));
+        }
+        add_run<kTiles>(rest, kRunBytes, *runs, totals);
+    }
+    for (int i = 0; i < kTiles; ++i) {
+        store_rows(totals[i][0], totals[i][2], sums + i * kTileRows);
+        store_rows(totals[i][1], totals[i][3], sums + i * kTileRows + kTileRows / 2);
     }
 }
 
-void multiply_tile(const VqDecodeTile& tile) {
-    const Entries& entries = *static_cast<const Entries*>(tile.entries);
-    const auto twice = [](const int8_t* bytes) {
-        return _mm256_broadcastsi128_si256(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-    };
-    const Tables tables{twice(entries.low), twice(entries.high)};
-    for (int t = 0; t < tile.tokens; ++t) {
-        const float* inputs = tile.inputs + t * tile.token_stride;
-        multiply(tile.codes, reinterpret_cast<const Run*>(inputs), tile.positions, tables,
-                 tile.sums + t * kTileRows);
+void multiply(const uint8_t* codes, int64_t stride, int64_t positions, int64_t tiles,
+              const VqNibbleRun* runs, float* sums) {
+    for (; tiles >= 2; tiles -= 2, codes += 2 * stride, sums += 2 * kTileRows) {
+        multiply_of<2>(codes, stride, positions, runs, sums);
     }
+    if (tiles == 1) multiply_of<1>(codes, stride, positions, runs, sums);
 }
 
 }  // namespace
 
-const VqIntegerTable kVqNibbleAvx2 = {arrange_codebook, arrange_inputs, multiply_tile};
+const VqNibbleTable kVqNibbleAvx2 = {build_tables, multiply};
 
 }  // namespace nowag::cpu

@@ -18,23 +18,19 @@ struct VqDecodeTile {
     int code_bits;
     int lanes;
     int tokens;
-    int64_t token_stride;      // tokens, padded to whole vectors; or as VqIntegerTable says
+    int64_t token_stride;      // tokens, padded to whole vectors
     const uint8_t* codes_end;  // of all tiles: nothing may be read from here on
     float* sums;               // out: [tokens, 32], sum_p of entry . input
 };
-
-// Positions that inputs in integers have room for are a multiple of so many.
-constexpr int64_t kVqIntegerPositions = 64;
 
 // Decode in 16-bit integers, inputs and the codebook in units of their own.
 struct VqIntegerTable {
     // float16 [entries, d] -> what multiply_tile wants, in room for floats [entries, 8]; its unit
     float (*arrange_codebook)(const uint16_t* codebook, int64_t entries, int d, void* out);
-    // Scaled inputs [positions, d] of a token and the codebook's unit -> what multiply_tile wants,
-    // in room for floats [positions, 8]
+    // Scaled inputs [positions, d] and the codebook's unit -> what multiply_tile wants, in room for
+    // floats [positions, 8]
     void (*arrange_inputs)(const float* inputs, int d, int64_t positions, float codebook_unit,
                            float* out);
-    // Of the tile's inputs each token's begin `token_stride` floats after those of the one before.
     void (*multiply_tile)(const VqDecodeTile& tile);
 };
 
@@ -55,8 +51,29 @@ struct VqDecodeTable {
 
 extern const VqDecodeTable kVqDecodeScalar, kVqDecodeAvx2, kVqDecodeAvx512;
 
-// For codes of 4 bits and d = 1.
-extern const VqIntegerTable kVqNibbleAvx2;
+// Lookup, for codes of 4 bits.
+constexpr int kVqNibbleEntries = 16;
+// Positions that have one unit.
+constexpr int64_t kVqNibbleRun = 16;
+
+// The tables of a run of positions for one token, in integers: two positions a register.
+struct alignas(32) VqNibbleRun {
+    int8_t low[kVqNibbleRun / 2][2 * kVqNibbleEntries];
+    int8_t high[kVqNibbleRun / 2][2 * kVqNibbleEntries];
+    float unit;
+};
+
+struct VqNibbleTable {
+    // A codebook [d, 16] and a token's scaled inputs [positions, d] -> its tables, a run for each
+    // 16 positions
+    void (*build_tables)(const float* codebook, const float* inputs, int d, int64_t positions,
+                         VqNibbleRun* runs);
+    // The codes of some tiles, `stride` bytes apart -> sums [32 * tiles], sum_p T_p[code]
+    void (*multiply)(const uint8_t* codes, int64_t stride, int64_t positions, int64_t tiles,
+                     const VqNibbleRun* runs, float* sums);
+};
+
+extern const VqNibbleTable kVqNibbleAvx2;
 
 // Lookup, for codes of 8 bits.
 constexpr int64_t kVqLookupEntries = 256;

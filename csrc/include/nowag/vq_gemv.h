@@ -10,14 +10,14 @@
 //   decode: fetches the codebook entry of each code and multiplies. float32 throughout, but for one
 //           token and d > 4 on AVX2: entries are 16-bit integers in one unit for the codebook,
 //           x_j col_norms_j in one for each position; each pair of products is summed exactly.
-//           Codes of 4 bits and d = 1, on AVX2 and above: entries are 14-bit integers in one unit,
-//           x_j col_norms_j in one for each run of 64 positions, whose products are summed exactly.
 //   lookup: computes T_p once for every position and adds T_p[code] for every row.
 //           Codes of 8 bits, 512 rows or more, on AVX2 and AVX-512: T_p is float32.
 //           The same on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are
 //           exact. Each group of at most kVqLookupGroup positions has two scales, one for the
 //           positions whose products are small, one for the others (those of a model's outlier
 //           channels).
+//           Codes of 4 bits, on AVX2 and above: T_p is rounded to 12-bit integers in one unit for
+//           each run of 16 positions, which are summed exactly.
 //           Codes of 12 bits and d = 6 on a GPU, 1 or 2 tokens: T_p is float32.
 //   split:  decodes on a GPU's tensor cores, for 3 to 16 tokens, and for codes of 8 bits and d = 4
 //           always. x_j col_norms_j is the sum of two float16 numbers, scaled by a power of two for
@@ -31,13 +31,15 @@
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
 //                and, for decode in integers,
 //                + row_norms[i] * sum over positions of d * M * max |c_kj| / 32000,
-//                M = the position's largest |x_j col_norms_j|, or, with codes of 4 bits,
-//                + row_norms[i] * sum over positions of M * max |c_k| / 8000,
-//                M = the largest |x_j col_norms_j| of the position's run (in both, an M or
-//                max |c_k| below 2^-85 counts as that);
-//                or, for lookup of integers,
+//                M = the position's largest |x_j col_norms_j| (an M or max |c_k| below 2^-85 counts
+//                as that);
+//                or, for lookup of 16-bit integers,
 //                + row_norms[i] * sum over groups and scales of (their positions) * L / 62000,
 //                L = their largest  sum_j |x_j col_norms_j| max_k |c_kj|,  a bound of |T_p[k]|;
+//                of 12-bit integers,
+//                + row_norms[i] * sum over positions of L / 4000,
+//                L = the largest  sum_j |x_j col_norms_j c_kj|  of the position's run (one below
+//                2^-85 counts as that);
 //                or, for split,
 //                + row_norms[i] * sum over runs of 2^-39 * M * sum_j |c_kj|,
 //                M = the run's largest |x_j col_norms_j|: inputs far smaller than it lose bits.
