@@ -3,7 +3,7 @@
     python benchmarks/bench_decode.py --json benchmarks/results/cpu/decode.json
 
 Randomly initialised models of the shapes of Llama-3.2-1B and SmolLM2-135M, dense and with every
-decoder linear a VQLinear of random codes (2 bits, d=4 or d=6; 4 bits, d=1), some with a packed head
+decoder linear a VQLinear of random codes (2 bits, d=2, 4 or 6; 4 bits, d=1), some with a packed head
 and embedding too: speed does not depend on what the weights are. All contenders take turns in one
 process, and figures are medians of the rounds. In the same rounds the decoder's linears and the
 lm_head are timed alone, in the order of a token, so that every weight comes from where it comes
@@ -50,6 +50,7 @@ FORMS: dict[str, tuple[Form, Form | None]] = {
     "VQ d=4": ((4, 2), None),
     "VQ d=6": ((6, 2), None),
     "VQ d=4, head d=2 4 bits": ((4, 2), (2, 4)),
+    "VQ d=2, head d=1 4 bits": ((2, 2), (1, 4)),
     "VQ d=1 4 bits, head too": ((1, 4), (1, 4)),
 }
 SHAPES: dict[str, dict[str, int]] = {

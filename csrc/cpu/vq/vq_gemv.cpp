@@ -226,6 +226,9 @@ void look_up(const Problem& problem) {
     }
 }
 
+// Tables of fewer positions are built sooner than a second thread starts.
+constexpr int64_t kPositionsForThreads = 512;
+
 // Codes of 4 bits. A pair of tiles is the unit of work: they share the loads of the tables.
 void look_up_nibbles(const Problem& problem, const VqNibbleTable& kernel) {
     constexpr int64_t kTiles = 2;
@@ -237,13 +240,20 @@ void look_up_nibbles(const Problem& problem, const VqNibbleTable& kernel) {
                 float16_to_float(problem.codebook[k * problem.d + j]);
         }
     }
+    const int threads = problem.rows * positions < kCodesForThreads ? 1 : problem.threads;
     const Buffer<float> scaled = buffer<float>(positions * problem.d);
     const Buffer<VqNibbleRun> tables = buffer<VqNibbleRun>(problem.tokens * runs);
     for (int64_t t = 0; t < problem.tokens; ++t) {
         scaled_inputs(problem, t, scaled.get());
-        kernel.build_tables(codebook, scaled.get(), problem.d, positions, &tables[t * runs]);
+        const int64_t parts = ceil_div(positions, kPositionsForThreads);
+        parallel_for(parts, threads, [&](int64_t part) {
+            const int64_t first = runs * part / parts, end = runs * (part + 1) / parts;
+            const int64_t begin = first * kVqNibbleRun;
+            const int64_t count = std::min(end * kVqNibbleRun, positions) - begin;
+            kernel.build_tables(codebook, &scaled[begin * problem.d], problem.d, count,
+                                &tables[t * runs + first]);
+        });
     }
-    const int threads = problem.rows * positions < kCodesForThreads ? 1 : problem.threads;
     parallel_for(ceil_div(problem.tiles(), kTiles), threads, [&](int64_t index) {
         const int64_t first = index * kTiles, tiles = std::min(kTiles, problem.tiles() - first);
         const int64_t rows = std::min(tiles * kTileRows, problem.rows - first * kTileRows);

@@ -89,6 +89,10 @@ void build_tables(const float* codebook, const float* inputs, int d, int64_t pos
     }
 }
 
+// sum += bytes, where `sum` is: GCC 12 would add up in another order, and keep in memory what it has
+// not added yet.
+void add_to(__m256i& sum, __m256i bytes) { asm("vpaddb %1, %0, %0" : "+x"(sum) : "x"(bytes)); }
+
 // The halves of a tile's even rows, and of its odd ones, [position][8 pairs of rows, 16 in all].
 struct Halves {
     __m256i even_low, even_high, odd_low, odd_high;
@@ -97,10 +101,10 @@ struct Halves {
         const __m256i nibble = _mm256_set1_epi8(15);
         const __m256i even = _mm256_and_si256(codes, nibble);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
-        even_low = _mm256_add_epi8(even_low, _mm256_shuffle_epi8(low, even));
-        even_high = _mm256_add_epi8(even_high, _mm256_shuffle_epi8(high, even));
-        odd_low = _mm256_add_epi8(odd_low, _mm256_shuffle_epi8(low, odd));
-        odd_high = _mm256_add_epi8(odd_high, _mm256_shuffle_epi8(high, odd));
+        add_to(even_low, _mm256_shuffle_epi8(low, even));
+        add_to(even_high, _mm256_shuffle_epi8(high, even));
+        add_to(odd_low, _mm256_shuffle_epi8(low, odd));
+        add_to(odd_high, _mm256_shuffle_epi8(high, odd));
     }
 };
 
@@ -133,7 +137,7 @@ void add_run(const uint8_t* codes, int64_t stride, const VqNibbleRun& run,
     for (int i = 0; i < kTiles; ++i) sums[i] = {{zero, zero, zero, zero}};
     for (int first = 0; first < kPairs; first += kTogether) {
         Halves parts[kTiles];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int i = 0; i < kTiles; ++i) parts[i] = {zero, zero, zero, zero};
 #pragma GCC unroll 4
         for (int q = 0; q < kTogether; ++q, codes += 2 * kPositionBytes) {
