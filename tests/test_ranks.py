@@ -241,9 +241,9 @@ def test_compress_alone_has_ranks(work: Path, monkeypatch: pytest.MonkeyPatch) -
 
 COMMON = ["--bits", 1, "--iters", 3, "--length", 32, "--samples", 6]
 
-# A rank is killed, or raises, when it comes to the second layer; all say where they are.
+# A rank is killed, or raises, or waits where it says, when it comes to the second layer.
 FAILING = """
-import os, signal
+import os, signal, time
 import nowag_ext.cli as cli, nowag_ext.pipeline.compress as pipeline
 who, how = os.environ["FAILING"].split()
 layer = pipeline._Run._layer
@@ -253,8 +253,9 @@ def failing(run, index, *streams):
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "raises":
             raise MemoryError("there is none left.")
-    if index == 1 and how == "waits":
-        print("second layer", flush=True)
+        if how == "waits":
+            print("second layer", flush=True)
+            time.sleep(100)
     layer(run, index, *streams)
 pipeline._Run._layer = failing
 cli.app()
