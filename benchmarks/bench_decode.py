@@ -3,9 +3,9 @@
     python benchmarks/bench_decode.py --json benchmarks/results/cpu/decode.json
 
 Randomly initialised models of the shapes of Llama-3.2-1B and SmolLM2-135M, dense and with every
-decoder linear a VQLinear of random codes (2 bits, d=2, 4 or 6; 4 bits, d=1), some with a packed head
-and embedding too: speed does not depend on what the weights are. All contenders take turns in one
-process, and figures are medians of the rounds. In the same rounds the decoder's linears and the
+decoder linear a VQLinear of random codes (2 bits, d=2, 4 or 6; 4 bits, d=1), some with a packed
+head and embedding too: speed does not depend on what the weights are. All contenders take turns in
+one process, and figures are medians of the rounds. In the same rounds the decoder's linears and the
 lm_head are timed alone, in the order of a token, so that every weight comes from where it comes
 from in a token; the rest is attention, norms and the interpreter. Of the packed linears, the same
 pass is timed three ways: the kernel by its addresses, the function around it, which checks and

@@ -95,8 +95,10 @@ def bring_back(model: Any) -> None:
     for module in offloaded:
         with own_parameters(module) as own:
             found = dict(own)
-        _remove_hook(module)
-        module._parameters.update(found)
+        _remove_hook(module)  # puts back what was in memory before
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = found[name]
     if offloaded:
         model.tie_weights()  # each module has brought its own
 
@@ -108,7 +110,16 @@ def take_hook(module: nn.Module, replaced: nn.Module) -> nn.Module:
     """
     hook = getattr(replaced, "_hf_hook", None)
     if isinstance(hook, AlignDevicesHook) and not hook.offload:
-        add_hook_to_module(module, hook)
+        # Another one: it holds on to parameters.
+        add_hook_to_module(
+            module,
+            AlignDevicesHook(
+                hook.execution_device,
+                io_same_device=hook.io_same_device,
+                skip_keys=hook.skip_keys,
+                place_submodules=hook.place_submodules,
+            ),
+        )
     return module
 
 

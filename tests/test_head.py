@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,28 +262,25 @@ def test_offload(where: str, tied: bool, tmp_path: Path) -> None:
     assert_same_bits(logits(model), dense)
 
 
-class Counting(AlignDevicesHook):
-    calls = 0
-
-    def pre_forward(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return super().pre_forward(*args, **kwargs)
-
-
 def test_hooks_that_move_inputs_stay() -> None:
     """Where a model is on several devices accelerate has its modules' inputs moved."""
     model = family_model("llama", tied=True)
     hooked = ("lm_head", "model.embed_tokens", "model.layers.0.mlp.up_proj")
-    hooks = [Counting(execution_device=torch.device("cpu")) for _ in hooked]
-    for name, hook in zip(hooked, hooks, strict=True):
+    for name in hooked:
+        hook = AlignDevicesHook(torch.device("cpu"), io_same_device=True, skip_keys=["cache"])
         add_hook_to_module(model.get_submodule(name), hook)
+    dense = weakref.ref(model.lm_head.weight)
     compress(model, windows(4), head=HEAD, **SETTINGS)
+    gc.collect()
+    assert dense() is None
+    expected = logits(model)
     for step in (lambda: None, lambda: nowag_ext.to_dense(model)):
         step()
-        for hook in hooks:
-            hook.calls = 0
-        logits(model)
-        assert [hook.calls for hook in hooks] == [1, 1, 1]
+        for name in hooked:
+            hook = model.get_submodule(name)._hf_hook
+            assert (hook.execution_device, hook.io_same_device) == (torch.device("cpu"), True)
+            assert hook.skip_keys == ["cache"]
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_bfloat16_checkpoints_keep_the_scale_of_the_class(tmp_path: Path) -> None:

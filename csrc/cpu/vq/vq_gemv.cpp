@@ -241,19 +241,20 @@ void look_up_nibbles(const Problem& problem, const VqNibbleTable& kernel) {
         }
     }
     const int threads = problem.rows * positions < kCodesForThreads ? 1 : problem.threads;
-    const Buffer<float> scaled = buffer<float>(positions * problem.d);
+    const int64_t size = positions * problem.d;
+    const Buffer<float> scaled = buffer<float>(problem.tokens * size);
+    for (int64_t t = 0; t < problem.tokens; ++t) scaled_inputs(problem, t, &scaled[t * size]);
     const Buffer<VqNibbleRun> tables = buffer<VqNibbleRun>(problem.tokens * runs);
-    for (int64_t t = 0; t < problem.tokens; ++t) {
-        scaled_inputs(problem, t, scaled.get());
-        const int64_t parts = ceil_div(positions, kPositionsForThreads);
-        parallel_for(parts, threads, [&](int64_t part) {
-            const int64_t first = runs * part / parts, end = runs * (part + 1) / parts;
-            const int64_t begin = first * kVqNibbleRun;
-            const int64_t count = std::min(end * kVqNibbleRun, positions) - begin;
-            kernel.build_tables(codebook, &scaled[begin * problem.d], problem.d, count,
-                                &tables[t * runs + first]);
-        });
-    }
+    const int64_t parts = ceil_div(positions, kPositionsForThreads);
+    const int builders = problem.tokens * positions <= kPositionsForThreads ? 1 : threads;
+    parallel_for(problem.tokens * parts, builders, [&](int64_t index) {
+        const int64_t token = index / parts, part = index % parts;
+        const int64_t first = runs * part / parts, end = runs * (part + 1) / parts;
+        const int64_t begin = first * kVqNibbleRun;
+        const int64_t count = std::min(end * kVqNibbleRun, positions) - begin;
+        kernel.build_tables(codebook, &scaled[token * size + begin * problem.d], problem.d, count,
+                            &tables[token * runs + first]);
+    });
     parallel_for(ceil_div(problem.tiles(), kTiles), threads, [&](int64_t index) {
         const int64_t first = index * kTiles, tiles = std::min(kTiles, problem.tiles() - first);
         const int64_t rows = std::min(tiles * kTileRows, problem.rows - first * kTileRows);
