@@ -89,11 +89,12 @@ void build_tables(const float* codebook, const float* inputs, int d, int64_t pos
     }
 }
 
-// sum += bytes, where `sum` is: GCC 12 would add up in another order, and keep in memory what it has
-// not added yet.
+// sum += bytes, at once: GCC 12 would add up in another order, and keep in memory what it has not
+// added yet.
 void add_to(__m256i& sum, __m256i bytes) { asm("vpaddb %1, %0, %0" : "+x"(sum) : "x"(bytes)); }
 
-// The halves of a tile's even rows, and of its odd ones, [position][8 pairs of rows, 16 in all].
+// Sums of the low and the high halves of a tile's 16 even rows, and of its odd ones; a lane has every
+// second position.
 struct Halves {
     __m256i even_low, even_high, odd_low, odd_high;
 
