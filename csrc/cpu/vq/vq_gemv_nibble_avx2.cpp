@@ -93,7 +93,7 @@ void build_tables(const float* codebook, const float* inputs, int d, int64_t pos
 // added yet.
 void add_to(__m256i& sum, __m256i bytes) { asm("vpaddb %1, %0, %0" : "+x"(sum) : "x"(bytes)); }
 
-// Sums of the low and the high halves of a tile's 16 even rows, and of its odd ones; a lane has every
+// Sums of the low and the high halves of a tile's even rows, and of its odd ones. A lane has every
 // second position.
 struct Halves {
     __m256i even_low, even_high, odd_low, odd_high;
