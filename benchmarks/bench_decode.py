@@ -321,6 +321,7 @@ def main() -> None:
     report = harness.Report("decode")
     with torch.inference_mode(), ExitStack() as stack:
         keep = options.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        keep.mkdir(parents=True, exist_ok=True)
         for shape in [options.shape] if options.shape else SHAPES:
             peers = []
             if options.llama_cpp:
