@@ -68,6 +68,8 @@ def check_tokens(model: Any, ids: Tensor, new_tokens: int = 0) -> None:
     Or that it cannot follow by so many new ones. On a GPU an index out of range ends the use of the
     device, not of the call alone.
     """
+    if ids.numel() == 0:
+        raise ValueError(f"there must be at least one token, but ids has shape {tuple(ids.shape)}.")
     vocabulary = vocabulary_size(model)
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary:

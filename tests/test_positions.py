@@ -88,6 +88,11 @@ def test_generation_ends_with_the_positions() -> None:
         generate(model, tiny_tokenizer(), prompt, max_new_tokens=most + 1)
 
 
+def test_a_prompt_of_nothing() -> None:
+    with pytest.raises(ValueError, match=r"at least one token, but ids has shape \(1, 0\)"):
+        generate(made(LEARNT["opt"]()), tiny_tokenizer(), tokens(0)[:1])
+
+
 def test_positions_that_are_computed_have_no_end() -> None:
     model = made(LlamaConfig(**_SIZES, intermediate_size=48))
     perplexity(model, tokens(2 * POSITIONS).flatten(), window=2 * POSITIONS)
