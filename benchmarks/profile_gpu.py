@@ -36,7 +36,7 @@ def assignment(d: int, code_bits: int) -> Callable[[], Any]:
 
 def calls() -> dict[str, Callable[[], Any]]:
     """Name -> call, what is most worth knowing first."""
-    x = {n: torch.randn(n, COLS, device="cuda", dtype=DTYPE) for n in (1, 2, 16)}
+    x = {n: torch.randn(n, COLS, device="cuda", dtype=DTYPE) for n in (1, 2, 16, 64)}
     d6, d4 = (vq_weight(ROWS, COLS, *form) for form in VQ.values())
     sparse = sparse_weight(ROWS, COLS, "50 %")
     w, h = torch.randn(4096, 4096, device="cuda"), torch.rand(4096, device="cuda")
@@ -44,6 +44,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "vq d=6 tokens=1": lambda: ops.vq_gemv(x[1], *d6),
         "vq d=6 tokens=2": lambda: ops.vq_gemv(x[2], *d6),
         "vq d=6 tokens=16": lambda: ops.vq_gemv(x[16], *d6),
+        "vq d=6 tokens=64": lambda: ops.vq_linear(x[64], *d6, None),
         "vq d=4 tokens=1": lambda: ops.vq_gemv(x[1], *d4),
         "vq d=4 tokens=16": lambda: ops.vq_gemv(x[16], *d4),
         "assign d=6": assignment(*VQ["vq d=6"]),

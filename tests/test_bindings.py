@@ -15,7 +15,13 @@ from cpu_stub import INCLUDE, ROOT, operations
 from nowag_ext import _cpu
 from nowag_ext.ops import registry
 
-CPU_ONLY = {"kmeans_assign_exhaustive", "kmeans_feedback", "simd_level", "simd_best"}
+CPU_ONLY = {
+    "kmeans_assign_exhaustive",
+    "kmeans_feedback",
+    "simd_level",
+    "simd_best",
+    "vq_gemv_device_tokens",
+}
 COMPOSED = {"vq_linear", "vq_linear_grad", "sparse_linear", "sparse_linear_grad"}
 
 

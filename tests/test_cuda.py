@@ -167,8 +167,15 @@ def test_pack_codes_refuses_a_code_that_does_not_fit() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (3, 9), (8, 16), (1, 2)])
-def test_vq_dequantize(d: int, code_bits: int, dtype: torch.dtype) -> None:
-    assert_op_agrees(ops.vq_dequantize, *random_vq(133, 700, d, code_bits), dtype)
+@pytest.mark.parametrize("cols", [700, 1064])  # the second of whole pieces of 16 bytes
+def test_vq_dequantize(cols: int, d: int, code_bits: int, dtype: torch.dtype) -> None:
+    assert_op_agrees(ops.vq_dequantize, *random_vq(133, cols, d, code_bits), dtype)
+
+
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (4, 12), (2, 8), (5, 11), (1, 4)])
+def test_vq_dequantize_of_a_large_layer(d: int, code_bits: int) -> None:
+    """More tiles than blocks, several strips of columns."""
+    assert_op_agrees(ops.vq_dequantize, *random_vq(11008, 1528, d, code_bits), torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -225,7 +232,7 @@ def assert_within_bound(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (3, 9), (8, 16)])
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (4, 12), (3, 9), (8, 16)])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 7), (4096, 4096), (576, 1537), (9000, 1100)])
 def test_vq_gemv(rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype) -> None:
     vq = [tensor.to(CUDA) for tensor in random_vq(rows, cols, d, code_bits)]
@@ -239,6 +246,45 @@ def test_vq_gemv(rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtyp
         # d = 6: 1 and 2 tokens have the same bits, and so have 3 to 16 (vq_gemv.h).
         several = d == 6 and tokens > 2
         assert_same_bits(y[:1], first.setdefault(several, y[:1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (4, 12), (3, 9)])
+@pytest.mark.parametrize(("rows", "cols"), [(70, 401), (4096, 4096)])
+def test_vq_linear_of_many_tokens(
+    rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype
+) -> None:
+    """By tensor cores up to 128 tokens, beyond by dense tiles, which are rounded to the dtype."""
+    vq = [tensor.to(CUDA) for tensor in random_vq(rows, cols, d, code_bits)]
+    weight = ops.vq_dequantize(*vq, torch.float32).double()
+    x = activations(512, cols, dtype).to(CUDA).requires_grad_()
+    bias = randn(rows, seed=3).to(dtype).to(CUDA)
+    first: Tensor | None = None
+    for tokens in (17, 33, 64, 65, 128, 129, 512):
+        y = ops.vq_linear(x[:tokens], *vq, bias)
+        want = x[:tokens].double() @ weight.T + bias.double()
+        error = (y.double() - want).norm() / want.norm()
+        assert error <= 2 * EPSILON[dtype], (tokens, error)
+        if 17 <= tokens <= 64 and d != 3:
+            first = y[:17] if first is None else first
+            assert_same_bits(y[:17], first)
+    y.sum().backward()
+    want = weight.sum(0).expand(512, cols)
+    assert x.grad is not None
+    assert (x.grad.double() - want).norm() <= 2 * EPSILON[dtype] * want.norm()
+
+
+@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8)])
+def test_vq_linear_of_64_tokens_that_are_not_finite_or_zero(d: int, code_bits: int) -> None:
+    vq = [tensor.to(CUDA) for tensor in random_vq(512, 1024, d, code_bits)]
+    x = activations(64, 1024, torch.bfloat16).to(CUDA)
+    want = ops.vq_linear(x, *vq, None)
+    x[3, 1000], x[40] = float("nan"), 0.0
+    y = ops.vq_linear(x, *vq, None)
+    assert not y[3].isfinite().any()
+    assert not y[40].any()
+    others = [token for token in range(64) if token not in (3, 40)]
+    assert_same_bits(y[others], want[others])
 
 
 @pytest.mark.parametrize("scale", [1e30, 1e-30, 0.0])
@@ -257,15 +303,19 @@ def test_vq_gemv_of_extreme_inputs(d: int, code_bits: int, tokens: int, scale: f
 
 
 @pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8)])
-@pytest.mark.parametrize("tokens", [1, 8, 16])
-def test_vq_gemv_in_a_graph(d: int, code_bits: int, tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64, 150])
+def test_vq_linear_in_a_graph(d: int, code_bits: int, tokens: int) -> None:
     """Layers one after another, each of several kernels that start before the last one's end."""
     layers = [[t.to(CUDA) for t in random_vq(2048, 2048, d, code_bits)] for _ in range(3)]
     x = activations(tokens, 2048, torch.bfloat16).to(CUDA) * 0.05
-    want = functools.reduce(lambda y, vq: ops.vq_gemv(y, *vq), layers, x)
+
+    def all_layers() -> Tensor:
+        return functools.reduce(lambda y, vq: ops.vq_linear(y, *vq, None), layers, x)
+
+    want = all_layers()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = functools.reduce(lambda y, vq: ops.vq_gemv(y, *vq), layers, x)
+        out = all_layers()
     for _ in range(20):
         out.zero_()
         graph.replay()

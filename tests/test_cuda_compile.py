@@ -26,6 +26,7 @@ THREADS = {
     "vq_gemv_prepare": 1024,
     "vq_gemv_finish": 512,
     "vq_gemv_decode": 512,
+    "vq_dequantize_strips": 1024,  # two blocks
     "sparse_gemv_mma": 512,
     "kmeans_plus_plus": 512,
     "kmeans_largest_energy": 512,

@@ -23,16 +23,16 @@ from nowag_ext import reference
 pytestmark = needs_compiler
 
 
-def lost_by_split(x: Tensor, vq: tuple[Tensor, ...], d: int) -> Tensor:
-    """The term that vq_gemv.h adds to the bound for kernels that split inputs."""
+def lost_by_split(x: Tensor, vq: tuple[Tensor, ...], positions: int, d: int) -> Tensor:
+    """The term that vq_gemv.h adds to the bound for kernels that split inputs, in such runs."""
     codes, codebook, row_norms, col_norms = vq
     ones = torch.ones_like(col_norms)
     entries = (
         reference.vq_dequantize(codes, codebook, row_norms, ones, torch.float32).double().abs()
     )
     lost = torch.zeros(len(x), len(row_norms), dtype=torch.float64)
-    for run in range(0, len(col_norms), 8 * d):
-        columns = slice(run, run + 8 * d)
+    for run in range(0, len(col_norms), positions * d):
+        columns = slice(run, run + positions * d)
         largest = (x[:, columns].double() * col_norms[columns].double()).abs().amax(1)
         lost += 2.0**-39 * largest[:, None] * entries[:, columns].sum(1)
     return lost
@@ -77,8 +77,11 @@ def test_vq_gemv(
     assert_same_bits(y[tokens - 1 :], again[:1])
 
 
+FAST = [(6, 12), (4, 8), (4, 12)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8)])
+@pytest.mark.parametrize(("d", "code_bits"), FAST)
 # One row; one chunk and two chunks of rows; a band's tail; one and several segments, and a tail of
 # positions; more items than blocks, the last of one segment shorter.
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_vq_gemv_fast_paths(
         assert_same_bits(y[:1], first.setdefault(fewest_tokens(d, code_bits, tokens), y[:1]))
 
 
-@pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8)])
+@pytest.mark.parametrize(("d", "code_bits"), FAST)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 11])
 @pytest.mark.parametrize("kind", ["1e30", "1e-30", "subnormal", "zero", "outliers", "all sizes"])
 def test_vq_gemv_of_extreme_inputs(
@@ -125,7 +128,7 @@ def test_vq_gemv_of_extreme_inputs(
     weight = reference.vq_dequantize(*vq, torch.float32).double()
     # float32 itself loses 2^-150 of a subnormal input times its norm.
     below = 2.0**-149 * weight.abs().sum(1) / vq[3].double().min()
-    assert_within_bound(y, x, weight, None, lost_by_split(x, vq, d) + below)
+    assert_within_bound(y, x, weight, None, lost_by_split(x, vq, 8, d) + below)
     if kind == "outliers":  # of a model: nothing is lost that counts
         assert_within_bound(y, x, weight, None)
 
@@ -145,3 +148,90 @@ def test_vq_gemv_of_inputs_that_are_not_finite(
     assert not y[1].isfinite().any()
     others = torch.arange(tokens) != 1
     assert_same_bits(y[others], want[others])
+
+
+def lost_by_batch(x: Tensor, vq: tuple[Tensor, ...], weight: Tensor, d: int) -> Tensor:
+    """What vq_gemv.h adds to the bound for 17 tokens and more."""
+    rounding = 5.5e-4 * (x.double().abs() @ weight.abs().T)
+    return rounding + lost_by_split(x, vq, len(vq[3]), d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("d", "code_bits"), FAST)
+# One row; a band's tail; several segments, more items than blocks, an odd number of rows.
+@pytest.mark.parametrize(
+    ("rows", "cols", "tokens"),
+    [
+        (1, 50, 17),
+        (70, 401, 33),
+        (300, 203, 64),
+        pytest.param(71, 1601, 32, marks=pytest.mark.slow),
+        pytest.param(192, 97, 48, marks=pytest.mark.slow),
+    ],
+)
+def test_vq_gemv_batch(
+    driver: Driver, rows: int, cols: int, tokens: int, d: int, code_bits: int, dtype: torch.dtype
+) -> None:
+    vq = vq_weight(rows, cols, d, code_bits, seed=190)
+    x, bias = randn(64, cols, seed=191).to(dtype), randn(rows, seed=192).to(dtype)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    y = run_vq_gemv(driver, x[:tokens], vq, d, code_bits, bias, seed=tokens % 3)
+    assert_within_bound(y, x[:tokens], weight, bias, lost_by_batch(x[:tokens], vq, weight, d))
+    others = x[tokens - 17 : tokens].flip(0)  # the last token is the first of 17
+    again = run_vq_gemv(driver, others, vq, d, code_bits, bias, seed=0)
+    assert_same_bits(y[tokens - 1 :], again[:1])
+
+
+@pytest.mark.parametrize(("d", "code_bits"), FAST)
+@pytest.mark.parametrize("kind", ["large", "small", "outliers", "all sizes", "a zero token"])
+def test_vq_gemv_batch_of_extreme_inputs(driver: Driver, d: int, code_bits: int, kind: str) -> None:
+    rows, cols, tokens = 70, 205, 18
+    vq = vq_weight(rows, cols, d, code_bits, seed=200)
+    x = randn(tokens, cols, seed=201)
+    if kind == "outliers":
+        x[:, 7::40] *= 1e4
+    elif kind == "all sizes":
+        x *= 10.0 ** (20 * torch.rand(cols, generator=torch.Generator().manual_seed(202)) - 10)
+    elif kind == "a zero token":
+        x[5] = 0.0
+    else:
+        x *= {"large": 1e30, "small": 1e-36}[kind]
+    x = x.bfloat16()
+    y = run_vq_gemv(driver, x, vq, d, code_bits, None, seed=2)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    # float32 itself loses 2^-150 of a subnormal input times its norm.
+    below = 2.0**-149 * weight.abs().sum(1) / vq[3].double().min()
+    assert_within_bound(y, x, weight, None, lost_by_batch(x, vq, weight, d) + below)
+    if kind == "a zero token":
+        assert not y[5].any()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize(("d", "code_bits"), FAST)
+def test_vq_gemv_batch_of_inputs_that_are_not_finite(
+    driver: Driver, d: int, code_bits: int, bad: float
+) -> None:
+    vq = vq_weight(40, 97, d, code_bits, seed=210)
+    x = randn(20, 97, seed=211).half()
+    want = run_vq_gemv(driver, x, vq, d, code_bits, None, seed=2)
+    x[9, 60] = bad
+    y = run_vq_gemv(driver, x, vq, d, code_bits, None, seed=2)
+    assert not y[9].isfinite().any()
+    others = torch.arange(20) != 9
+    assert_same_bits(y[others], want[others])
+
+
+def test_vq_gemv_takes_more_tokens_of_16_bits_where_tensor_cores_decode(driver: Driver) -> None:
+    for d, code_bits, dtype, most in (
+        (6, 12, torch.bfloat16, 64),
+        (4, 8, torch.float16, 64),
+        (6, 12, torch.float32, 16),
+        (6, 11, torch.bfloat16, 16),
+        (3, 12, torch.bfloat16, 16),
+    ):
+        vq = vq_weight(33, 20, d, code_bits, seed=220)
+        for tokens, taken in ((most, True), (most + 1, False)):
+            x, y = randn(tokens, 20, seed=221).to(dtype), poisoned(tokens, 33, dtype=dtype)
+            arguments = [x, CODES[dtype], tokens, *vq, None, 33, 20, d, code_bits, y]
+            assert (driver.run("vq_gemv", *arguments) == 0) == taken
+            assert y.isnan().any() != taken

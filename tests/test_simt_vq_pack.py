@@ -33,20 +33,54 @@ def test_pack_and_unpack(driver: Driver, rows: int, positions: int, code_bits: i
     assert_same_bits(unpacked, codes)
 
 
+# Beside the shapes of all tests rows of whole pieces of 16 bytes: every d, codes that are and that
+# are not whole bytes, a strip of columns and its tail, several strips, that begin and end within a
+# position, more tiles than blocks, and codebooks for which shared memory has and has no room.
+DEQUANTIZED = [
+    (1, 8, 6, 12),
+    (200, 88, 1, 3),
+    (70, 528, 2, 4),
+    (40, 520, 3, 7),
+    (200, 1032, 4, 8),
+    (70, 1048, 5, 11),
+    (300, 1064, 6, 12),
+    (70, 1040, 7, 9),
+    (70, 1032, 8, 1),
+    (33, 96, 1, 16),
+    (33, 96, 8, 16),
+    (33, 2056, 6, 13),
+]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "cols", "d", "code_bits"), VQ_SHAPES)
+@pytest.mark.parametrize(("rows", "cols", "d", "code_bits"), [*VQ_SHAPES, *DEQUANTIZED])
 def test_vq_dequantize(
     driver: Driver, rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype
 ) -> None:
+    """What lies between rows stays as it was."""
     vq = vq_weight(rows, cols, d, code_bits, seed=120)
     want = reference.vq_dequantize(*vq, dtype)
-    for begin in range(0, rows, 32):
-        end = min(rows, begin + 64)
-        out = poisoned(end - begin, cols + 2, dtype=dtype)
-        arguments = [*vq, rows, cols, d, code_bits, begin, end, out, CODES[dtype], cols + 2]
-        assert driver.run("vq_dequantize", *arguments) == 0
+    apart = cols + (8 if cols % 8 == 0 else 2)
+    for begin, end in {(0, rows), (0, min(rows, 64)), (rows // 64 * 32, rows)}:
+        out = poisoned(end - begin, apart, dtype=dtype)
+        arguments = [*vq, rows, cols, d, code_bits, begin, end, out, CODES[dtype], apart]
+        assert driver.run("vq_dequantize", *arguments, seed=begin % 3) == 0
         assert_same_bits(out[:, :cols].contiguous(), want[begin:end])
         assert out[:, cols:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("apart", [0, 1, 4])
+def test_vq_dequantize_of_rows_that_are_not_aligned(
+    driver: Driver, apart: int, dtype: torch.dtype
+) -> None:
+    vq = vq_weight(40, 104, 6, 12, seed=120)
+    want = reference.vq_dequantize(*vq, dtype)
+    out = poisoned(40, 104 + apart, dtype=dtype)
+    arguments = [*vq, 40, 104, 6, 12, 0, 40, out, CODES[dtype], 104 + apart]
+    assert driver.run("vq_dequantize", *arguments) == 0
+    assert_same_bits(out[:, :104].contiguous(), want)
+    assert out[:, 104:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

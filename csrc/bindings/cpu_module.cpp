@@ -55,6 +55,15 @@ void add_instruction_set(py::module_& module) {
     module.def("simd_best", [] { return cpu::simd_name(cpu::simd_best()); }, "simd_best() -> str");
 }
 
+void add_limits(py::module_& module) {
+    module.def(
+        "vq_gemv_device_tokens",
+        [](int dtype, int d, int code_bits) {
+            return vq_gemv_device_tokens(static_cast<DType>(dtype), d, code_bits);
+        },
+        "vq_gemv_device_tokens(dtype: int, d: int, code_bits: int) -> int");
+}
+
 }  // namespace
 }  // namespace nowag::bindings
 
@@ -70,6 +79,7 @@ PYBIND11_MODULE(_cpu, module) {
     nowag::cpu::set_interrupt_check(nowag::bindings::signal_raised);
     nowag::bindings::add_instruction_set(module);
     nowag::bindings::add_constants(module);
+    nowag::bindings::add_limits(module);
     NOWAG_OPERATIONS(NOWAG_BIND_LISTED)
     NOWAG_BIND(kmeans_assign_exhaustive)
     NOWAG_BIND(kmeans_feedback)

@@ -14,9 +14,11 @@ from nowag_ext.ops.format import TILE_ROWS
 
 GEMV_MAX_TOKENS: int = _cpu.vq_gemv_max_tokens
 
-# Dense rows made at a time when many tokens come: enough for the GEMM to run at full speed, small
-# beside a layer, so that no layer is ever whole in memory.
+# Dense rows made at a time when many tokens come. On a CPU enough for the GEMM to run at full
+# speed, small beside a layer; on a GPU about what its L2 cache has room for: each launch more costs
+# as much as some megabytes.
 _TILE_BYTES = 8 << 20
+_DEVICE_TILE_BYTES = 64 << 20
 
 DequantizeRows = Callable[[int, int, Tensor], None]
 
@@ -42,9 +44,16 @@ def check_linear(
     return x.contiguous(), x.numel() // cols, bias
 
 
-def _tile_rows(cols: int, dtype: torch.dtype) -> int:
-    """Rows of a dense tile: whole code tiles, about _TILE_BYTES."""
-    return max(1, _TILE_BYTES // (cols * dtype.itemsize * TILE_ROWS)) * TILE_ROWS
+def _tile_rows(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a dense tile: whole code tiles, and of equal tiles the fewest that are not too large.
+
+    No more than ``rows``.
+    """
+    most = _TILE_BYTES if device.type == "cpu" else _DEVICE_TILE_BYTES
+    code_tiles = -(-rows // TILE_ROWS)
+    of_tile = max(1, most // (cols * dtype.itemsize * TILE_ROWS))
+    tiles = -(-code_tiles // of_tile)
+    return min(-(-code_tiles // tiles) * TILE_ROWS, rows)
 
 
 def tiled_linear(x: Tensor, bias: Tensor | None, rows: int, dequantize: DequantizeRows) -> Tensor:
@@ -53,7 +62,7 @@ def tiled_linear(x: Tensor, bias: Tensor | None, rows: int, dequantize: Dequanti
     inputs = x.view(-1, cols).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     outputs = inputs.new_empty((inputs.shape[0], rows))
-    step = min(_tile_rows(cols, dtype), rows)
+    step = _tile_rows(rows, cols, dtype, x.device)
     tile = inputs.new_empty((step, cols))
     for begin in range(0, rows, step):
         end = min(begin + step, rows)
@@ -71,7 +80,7 @@ def tiled_linear_grad(grad_y: Tensor, cols: int, dequantize: DequantizeRows) -> 
     rows, dtype = grad_y.shape[-1], gemm_dtype(grad_y.dtype, grad_y.device)
     outputs = grad_y.reshape(-1, rows).to(dtype)
     grad_x = grad_y.new_zeros((outputs.shape[0], cols), dtype=torch.float32)
-    step = min(_tile_rows(cols, dtype), rows)
+    step = _tile_rows(rows, cols, dtype, grad_y.device)
     tile = outputs.new_empty((step, cols))
     for begin in range(0, rows, step):
         end = min(begin + step, rows)

@@ -61,8 +61,9 @@ def _launch(
     if x_at % size or (codebook_at | rows_at | cols_at) & 1:
         check_aligned(x, "x")
         check_vq_aligned(*vq)
+    at_once = GEMV_MAX_TOKENS if tokens <= GEMV_MAX_TOKENS else _tokens_at_once(d, code_bits, x)
     while tokens > 0:
-        few = min(tokens, GEMV_MAX_TOKENS)
+        few = min(tokens, at_once)
         backend.vq_gemv(
             x_at, dtype, few, codes_at, codebook_at, rows_at, cols_at, bias_at,
             rows, cols, d, code_bits, y_at, queue,
@@ -71,6 +72,12 @@ def _launch(
         x_at += few * cols * size
         y_at += few * rows * size
     return y
+
+
+def _tokens_at_once(d: int, code_bits: int, x: Tensor) -> int:
+    if x.is_cpu:
+        return GEMV_MAX_TOKENS
+    return _cpu.vq_gemv_device_tokens(DTYPES[x.dtype], d, code_bits)
 
 
 def run_vq_gemv(
@@ -97,16 +104,21 @@ vq_gemv = operation(f"vq_gemv(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor"
 
 
 def vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
-    """Up to how many tokens the kernel, run for 16 at a time, beats dense tiles.
+    """Up to how many tokens the kernel, run for as many at a time as it takes, beats dense tiles.
 
-    Measured (benchmarks/bench_vq_gemv.py). The kernel's time is proportional to tokens and codes;
-    torch's GEMM is several times faster in bf16 where the CPU has instructions for that.
+    Measured on CPUs (benchmarks/bench_vq_gemv.py), for GPUs predicted from an H100's kernels (two
+    runs of 64 tokens 50 us at 11008x4096, d=6, where dense tiles take 74). The kernel's time is
+    proportional to tokens and codes; torch's GEMM is several times faster in bf16 where the CPU has
+    instructions for that.
     """
+    if not x.is_cpu:
+        at_once = _tokens_at_once(d, code_bits, x)
+        if at_once > GEMV_MAX_TOKENS:
+            return 2 * at_once
+        return 4 * GEMV_MAX_TOKENS if x.dtype == torch.float32 else GEMV_MAX_TOKENS
     narrow = code_bits <= 8
     if gemm_dtype(x.dtype, x.device) != torch.float32:
         return 2 * GEMV_MAX_TOKENS if narrow else GEMV_MAX_TOKENS
-    if not x.is_cpu:
-        return 4 * GEMV_MAX_TOKENS
     avx2 = _cpu.simd_level() == "avx2"
     nibbles = code_bits == 4
     if (narrow and d >= 4) or (nibbles and d > 1):  # AVX2 looks these up faster than it multiplies

@@ -254,15 +254,17 @@ __device__ __forceinline__ uint16_t load_16(SharedPlace place) {
 #endif
 }
 
-// Starts copying 16 bytes from global to shared memory, past the registers; both addresses are
-// multiples of 16. The thread's copies since its last commit_copies() are a group; once it has
+// Starts copying kBytes, 4, 8 or 16, from global to shared memory, past the registers; both addresses
+// are multiples of kBytes. The thread's copies since its last commit_copies() are a group; once it has
 // waited for the group it sees them, and other threads do behind the next barrier.
+template <int kBytes = 16>
 __device__ __forceinline__ void start_copy(void* shared, const void* global) {
 #ifdef NOWAG_SIMT
-    simt::start_copy(shared, global, 16);
+    simt::start_copy(shared, global, kBytes);
 #else
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(global),
+                 "n"(kBytes)
                  : "memory");
 #endif
 }
@@ -312,6 +314,22 @@ struct Element {
     static __device__ __forceinline__ void store(void* data, int64_t index, float value) {
         static_cast<uint16_t*>(data)[index] =
             kType == DType::float16 ? float_to_half(value) : float_to_brain(value);
+    }
+    // Two values as they are stored side by side.
+    static __device__ __forceinline__ uint32_t pair(float low, float high) {
+#ifdef NOWAG_SIMT
+        const uint32_t lower = kType == DType::float16 ? float_to_half(low) : float_to_brain(low);
+        const uint32_t upper = kType == DType::float16 ? float_to_half(high) : float_to_brain(high);
+        return lower | upper << 16;
+#else
+        uint32_t words;
+        if constexpr (kType == DType::float16) {
+            asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(high), "f"(low));
+        } else {
+            asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(high), "f"(low));
+        }
+        return words;
+#endif
     }
 };
 

@@ -3,6 +3,7 @@
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
 #include "cuda/vq/vq_gemv.cuh"
+#include "cuda/vq/vq_gemv_batch.cuh"
 #include "cuda/vq/vq_gemv_lut.cuh"
 #include "cuda/vq/vq_gemv_mma.cuh"
 #include "nowag/vq_gemv.h"
@@ -19,13 +20,12 @@ constexpr size_t kSharedEverywhere = 99 << 10;
 // Products of d = 4 are not looked up: vq_gemv_mma.cuh takes 44 weights a cycle and multiprocessor
 // for 1 token and 37 for 8, without conflicts of banks; gathers from a table of products, 4 bytes a
 // code, would take 27 for 1 token: 3.5 cycles for 32 codes, and 1.1 for the codes.
-enum class Path { decode, look_up, multiply };
+enum class Path { decode, look_up, multiply, batch };
 
 Path choose_path(int64_t tokens, int d, int code_bits) {
-    if (d == kLutD && code_bits == kLutBits) {
-        return tokens <= kLutTokens ? Path::look_up : Path::multiply;
-    }
-    return d == 4 && code_bits == 8 ? Path::multiply : Path::decode;
+    if (!vq_gemv_on_tensor_cores(d, code_bits)) return Path::decode;
+    if (tokens > kVqGemvMaxTokens) return Path::batch;
+    return d == kLutD && tokens <= kLutTokens ? Path::look_up : Path::multiply;
 }
 
 // The cuts depend on the shape and the device; the number of tokens must not enter here.
@@ -39,16 +39,16 @@ Segments cut_for_look_up(int64_t rows, int64_t positions) {
 }
 
 // Of steps: the first block, which has most to do, has as little as can be. The unit is a turn: a
-// step of each of its warps.
-Segments cut_for_multiply(int64_t rows, int64_t positions, int d) {
-    const double item_end = d == 4 ? kItemEndTurns<4> : kItemEndTurns<6>;
+// step of each of its slices, at most max_turns in a segment.
+Segments cut_steps(int64_t rows, int64_t positions, int64_t slices, int64_t max_turns,
+                   double item_end) {
     const int64_t steps = ceil_div(positions, kStep), blocks = device_limits().multiprocessors;
     const int64_t bands = ceil_div(rows, kBlockRows);
     Segments best{};
     double least = 0.0;
-    for (int64_t turns = 1; turns <= kMaxWarpSteps; ++turns) {
-        const int64_t length = turns * kSlices, count = ceil_div(steps, length);
-        const int64_t last_turns = ceil_div(steps - (count - 1) * length, kSlices);
+    for (int64_t turns = 1; turns <= max_turns; ++turns) {
+        const int64_t length = turns * slices, count = ceil_div(steps, length);
+        const int64_t last_turns = ceil_div(steps - (count - 1) * length, slices);
         const int64_t items = ceil_div(bands * count, blocks);
         const int64_t long_items = ceil_div(bands * (count - 1), blocks);
         const double work = static_cast<double>(long_items * turns) +
@@ -59,6 +59,15 @@ Segments cut_for_multiply(int64_t rows, int64_t positions, int d) {
         best = {static_cast<int>(count), static_cast<int>(length)};
     }
     return best;
+}
+
+Segments cut_for_multiply(int64_t rows, int64_t positions, int d) {
+    return cut_steps(rows, positions, kSlices, kMaxWarpSteps,
+                     d == 4 ? kItemEndTurns<4> : kItemEndTurns<6>);
+}
+
+Segments cut_for_batch(int64_t rows, int64_t positions) {
+    return cut_steps(rows, positions, kBatchSlices, kBatchWarpSteps, kBatchItemEndTurns);
 }
 
 int64_t partial_bytes(int64_t tokens, int64_t rows, Segments segments) {
@@ -78,6 +87,20 @@ struct Prepared {
           steps(ceil_div(positions, kStep)),
           operands(static_cast<int64_t>(sizeof(uint4)) * octets * steps * (d / 2) * kWarpSize),
           scales(static_cast<int64_t>(sizeof(float)) * octets * steps * kOctet) {}
+};
+
+// What vq_gemv_prepare_batch writes for vq_gemv_batch, likewise.
+struct PreparedBatch {
+    int64_t tiles;
+    int64_t steps;
+    int64_t operands;  // their bytes
+    int64_t scales;
+
+    PreparedBatch(int64_t tokens, int64_t positions, int d)
+        : tiles(std::max<int64_t>(2, ceil_div(tokens, kTokenTile))),
+          steps(ceil_div(positions, kStep)),
+          operands(static_cast<int64_t>(sizeof(uint4)) * tiles * steps * (d / 2) * kWarpSize),
+          scales(static_cast<int64_t>(sizeof(float)) * tiles * kTokenTile) {}
 };
 
 template <DType kType, int kResidues>
@@ -134,8 +157,10 @@ Status multiply(const VqWeight& weight, const VqActivations& io, unsigned char* 
     float* partial = reinterpret_cast<float*>(scratch + prepared.operands + prepared.scales);
     const int64_t items = ceil_div(weight.rows, kBlockRows) * segments.count;
     const auto blocks = std::min<int64_t>(items, device_limits().multiprocessors);
-    const auto kernel =
-        prepared.octets == 1 ? vq_gemv_mma<kD, kBits, 1> : vq_gemv_mma<kD, kBits, 2>;
+    auto kernel = vq_gemv_mma<kD, kBits, 1>;
+    if constexpr (kMmaOctets<kD, kBits> == 2) {
+        if (prepared.octets == 2) kernel = vq_gemv_mma<kD, kBits, 2>;
+    }
     return in_order(
         [&] {
             const dim3 grid(blocks_for(prepared.steps, kPrepareWarps),
@@ -149,6 +174,72 @@ Status multiply(const VqWeight& weight, const VqActivations& io, unsigned char* 
                                 row_tiles(weight.rows) * kTileRows, partial);
         },
         [&] { return finish<kType, kMmaResidues>(weight, io, segments, partial, stream); });
+}
+
+// Tokens [begin, end) of some.
+template <DType kType>
+VqActivations tokens_of(const VqActivations& io, const VqWeight& weight, int begin, int end) {
+    using Stored = typename Element<kType>::Stored;
+    return {static_cast<const Stored*>(io.x) + begin * weight.cols, io.bias,
+            static_cast<Stored*>(io.y) + begin * weight.rows, end - begin};
+}
+
+template <int kD, int kBits, DType kType, int kTiles>
+Status batch(const VqWeight& weight, const VqActivations& io, const PreparedBatch& prepared,
+             unsigned char* scratch, Stream stream) {
+    static_assert(kBatchShared<kD, kBits, kTiles> <= kSharedEverywhere, "runs on any device");
+    const Segments segments = cut_for_batch(weight.rows, weight.positions);
+    const MmaInputs inputs{reinterpret_cast<uint4*>(scratch),
+                           reinterpret_cast<float*>(scratch + prepared.operands),
+                           static_cast<int>(prepared.steps)};
+    float* partial = reinterpret_cast<float*>(scratch + prepared.operands + prepared.scales);
+    const int64_t padded_rows = row_tiles(weight.rows) * kTileRows;
+    const int64_t items = ceil_div(weight.rows, kBlockRows) * segments.count;
+    const auto blocks = std::min<int64_t>(items, device_limits().multiprocessors);
+    return in_order(
+        [&] {
+            return launch(vq_gemv_prepare_batch<kD, kType>, kTiles * kTokenTile,
+                          kPrepareBatchThreads, sizeof(float) * kPrepareBatchThreads / kWarpSize,
+                          stream, weight, io, kTiles, inputs);
+        },
+        [&] {
+            return launch_after(vq_gemv_batch<kD, kBits, kTiles>, static_cast<unsigned>(blocks),
+                                kBatchThreads, kBatchShared<kD, kBits, kTiles>, stream, weight,
+                                io.tokens, inputs, segments, padded_rows, partial);
+        },
+        [&] {
+            const dim3 grid(blocks_for(weight.rows, kAddThreads * kAddRows),
+                            static_cast<unsigned>(io.tokens));
+            return launch_after(vq_gemv_add<kType>, grid, kAddThreads, 0, stream, weight, io,
+                                segments.count, padded_rows, inputs.scales, partial);
+        });
+}
+
+template <int kD, int kBits, DType kType>
+Status tensor(const VqWeight& weight, const VqActivations& io, unsigned char* scratch,
+              Stream stream) {
+    constexpr int kAtOnce = kMmaOctets<kD, kBits> * kOctet;
+    if (io.tokens <= kAtOnce) return multiply<kD, kBits, kType>(weight, io, scratch, stream);
+    if (io.tokens <= kVqGemvMaxTokens) {
+        const auto part = [&](int begin, int end) {
+            return multiply<kD, kBits, kType>(weight, tokens_of<kType>(io, weight, begin, end),
+                                              scratch, stream);
+        };
+        return in_order([&] { return part(0, kAtOnce); }, [&] { return part(kAtOnce, io.tokens); });
+    }
+    if constexpr (kType == DType::float32) {
+        return Status::invalid_argument;
+    } else {
+        const PreparedBatch prepared(io.tokens, weight.positions, kD);
+        switch (prepared.tiles) {
+            case 2:
+                return batch<kD, kBits, kType, 2>(weight, io, prepared, scratch, stream);
+            case 3:
+                return batch<kD, kBits, kType, 3>(weight, io, prepared, scratch, stream);
+            default:
+                return batch<kD, kBits, kType, kBatchTiles>(weight, io, prepared, scratch, stream);
+        }
+    }
 }
 
 }  // namespace
@@ -165,6 +256,11 @@ int64_t vq_gemv_workspace(const void*, DType, int64_t tokens, const uint8_t*, co
             return prepared.operands + prepared.scales +
                    partial_bytes(tokens, rows, cut_for_multiply(rows, positions, d));
         }
+        case Path::batch: {
+            const PreparedBatch prepared(tokens, positions, d);
+            return prepared.operands + prepared.scales +
+                   partial_bytes(tokens, rows, cut_for_batch(rows, positions));
+        }
         default:
             return 0;
     }
@@ -175,7 +271,7 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
                const void* bias, int64_t rows, int64_t cols, int d, int code_bits, void* y,
                void* workspace, Stream stream) {
     if (!valid_vq(d, code_bits) || rows < 1 || cols < 1 || tokens < 1 ||
-        tokens > kVqGemvMaxTokens) {
+        tokens > vq_gemv_device_tokens(dtype, d, code_bits)) {
         return Status::invalid_argument;
     }
     const VqWeight weight{reinterpret_cast<const uint32_t*>(packed),
@@ -191,10 +287,12 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
         switch (choose_path(tokens, d, code_bits)) {
             case Path::look_up:
                 return look_up<type.value>(weight, io, static_cast<float*>(workspace), stream);
-            case Path::multiply: {
+            case Path::multiply:
+            case Path::batch: {
                 auto* scratch = static_cast<unsigned char*>(workspace);
-                return d == 4 ? multiply<4, 8, type.value>(weight, io, scratch, stream)
-                              : multiply<6, 12, type.value>(weight, io, scratch, stream);
+                if (d == 6) return tensor<6, 12, type.value>(weight, io, scratch, stream);
+                if (code_bits == 8) return tensor<4, 8, type.value>(weight, io, scratch, stream);
+                return tensor<4, 12, type.value>(weight, io, scratch, stream);
             }
             default:
                 return with_subvector(d, [&](auto subvector) {

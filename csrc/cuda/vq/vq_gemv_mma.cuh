@@ -1,4 +1,5 @@
-// vq_gemv.h on a GPU with tensor cores: (d = 4, 8 bits), and (d = 6, 12 bits) from 3 tokens on.
+// vq_gemv.h on a GPU with tensor cores: d = 4 at 8 and 12 bits, and (d = 6, 12 bits) from 3 tokens
+// on.
 //
 // Codebook entries are float16 and go from shared memory into the second operand of mma as they
 // are; one gather serves 8 tokens (an octet) or 16. Inputs, times their column norms, are two
@@ -60,14 +61,18 @@ constexpr int kPrepareWarps = kPrepareThreads / kWarpSize;
 
 // The codebook in shared memory. Coordinates 0 to 3 of entry k are the 8 bytes at k 2^kEntryShift,
 // in every copy; those beyond are 4 bytes each in a second table, from kFours on.
-template <int kD>
-constexpr int kTableCopies = kD == 4 ? 16 : 1;
-template <int kD>
-constexpr int kEntryShift = kD == 4 ? 7 : 3;
+template <int kBits>
+constexpr int kTableCopies = kBits == 8 ? 16 : 1;
+template <int kBits>
+constexpr int kEntryShift = kBits == 8 ? 7 : 3;
 template <int kD, int kBits>
-constexpr unsigned kFours = 1u << (kBits + kEntryShift<kD>);
+constexpr unsigned kFours = 1u << (kBits + kEntryShift<kBits>);
 template <int kD, int kBits>
 constexpr size_t kTableBytes = kFours<kD, kBits> + (kD == 4 ? 0 : sizeof(uint32_t) << kBits);
+
+// Octets that a launch takes: two of d = 4 at 12 bits would have their registers spill on sm_80.
+template <int kD, int kBits>
+constexpr int kMmaOctets = kD == 4 && kBits == 12 ? 1 : 2;
 
 template <int kD, int kBits>
 constexpr size_t kMmaShared = kTableBytes<kD, kBits> + sizeof(float4) * kSlices * kBlockSums;
@@ -77,6 +82,20 @@ struct MmaInputs {
     uint4* operands;  // [octet, step, kD / 2, lane]: the lane's part of each first operand
     float* scales;    // [octet, step, kOctet]: what takes a step's sums back
     int steps;
+};
+
+// What takes the largest of some inputs, in magnitude, to [2^14, 2^15): as float16 none overflows,
+// and as little as can be is lost below 2^-24. Both it and its inverse are normal numbers.
+struct PowerOfTwo {
+    float value;
+    float inverse;
+
+    __device__ __forceinline__ explicit PowerOfTwo(float largest) {
+        const unsigned exponent = __float_as_uint(largest) >> 23;
+        const unsigned bounded = exponent < 15u ? 15u : exponent;
+        value = __uint_as_float((268u - bounded) << 23);
+        inverse = __uint_as_float((bounded - 14u) << 23);
+    }
 };
 
 // Of two inputs: the high parts, and the low parts, which are what those leave.
@@ -125,19 +144,15 @@ __global__ void __launch_bounds__(kPrepareThreads)
     largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
 
-    // The scale takes the largest to [2^14, 2^15): no part overflows, and as little as can be is
-    // lost below 2^-24. Both it and its inverse are normal numbers.
-    const unsigned exponent = __float_as_uint(largest) >> 23;
-    const unsigned bounded = exponent < 15u ? 15u : exponent;
-    const float scale = __uint_as_float((268u - bounded) << 23);
+    const PowerOfTwo scale(largest);
     const int64_t place = static_cast<int64_t>(blockIdx.y) * inputs.steps + step;
-    if (t == 0) inputs.scales[place * kOctet + g] = __uint_as_float((bounded - 14u) << 23);
+    if (t == 0) inputs.scales[place * kOctet + g] = scale.inverse;
 
     uint4* operands = inputs.operands + place * (kD / 2) * kWarpSize + lane;
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
 #pragma unroll
-        for (int j = 0; j < kD; ++j) x[q][j] *= scale;
+        for (int j = 0; j < kD; ++j) x[q][j] *= scale.value;
         operands[q * kWarpSize] = first_operand(Parts(x[q][0], x[q][1]), Parts(x[q][2], x[q][3]));
     }
     if constexpr (kD == 6) {
@@ -145,14 +160,14 @@ __global__ void __launch_bounds__(kPrepareThreads)
     }
 }
 
-template <int kD, int kBits>
+template <int kD, int kBits, int kThreads>
 __device__ __forceinline__ void fill_table(const uint16_t* codebook, unsigned char* table) {
-    constexpr int kOwn = (kTableCopies<kD> << kBits) / kMmaThreads;
+    constexpr int kOwn = (kTableCopies<kBits> << kBits) / kThreads;
     const uint32_t* pairs = reinterpret_cast<const uint32_t*>(codebook);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
-        const int place = threadIdx.x + i * kMmaThreads;
-        const uint32_t* entry = pairs + place / kTableCopies<kD> * (kD / 2);
+        const int place = threadIdx.x + i * kThreads;
+        const uint32_t* entry = pairs + place / kTableCopies<kBits> * (kD / 2);
         reinterpret_cast<uint2*>(table)[place] = make_uint2(entry[0], entry[1]);
         if constexpr (kD == 6) {
             reinterpret_cast<uint32_t*>(table + kFours<kD, kBits>)[place] = entry[2];
@@ -160,12 +175,42 @@ __device__ __forceinline__ void fill_table(const uint16_t* codebook, unsigned ch
     }
 }
 
-// Where a warp is: its steps [step, end) of an item, kSlices apart.
+// Where a warp is: in the steps [step, end) of an item.
 struct MmaPlace {
     const uint32_t* words;  // the lane's, from position lane % 4 on
     int positions;          // before this one; 0: the lane has no codes here
     int step;
     int end;
+};
+
+// The items of a launch, each kBlockRows rows of one segment; blocks take them in turn.
+struct MmaItems {
+    int rows_of_blocks;
+    int count;
+
+    __device__ __forceinline__ MmaItems(const Segments& segments, int64_t padded_rows)
+        : rows_of_blocks(static_cast<int>((padded_rows + kBlockRows - 1) / kBlockRows)),
+          count(rows_of_blocks * segments.count) {}
+
+    __device__ __forceinline__ int segment(int item) const { return item / rows_of_blocks; }
+    __device__ __forceinline__ int64_t first_row(int item) const {
+        return static_cast<int64_t>(item % rows_of_blocks) * kBlockRows;
+    }
+
+    // Of the lane's rows in a band, from step `first` of the item on; an item that does not exist
+    // has no codes.
+    template <int kBits>
+    __device__ __forceinline__ MmaPlace place(const VqWeight& weight, const Segments& segments,
+                                              int steps, int64_t padded_rows, int item, int band,
+                                              int first) const {
+        const int lane = threadIdx.x % kWarpSize;
+        const int begin = segment(item) * segments.length;
+        const int end = min(begin + segments.length, steps);
+        const int64_t row = first_row(item) + band * kBandRows + lane / 4 * kLaneRows;
+        const int positions = min(end * kStep, static_cast<int>(weight.positions));
+        return {lane_words<kBits>(weight, row / kTileRows, lane % 4, row % kTileRows / kLaneRows),
+                item < count && row < padded_rows ? positions : 0, begin + first, end};
+    }
 };
 
 // A lane's codes of one step; where there are none, 0.
@@ -209,11 +254,11 @@ struct StepInputs {
 template <int kD, int kBits>
 __device__ __forceinline__ void gather(const unsigned char* table, const StepCodes<kBits>& codes,
                                        int u, uint2 (&b)[kD / 2]) {
-    const unsigned copy = threadIdx.x % kTableCopies<kD> * sizeof(uint2);
+    const unsigned copy = threadIdx.x % kTableCopies<kBits> * sizeof(uint2);
     unsigned offset[2];
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-        offset[q] = codes.at[q].template code<kEntryShift<kD>>(u);
+        offset[q] = codes.at[q].template code<kEntryShift<kBits>>(u);
         b[q] = *reinterpret_cast<const uint2*>(table + (offset[q] | copy));
     }
     if constexpr (kD == 6) {
@@ -240,14 +285,16 @@ __device__ __forceinline__ void multiply(const StepInputs<kD>& a, const uint2 (&
     }
 }
 
-// Adds the slices' sums of one octet up and writes them to partial, of this segment and octet.
-__device__ __forceinline__ void add_slices(const float4* sums, int64_t first_row, int tokens,
-                                           int64_t padded_rows, float* partial) {
-    for (int i = threadIdx.x; i < kBlockSums; i += kMmaThreads) {
+// Adds the slices' sums of one octet up, each `apart` quads from the one before, and writes them to
+// partial, of this segment and octet.
+template <int kThreads, int kSums>
+__device__ __forceinline__ void add_slices(const float4* sums, int apart, int64_t first_row,
+                                           int tokens, int64_t padded_rows, float* partial) {
+    for (int i = threadIdx.x; i < kBlockSums; i += kThreads) {
         float4 sum = sums[i];
 #pragma unroll
-        for (int slice = 1; slice < kSlices; ++slice) {
-            const float4 other = sums[slice * kBlockSums + i];
+        for (int slice = 1; slice < kSums; ++slice) {
+            const float4 other = sums[slice * apart + i];
             sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
         }
         const int lane = i % kWarpSize, quad = i / kWarpSize % kQuads;
@@ -259,8 +306,8 @@ __device__ __forceinline__ void add_slices(const float4* sums, int64_t first_row
     }
 }
 
-//   kD, kBits  4 and 8, or 6 and 12: d and the bits of a code
-//   kOctets    of tokens, 1 or 2
+//   kD, kBits  4 and 8 or 12, or 6 and 12: d and the bits of a code
+//   kOctets    of tokens, up to kMmaOctets
 //   inputs     of vq_gemv_prepare
 //   segments   of steps
 //   partial    out, [segment, token, padded_rows]
@@ -278,17 +325,9 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     let_next_kernel_start();
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int band = warp % kBands, slice = warp / kBands;
-    const int rows_of_blocks = static_cast<int>((padded_rows + kBlockRows - 1) / kBlockRows);
-    const int items = rows_of_blocks * segments.count;
+    const MmaItems items(segments, padded_rows);
     const auto place_of = [&](int item) {
-        const int begin = item / rows_of_blocks * segments.length;
-        const int end = min(begin + segments.length, inputs.steps);
-        const int64_t row = static_cast<int64_t>(item % rows_of_blocks) * kBlockRows +
-                            band * kBandRows + lane / 4 * kLaneRows;
-        const int positions = min(end * kStep, static_cast<int>(weight.positions));
-        return MmaPlace{
-            lane_words<kBits>(weight, row / kTileRows, lane % 4, row % kTileRows / kLaneRows),
-            item < items && row < padded_rows ? positions : 0, begin + slice, end};
+        return items.place<kBits>(weight, segments, inputs.steps, padded_rows, item, band, slice);
     };
 
     int item = blockIdx.x;
@@ -299,11 +338,11 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
         for (int i = 0; i < kAhead; ++i) ahead[i].load(place, place.step + i * kSlices);
     };
     start_loading();
-    fill_table<kD, kBits>(weight.codebook, table);
+    fill_table<kD, kBits, kMmaThreads>(weight.codebook, table);
     __syncthreads();
     wait_for_previous_kernel();
 
-    while (item < items) {
+    while (item < items.count) {
         LaneSums total[kOctets] = {};
         for (int step = place.step; step < place.end; step += kSlices) {
             StepInputs<kD> a[kOctets];
@@ -322,8 +361,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
             }
         }
 
-        const int segment = item / rows_of_blocks;
-        const int64_t first_row = static_cast<int64_t>(item % rows_of_blocks) * kBlockRows;
+        const int segment = items.segment(item);
+        const int64_t first_row = items.first_row(item);
         item += gridDim.x;
         place = place_of(item);
         start_loading();
@@ -337,8 +376,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
             }
             __syncthreads();
             const int64_t first_token = static_cast<int64_t>(segment) * tokens + o * kOctet;
-            add_slices(sums, first_row, tokens - o * kOctet, padded_rows,
-                       partial + first_token * padded_rows);
+            add_slices<kMmaThreads, kSlices>(sums, kBlockSums, first_row, tokens - o * kOctet,
+                                             padded_rows, partial + first_token * padded_rows);
             __syncthreads();
         }
     }

@@ -1,6 +1,9 @@
+#include <algorithm>
+
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
 #include "cuda/vq/vq_pack.cuh"
+#include "cuda/vq/vq_pack_dequantize.cuh"
 #include "nowag/vq_pack.h"
 
 namespace nowag::cuda {
@@ -58,6 +61,32 @@ dim3 tile_grid(int64_t tiles, int64_t positions) {
     return dim3(blocks_for(positions, kPackPositions), static_cast<unsigned>(tiles));
 }
 
+// Blocks of vq_dequantize_strips that a multiprocessor has registers for.
+constexpr int64_t kDequantizeBlocks = 2;
+
+template <int kD, DType kType>
+Status dequantize(const VqWeight& weight, int64_t row_begin, int64_t row_end, void* out,
+                  int64_t out_stride, Stream stream) {
+    using Shape = DequantizeShape<kD, kType>;
+    const DeviceLimits limits = device_limits();
+    const auto available = static_cast<size_t>(limits.shared_bytes);
+    const size_t needed = Shape::shared_bytes(weight.code_bits);
+    const int64_t tiles = row_tiles(row_end - row_begin);
+    const bool whole_pieces = weight.cols % Shape::kPiece == 0 && out_stride % Shape::kPiece == 0 &&
+                              reinterpret_cast<uintptr_t>(out) % kPieceBytes == 0;
+    if (!whole_pieces || needed > available) {
+        return launch(vq_dequantize_tiles<kType>, tile_grid(tiles, weight.positions), kPackThreads,
+                      kUnpackShared, stream, weight, kD, row_begin, row_end, out, out_stride);
+    }
+    // As many blocks as run at once, each with its share of the tiles.
+    const auto resident = std::min(kDequantizeBlocks, static_cast<int64_t>(available / needed));
+    const int64_t strips = ceil_div(weight.cols, Shape::kColumns);
+    const int64_t groups = std::max<int64_t>(1, limits.multiprocessors * resident / strips);
+    const dim3 grid(static_cast<unsigned>(strips), static_cast<unsigned>(std::min(groups, tiles)));
+    return launch(vq_dequantize_strips<kD, kType>, grid, kDequantizeThreads, needed, stream, weight,
+                  row_begin, row_end, out, out_stride);
+}
+
 }  // namespace
 
 int64_t pack_codes_workspace(const uint16_t*, int64_t, int64_t, int, uint8_t*) { return 0; }
@@ -104,11 +133,10 @@ Status vq_dequantize(const uint8_t* packed, const uint16_t* codebook, const uint
                           cols,
                           positions,
                           code_bits};
-    const dim3 grid = tile_grid(row_tiles(row_end - row_begin), positions);
     return with_dtype(dtype, [&](auto type) {
         return with_subvector(d, [&](auto subvector) {
-            return launch(vq_dequantize_tiles<subvector.value, type.value>, grid, kPackThreads,
-                          kUnpackShared, stream, weight, row_begin, row_end, out, out_stride);
+            return dequantize<subvector.value, type.value>(weight, row_begin, row_end, out,
+                                                           out_stride, stream);
         });
     });
 }

@@ -61,28 +61,26 @@ __device__ __forceinline__ void load_streams(const uint32_t* packed, int64_t til
     __syncthreads();
 }
 
-// Rows [row_begin, row_end) as dense values.
-//   kD     d
+// Rows [row_begin, row_end) as dense values, where those of vq_pack_dequantize.cuh do not serve: the
+// codebook is too large for shared memory, or rows are no whole pieces of 16 bytes.
 //   kType  of out
 //   out    [row_end - row_begin, cols], rows out_stride elements apart
 // Block (x, y): kPackPositions positions of tile y, counted from row_begin; a thread: one value
 // after another, neighbours in a row.
-// Bound by instructions: measured on an H100, 11008 x 4096 at d = 6 to bfloat16: 125 us, issuing in
-// 76 % of all cycles, where the bytes take 30.
-template <int kD, DType kType>
-__global__ void vq_dequantize_tiles(VqWeight weight, int64_t row_begin, int64_t row_end,
+template <DType kType>
+__global__ void vq_dequantize_tiles(VqWeight weight, int d, int64_t row_begin, int64_t row_end,
                                     void* __restrict__ out, int64_t out_stride) {
     uint32_t* words = reinterpret_cast<uint32_t*>(shared_memory());
     const int64_t tile = row_begin / kTileRows + blockIdx.y;
     load_streams(weight.packed, tile, weight.positions, weight.code_bits, words);
-    const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kPackPositions * kD;
-    constexpr int kWidth = kPackPositions * kD;
-    for (int e = threadIdx.x; e < kTileRows * kWidth; e += kPackThreads) {
-        const int r = e / kWidth, column = e % kWidth;
+    const int64_t first_column = static_cast<int64_t>(blockIdx.x) * kPackPositions * d;
+    const int width = kPackPositions * d;
+    for (int e = threadIdx.x; e < kTileRows * width; e += kPackThreads) {
+        const int r = e / width, column = e % width;
         const int64_t i = tile * kTileRows + r, j = first_column + column;
         if (i >= row_end || j >= weight.cols) continue;
-        const unsigned code = code_at(words + column / kD * weight.code_bits, r, weight.code_bits);
-        const float value = half_to_float(weight.codebook[code * kD + column % kD]);
+        const unsigned code = code_at(words + column / d * weight.code_bits, r, weight.code_bits);
+        const float value = half_to_float(weight.codebook[code * d + column % d]);
         const float scaled = half_to_float(weight.row_norms[i]) * value;
         Element<kType>::store(out, (i - row_begin) * out_stride + j,
                               scaled * half_to_float(weight.col_norms[j]));

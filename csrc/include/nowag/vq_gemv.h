@@ -19,13 +19,15 @@
 //           Codes of 4 bits, on AVX2 and above: T_p is rounded to 12-bit integers in one unit for
 //           each run of 16 positions, which are summed exactly.
 //           Codes of 12 bits and d = 6 on a GPU, 1 or 2 tokens: T_p is float32.
-//   split:  decodes on a GPU's tensor cores, for 3 to 16 tokens, and for codes of 8 bits and d = 4
-//           always. x_j col_norms_j is the sum of two float16 numbers, scaled by a power of two for
-//           each token and run of 8 positions.
+//   split:  decodes on a GPU's tensor cores, for 3 to 16 tokens of d = 6 at 12 bits, and up to 16
+//           of d = 4 at 8 and 12. x_j col_norms_j is the sum of two float16 numbers, scaled by a
+//           power of two for each token and run of 8 positions.
+//   batch:  the same for 17 to 64 tokens of 16 bits. x_j col_norms_j is rounded to one float16
+//           number, scaled by a power of two for each token.
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
 // depend on the other tokens, nor on their number but for d = 6 on a GPU (1 and 2 tokens have the
-// same bits, and 3 to 16) and d > 4 on AVX2 (one token has others than 2 to 16), nor on the number
-// of threads. They differ between instruction sets, within the error bound.
+// same bits, and 3 to 16), d > 4 on AVX2 (one token has others than 2 to 16) and from 17 on, nor on
+// the number of threads. They differ between instruction sets, within the error bound.
 //
 // Error bound, y64 being the same product in float64:
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
@@ -42,7 +44,10 @@
 //                2^-85 counts as that);
 //                or, for split,
 //                + row_norms[i] * sum over runs of 2^-39 * M * sum_j |c_kj|,
-//                M = the run's largest |x_j col_norms_j|: inputs far smaller than it lose bits.
+//                M = the run's largest |x_j col_norms_j|: inputs far smaller than it lose bits;
+//                or, for batch,
+//                the same with the whole token for a run, + 5.5e-4 * sum_j |x_j W_ij|: what
+//                rounding W to float16 would lose, and an eighth of what bfloat16 does.
 // On a GPU an input that is not finite makes all outputs of its token inf or NaN, and no others.
 // In practice rounding errors cancel: ||y - y64|| / ||y64|| <= 2e-3 on inputs with outlier channels
 // (tested; on SmolLM2's layers with its own activations 1e-3 at most, 2e-4 typically).
@@ -55,8 +60,19 @@
 
 namespace nowag {
 
-// The most tokens the kernel takes; nowag_ext/ops dequantises tiles into a dense GEMM beyond.
+// The most tokens the kernel takes; nowag_ext/ops dequantises tiles into a dense GEMM beyond. On a
+// GPU it takes kVqGemvBatchTokens of 16 bits where codes go straight to tensor cores.
 constexpr int64_t kVqGemvMaxTokens = 16;
+constexpr int64_t kVqGemvBatchTokens = 64;
+
+constexpr bool vq_gemv_on_tensor_cores(int d, int code_bits) {
+    return (d == 4 && code_bits == 8) || (code_bits == 12 && (d == 4 || d == 6));
+}
+
+constexpr int64_t vq_gemv_device_tokens(DType dtype, int d, int code_bits) {
+    return dtype != DType::float32 && vq_gemv_on_tensor_cores(d, code_bits) ? kVqGemvBatchTokens
+                                                                            : kVqGemvMaxTokens;
+}
 
 // The most positions of a group, whose sums are added up in order: the unit of work of a CPU's
 // thread. On VBMI 16-bit sums of 256 bytes cannot overflow, and the tables, 128 KiB, stay in an L2
