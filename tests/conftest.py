@@ -57,3 +57,11 @@ def driver() -> Iterator[Driver]:
     driver = Driver()
     yield driver
     driver.close()
+
+
+@pytest.fixture(scope="module")
+def roomy_driver() -> Iterator[Driver]:
+    """The same with as much shared memory as a block has on compute capability 8.0."""
+    driver = Driver(SIMT_SHARED_KIB="163")
+    yield driver
+    driver.close()

@@ -82,9 +82,10 @@ class Fault(Exception):
 
 
 class Driver:
-    """One driver process, started again after a fault."""
+    """One driver process, started again after a fault; ``environment``: of it alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, name: str, *arguments: Any, seed: int = 2) -> int:
@@ -127,7 +128,7 @@ class Driver:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
+                env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **self._environment},
             )
         return self._process
 

@@ -40,7 +40,7 @@ def lost_by_split(x: Tensor, vq: tuple[Tensor, ...], positions: int, d: int) -> 
 
 def fewest_tokens(d: int, code_bits: int, tokens: int) -> int:
     """How few tokens give a token the bits that it has among `tokens` (vq_gemv.h)."""
-    return 3 if (d, code_bits) == (6, 12) and tokens > 2 else 1
+    return 2 if (d, code_bits) == (6, 12) and tokens > 1 else 1
 
 
 def run_vq_gemv(
@@ -107,6 +107,22 @@ def test_vq_gemv_fast_paths(
         y = run_vq_gemv(driver, x[:tokens], vq, d, code_bits, bias, seed=tokens % 4)
         assert_within_bound(y, x[:tokens], weight, bias)
         assert_same_bits(y[:1], first.setdefault(fewest_tokens(d, code_bits, tokens), y[:1]))
+
+
+# Both numbers of sets; fewer positions than stages, a stage's tail, stages used again and again.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "cols"),
+    [(1, 5), (70, 50), (300, 1601), pytest.param(4130, 500, marks=pytest.mark.slow)],
+)
+def test_vq_gemv_looks_up_in_many_stages(
+    driver: Driver, roomy_driver: Driver, rows: int, cols: int, dtype: torch.dtype
+) -> None:
+    vq = vq_weight(rows, cols, 6, 12, seed=165)
+    x, bias = randn(1, cols, seed=166).to(dtype), randn(rows, seed=167).to(dtype)
+    y = run_vq_gemv(roomy_driver, x, vq, 6, 12, bias, seed=1)
+    assert_within_bound(y, x, reference.vq_dequantize(*vq, torch.float32).double(), bias)
+    assert_same_bits(y, run_vq_gemv(driver, x, vq, 6, 12, bias, seed=2))
 
 
 @pytest.mark.parametrize(("d", "code_bits"), FAST)

@@ -69,6 +69,14 @@ def test_vq_dequantize(
         assert out[:, cols:].isnan().all()
 
 
+def test_vq_dequantize_with_a_codebook_that_needs_much_shared_memory(roomy_driver: Driver) -> None:
+    vq = vq_weight(33, 2056, 6, 13, seed=125)
+    out = poisoned(33, 2056, dtype=torch.bfloat16)
+    arguments = [*vq, 33, 2056, 6, 13, 0, 33, out, CODES[torch.bfloat16], 2056]
+    assert roomy_driver.run("vq_dequantize", *arguments) == 0
+    assert_same_bits(out, reference.vq_dequantize(*vq, torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("apart", [0, 1, 4])
 def test_vq_dequantize_of_rows_that_are_not_aligned(

@@ -254,9 +254,9 @@ __device__ __forceinline__ uint16_t load_16(SharedPlace place) {
 #endif
 }
 
-// Starts copying kBytes, 4, 8 or 16, from global to shared memory, past the registers; both addresses
-// are multiples of kBytes. The thread's copies since its last commit_copies() are a group; once it has
-// waited for the group it sees them, and other threads do behind the next barrier.
+// Starts copying kBytes, 4, 8 or 16, from global to shared memory, past the registers; both
+// addresses are multiples of that. The thread's copies since its last commit_copies() are a group;
+// once it has waited for the group it sees them, and other threads do behind the next barrier.
 template <int kBytes = 16>
 __device__ __forceinline__ void start_copy(void* shared, const void* global) {
 #ifdef NOWAG_SIMT

@@ -1,3 +1,4 @@
+#include <cstdlib>
 #include <utility>
 
 #include "cuda/base/error.h"
@@ -9,8 +10,12 @@ namespace nowag::cuda {
 
 const char* take_error() { return ""; }
 
-// Small, so that small matrices already meet every way of splitting the work.
-DeviceLimits device_limits() { return {3, 100 << 10, false}; }
+// Small, so that small matrices already meet every way of splitting the work; shared memory as the
+// smallest devices have it, or of as many KiB as a test says.
+DeviceLimits device_limits() {
+    const char* shared = std::getenv("SIMT_SHARED_KIB");
+    return {3, (shared == nullptr ? 100 : std::atoi(shared)) << 10, false};
+}
 
 #else
 

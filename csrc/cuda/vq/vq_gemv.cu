@@ -11,8 +11,7 @@
 namespace nowag::cuda {
 namespace {
 
-constexpr int kMaxSets = 4;      // of sums in a thread's registers, for one token
-constexpr int kLutTokens = 2;    // more tokens: tensor cores
+constexpr int kMaxSets = 4;      // of sums in a thread's registers
 constexpr int kMaxSegment = 64;  // positions: sums stay short, as the error bound asks for
 // Dynamic shared memory that a block can have from compute capability 8.0 on.
 constexpr size_t kSharedEverywhere = 99 << 10;
@@ -25,7 +24,7 @@ enum class Path { decode, look_up, multiply, batch };
 Path choose_path(int64_t tokens, int d, int code_bits) {
     if (!vq_gemv_on_tensor_cores(d, code_bits)) return Path::decode;
     if (tokens > kVqGemvMaxTokens) return Path::batch;
-    return d == kLutD && tokens <= kLutTokens ? Path::look_up : Path::multiply;
+    return d == kLutD && tokens == 1 ? Path::look_up : Path::multiply;
 }
 
 // The cuts depend on the shape and the device; the number of tokens must not enter here.
@@ -122,28 +121,34 @@ Status decode(const VqWeight& weight, const VqActivations& io, Stream stream) {
                   sizeof(float) * kDecodeThreads, stream, weight, io);
 }
 
-template <DType kType, int kTokens, int kSets>
+template <DType kType, int kSets, int kStages>
 Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
-    using Memory = LutMemory<kTokens, kSets>;
-    static_assert(Memory::bytes(kMaxSegment) <= kSharedEverywhere, "runs on any device");
+    using Memory = LutMemory<kSets, kStages>;
     const Segments segments = cut_for_look_up(weight.rows, weight.positions);
     const int64_t tiles = row_tiles(weight.rows);
     const dim3 grid(static_cast<unsigned>(segments.count), blocks_for(tiles, kSets * kSetTiles));
     return in_order(
         [&] {
-            return launch(vq_gemv_lut<kType, kTokens, kSets>, grid, kLutThreads,
+            return launch(vq_gemv_lut<kType, kSets, kStages>, grid, kLutThreads,
                           Memory::bytes(segments.length), stream, weight, io, segments,
                           tiles * kTileRows, partial);
         },
         [&] { return finish<kType, kLutResidues>(weight, io, segments, partial, stream); });
 }
 
+template <DType kType, int kSets>
+Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
+    static_assert(LutMemory<kSets, 2>::bytes(kMaxSegment) <= kSharedEverywhere, "runs anywhere");
+    constexpr size_t kDeep = LutMemory<kSets, kDeepStages>::bytes(kMaxSegment);
+    return static_cast<size_t>(device_limits().shared_bytes) < kDeep
+               ? look_up<kType, kSets, 2>(weight, io, partial, stream)
+               : look_up<kType, kSets, kDeepStages>(weight, io, partial, stream);
+}
+
 template <DType kType>
 Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
-    if (io.tokens == 2) return look_up<kType, 2, 1>(weight, io, partial, stream);
-    if (row_tiles(weight.rows) <= kSetTiles)
-        return look_up<kType, 1, 1>(weight, io, partial, stream);
-    return look_up<kType, 1, kMaxSets>(weight, io, partial, stream);
+    if (row_tiles(weight.rows) <= kSetTiles) return look_up<kType, 1>(weight, io, partial, stream);
+    return look_up<kType, kMaxSets>(weight, io, partial, stream);
 }
 
 template <int kD, int kBits, DType kType>

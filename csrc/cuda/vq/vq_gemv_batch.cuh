@@ -1,17 +1,17 @@
 // vq_gemv.h on a GPU for 17 to 64 tokens of 16-bit inputs, d = 4 at 8 and 12 bits, d = 6 at 12: as
-// vq_gemv_mma.cuh, but that a gather serves all tokens, and inputs are not split: x_j col_norms_j is
-// one float16 number, scaled by a power of two for each token.
+// vq_gemv_mma.cuh, but that a gather serves all tokens, and inputs are not split: x_j col_norms_j
+// is one float16 number, scaled by a power of two for each token.
 //
-//   block: 2 bands of 64 rows, 4 warps each. In a turn the warps of a band take 4 consecutive steps,
-//          one each; what they multiply with, 6 KB a step at 64 tokens and d = 6, is copied to
-//          shared memory one turn ahead.
+//   block: 2 bands of 64 rows, 4 warps each. In a turn the warps of a band take 4 consecutive
+//          steps, one each; what they multiply with, 6 KB a step at 64 tokens and d = 6, is copied
+//          to shared memory one turn ahead.
 //   warp:  for each of a lane's 8 rows one gather of both positions, and kD / 2 products of 16
 //          tokens by 8 rows for every tile of tokens. Sums stay in registers, 32 a lane and tile,
 //          and are added up by tensor cores alone until the item ends.
 //
 // Predicted for an H100, 11008 x 4096, d = 6, 64 tokens: 27 us, where cuBLAS takes 36: prepare 3.5,
-// this 17, add 3.5, fill and drain 3. Of 512 codes (8 warps, a row of each lane) gathers take the L1
-// 155 cycles, operands 48, codes 24: 25 k cycles in all, 14.4 us; tensor cores 168 beside those.
+// this 17, add 3.5, fill and drain 3. Of 512 codes (8 warps, a row of each lane) gathers take the
+// L1 155 cycles, operands 48, codes 24: 25 k cycles in all, 14.4 us; tensor cores 168 beside those.
 // d = 4 at 8 bits: 32, 32 and 16, tensor cores 112: they bound it, 22 us.
 //
 // Error: x_j col_norms_j is rounded to 11 bits; what float16 loses below 2^-24 is the same term as
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kPrepareBatchThreads)
 #pragma unroll
             for (int j = 0; j < kD; ++j) x[q][j] *= scale.value;
         }
-        // The token is row g of the first operand, or g + 8: the first and third word, or the others.
+        // The token is row g of the first operand, words 0 and 2, or g + 8, words 1 and 3.
         const auto store = [&](int product, const float (&left)[kD], const float (&right)[kD],
                                int from_left, int from_right) {
             using Half = Element<DType::float16>;

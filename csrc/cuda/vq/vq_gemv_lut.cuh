@@ -1,14 +1,15 @@
-// vq_gemv.h on a GPU for one or two tokens, d = 6 and 12 bits: products are looked up, not
-// computed.
+// vq_gemv.h on a GPU for one token, d = 6 and 12 bits: products are looked up, not computed.
 //
 // For a position p the table T_p[k] = x_p . c_k is built once and then serves every row: one 4-byte
 // gather from shared memory a code, where decoding needs a 12-byte one: 32 codes hit 32 banks at
 // random, in about 3.5 cycles, and take 0.8 more to be staged and read: shared memory has time for
 // 45 weights a cycle and multiprocessor, where vq_gemv_mma.cuh takes 16.
 //
-// Measured on an H100 at 11008 x 4096, one token: 19 us, 21.5 with vq_gemv_finish; a read of the
-// codes takes 6. Latency bounds it, not shared memory (30 % of its rate): a multiprocessor has one
-// block of 16 warps, and each position waits for a copy that was started one position ago.
+// Measured on an H100 at 11008 x 4096 with two stages of codes: 19 us, 21.5 with vq_gemv_finish; a
+// read of the codes takes 6. Latency bounded it, not shared memory (30 % of its rate): each
+// position waited for a copy that was started one position ago, 3 us each of a block's 6.
+// Predicted with kDeepStages: the launch and first bytes 2, the stream 4 beside lookups 3, sums out
+// 1: 9.5 us, 12.5 with vq_gemv_finish; at 28672 x 8192, by gathers and tables, 33 where it took 55.
 //
 //           positions of one segment (blockIdx.x)
 //          +-----------+-----------+---
@@ -18,8 +19,8 @@
 //          |           |  meanwhile|        A warp: 8 tiles of 32 rows; a lane: 8 rows of one tile,
 //          +-----------+-----------+---     whose codes are 3 whole words, and 8 sums.
 //
-// Codes come through shared memory, so that loads are of whole 16-byte chunks, and far ahead: two
-// stages of kRun positions for each warp, one being read, one on its way from memory.
+// Codes come through shared memory, so that loads are of whole 16-byte chunks, and far ahead:
+// kStages stages of kRun positions for each warp, one being read, the others on their way.
 //
 // The sums of a segment go to scratch memory, [segment, token, row], and vq_gemv_finish adds them
 // up.
@@ -57,19 +58,23 @@ struct LutStage {
     static constexpr int kBytes = kSets * kSet * kChunk;
 };
 
-// What a block of vq_gemv_lut keeps in shared memory: two tables [kTable][kTokens], the stages
-// [2][warp], then the scaled inputs of its segment, [position][token][kInputStride].
-template <int kTokens, int kSets>
+// Stages where shared memory has room for more than two: 98 or 110 KB of codes on their way, where
+// 16 KB would do if they were read as fast as they come.
+constexpr int kDeepStages = 4;
+
+// What a block of vq_gemv_lut keeps in shared memory: two tables [kTable], the stages
+// [kStages][warp], then the scaled inputs of its segment, [position][kInputStride].
+template <int kSets, int kStages>
 struct LutMemory {
-    static constexpr int kRun = kSets > 1 ? 1 : 4 / kTokens;
+    static constexpr int kRun = kSets > 1 ? 1 : 4;
     using Stage = LutStage<kSets, kRun>;
-    static constexpr unsigned kOneTable = sizeof(float) * kTable * kTokens;
-    static constexpr unsigned kStages = 2 * kOneTable;
+    static constexpr unsigned kOneTable = sizeof(float) * kTable;
+    static constexpr unsigned kFirstStage = 2 * kOneTable;
     static constexpr unsigned kOneStage = kLutWarps * Stage::kBytes;
-    static constexpr unsigned kInputs = kStages + 2 * kOneStage;
+    static constexpr unsigned kInputs = kFirstStage + kStages * kOneStage;
 
     static constexpr size_t bytes(int segment_length) {
-        return kInputs + sizeof(float) * segment_length * kTokens * kInputStride;
+        return kInputs + sizeof(float) * segment_length * kInputStride;
     }
 };
 
@@ -124,7 +129,6 @@ class LutCopier {
 };
 
 // Builds tables: a thread's entries never change, so that they stay in registers.
-template <int kTokens>
 struct TableBuilder {
     static constexpr int kOwn = kTable / kLutThreads;
     float c[kOwn][kLutD];
@@ -143,47 +147,33 @@ struct TableBuilder {
         }
     }
 
-    // The products of one position from its inputs, [token][kInputStride].
+    // The products of one position from its inputs.
     __device__ __forceinline__ void build(const float* inputs, unsigned char* memory) const {
         float* table = reinterpret_cast<float*>(memory);
+        float x[kLutD];
+        read_input(inputs, x);
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            float x[kLutD];
-            read_input(inputs + t * kInputStride, x);
-#pragma unroll
-            for (int e = 0; e < kOwn; ++e) {
-                table[(threadIdx.x + e * kLutThreads) * kTokens + t] = product<kLutD>(x, c[e]);
-            }
+        for (int e = 0; e < kOwn; ++e) {
+            table[threadIdx.x + e * kLutThreads] = product<kLutD>(x, c[e]);
         }
     }
 };
 
-template <int kTokens>
-__device__ __forceinline__ void add_entry(const unsigned char* entry, float (&acc)[kTokens]) {
-    if constexpr (kTokens == 2) {
-        const float2 two = *reinterpret_cast<const float2*>(entry);
-        acc[0] += two.x;
-        acc[1] += two.y;
-    } else {
-        acc[0] += *reinterpret_cast<const float*>(entry);
-    }
-}
-
 //   kType    of x
-//   kTokens  1 or 2, equal to io.tokens: floats of a table's entry
 //   kSets    sets of sums in a thread's registers, a set being kSetTiles tiles of the block's
-//   partial  out, [segment, kTokens, padded_rows]: sums of each segment, padded rows included
+//   kStages  of codes
+//   partial  out, [segment, padded_rows]: sums of each segment, padded rows included
 // Block (x, y): segment x, chunk y of kSets * kSetTiles tiles; a warp: kWarpTiles tiles of each
 // set; a lane: kLaneRows rows of one tile of each set, and kTable / kLutThreads entries of each
 // table.
-template <DType kType, int kTokens, int kSets>
+template <DType kType, int kSets, int kStages>
 __global__ void __launch_bounds__(kLutThreads, 1)
     vq_gemv_lut(VqWeight weight, VqActivations io, Segments segments, int64_t padded_rows,
                 float* partial) {
-    using Memory = LutMemory<kTokens, kSets>;
+    using Memory = LutMemory<kSets, kStages>;
     using Stage = typename Memory::Stage;
     constexpr int kRun = Memory::kRun;
-    constexpr int kScale = kTokens == 1 ? 2 : 3;  // log2 of an entry's bytes
+    constexpr int kScale = 2;  // log2 of an entry's bytes
     let_next_kernel_start();
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * segments.length;
     const int64_t left = weight.positions - begin;
@@ -194,31 +184,32 @@ __global__ void __launch_bounds__(kLutThreads, 1)
     const int64_t lane_tile = tile + lane / kLanesPerTile;  // of the first set
     const int64_t tiles_left = padded_rows / kTileRows - lane_tile;
 
-    // Places in shared memory, in bytes. Which of the two tables, which of the two stages.
+    // Places in shared memory, in bytes. Which of the two tables, which of the warp's stages.
     unsigned char* memory = shared_memory();
-    unsigned table = 0, stage = Memory::kStages + warp * Stage::kBytes;
-    const unsigned both_stages = 2 * stage + Memory::kOneStage;
+    unsigned table = 0;
+    const unsigned first_stage = Memory::kFirstStage + warp * Stage::kBytes;
+    unsigned stage = first_stage;
     LutCopier<kSets, kRun> copier(weight, tile, begin, length);
-    copier.start(memory + stage);
-    copier.start(memory + both_stages - stage);
+#pragma unroll
+    for (int s = 0; s < kStages; ++s) copier.start(memory + first_stage + s * Memory::kOneStage);
 
-    const TableBuilder<kTokens> builder(weight.codebook);
+    const TableBuilder builder(weight.codebook);
     float* inputs = reinterpret_cast<float*>(memory + Memory::kInputs);
-    for (int i = threadIdx.x; i < length * kTokens; i += kLutThreads) {
+    for (int i = threadIdx.x; i < length; i += kLutThreads) {
         float x[kLutD];
-        load_scaled<kLutD, kType>(io, weight, i % kTokens, begin + i / kTokens, x);
+        load_scaled<kLutD, kType>(io, weight, 0, begin + i, x);
 #pragma unroll
         for (int j = 0; j < kLutD; ++j) inputs[i * kInputStride + j] = x[j];
     }
     __syncthreads();
     builder.build(inputs, memory);
-    wait_for_copies<1>();
+    wait_for_copies<kStages - 1>();
     __syncthreads();
 
-    float acc[kSets][kLaneRows][kTokens] = {};
+    float acc[kSets][kLaneRows] = {};
     for (int p = 0, run = 0; p < length; ++p, table ^= Memory::kOneTable) {
         if (p + 1 < length) {
-            inputs += kTokens * kInputStride;
+            inputs += kInputStride;
             builder.build(inputs, memory + (table ^ Memory::kOneTable));
         }
 #pragma unroll
@@ -230,33 +221,31 @@ __global__ void __launch_bounds__(kLutThreads, 1)
                 lane * LaneCodes<kLutBits>::kWords);
 #pragma unroll
             for (int r = 0; r < kLaneRows; ++r) {
-                add_entry<kTokens>(memory + (codes.template code<kScale>(r) | table), acc[s][r]);
+                acc[s][r] += *reinterpret_cast<const float*>(
+                    memory + (codes.template code<kScale>(r) | table));
             }
         }
         // The barrier is the tables', and the stages': behind it this one is free, and the next
         // has come.
         const bool stage_ends = ++run == kRun;
-        if (stage_ends) wait_for_copies<0>();
+        if (stage_ends) wait_for_copies<kStages - 2>();
         __syncthreads();
         if (!stage_ends) continue;
         copier.start(memory + stage);
-        stage = both_stages - stage;
+        stage += Memory::kOneStage;
+        if (stage == first_stage + kStages * Memory::kOneStage) stage = first_stage;
         run = 0;
     }
 
-    const int part = lane % kLanesPerTile;
+    float* sums = partial + static_cast<int64_t>(blockIdx.x) * padded_rows + lane_tile * kTileRows +
+                  lane % kLanesPerTile * kLaneRows;
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
         if (s * kSetTiles >= tiles_left) continue;
 #pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            float* sums = partial + (static_cast<int64_t>(blockIdx.x) * kTokens + t) * padded_rows +
-                          (lane_tile + s * kSetTiles) * kTileRows + part * kLaneRows;
-#pragma unroll
-            for (int r = 0; r < kLaneRows; r += 4) {
-                *reinterpret_cast<float4*>(sums + r) =
-                    make_float4(acc[s][r][t], acc[s][r + 1][t], acc[s][r + 2][t], acc[s][r + 3][t]);
-            }
+        for (int r = 0; r < kLaneRows; r += 4) {
+            *reinterpret_cast<float4*>(sums + s * kSetTiles * kTileRows + r) =
+                make_float4(acc[s][r], acc[s][r + 1], acc[s][r + 2], acc[s][r + 3]);
         }
     }
 }

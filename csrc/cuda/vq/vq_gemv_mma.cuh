@@ -1,5 +1,4 @@
-// vq_gemv.h on a GPU with tensor cores: d = 4 at 8 and 12 bits, and (d = 6, 12 bits) from 3 tokens
-// on.
+// vq_gemv.h on a GPU with tensor cores: d = 4 at 8 and 12 bits, and d = 6 at 12 from 2 tokens on.
 //
 // Codebook entries are float16 and go from shared memory into the second operand of mma as they
 // are; one gather serves 8 tokens (an octet) or 16. Inputs, times their column norms, are two

@@ -61,7 +61,7 @@ __device__ __forceinline__ void load_streams(const uint32_t* packed, int64_t til
     __syncthreads();
 }
 
-// Rows [row_begin, row_end) as dense values, where those of vq_pack_dequantize.cuh do not serve: the
+// Rows [row_begin, row_end) as dense values, where vq_pack_dequantize.cuh does not serve: the
 // codebook is too large for shared memory, or rows are no whole pieces of 16 bytes.
 //   kType  of out
 //   out    [row_end - row_begin, cols], rows out_stride elements apart

@@ -144,8 +144,8 @@ __global__ void __launch_bounds__(kDequantizeThreads, 2)
         reinterpret_cast<uint32_t*>(table)[i] = pairs[i];
     }
 
-    // The lane's columns; of its units, where they begin in their entries, in bytes, and whether that
-    // is in the position after the one where they would be if the piece began with a position.
+    // The lane's columns; of its units, where they begin in their entries, in bytes, and whether
+    // that is a position later than where they would be if the piece began with a position.
     const int64_t column = first_column + (warp % Shape::kWide * kWarpSize + lane) * kPiece;
     const bool present = column < weight.cols;
     const int last = positions - 1;

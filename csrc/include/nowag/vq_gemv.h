@@ -18,16 +18,16 @@
 //           channels).
 //           Codes of 4 bits, on AVX2 and above: T_p is rounded to 12-bit integers in one unit for
 //           each run of 16 positions, which are summed exactly.
-//           Codes of 12 bits and d = 6 on a GPU, 1 or 2 tokens: T_p is float32.
-//   split:  decodes on a GPU's tensor cores, for 3 to 16 tokens of d = 6 at 12 bits, and up to 16
+//           Codes of 12 bits and d = 6 on a GPU, one token: T_p is float32.
+//   split:  decodes on a GPU's tensor cores, for 2 to 16 tokens of d = 6 at 12 bits, and up to 16
 //           of d = 4 at 8 and 12. x_j col_norms_j is the sum of two float16 numbers, scaled by a
 //           power of two for each token and run of 8 positions.
 //   batch:  the same for 17 to 64 tokens of 16 bits. x_j col_norms_j is rounded to one float16
 //           number, scaled by a power of two for each token.
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
-// depend on the other tokens, nor on their number but for d = 6 on a GPU (1 and 2 tokens have the
-// same bits, and 3 to 16), d > 4 on AVX2 (one token has others than 2 to 16) and from 17 on, nor on
-// the number of threads. They differ between instruction sets, within the error bound.
+// depend on the other tokens, nor on their number but for d = 6 on a GPU and d > 4 on AVX2 (one
+// token has other bits than 2 to 16) and from 17 on, nor on the number of threads. They differ
+// between instruction sets, within the error bound.
 //
 // Error bound, y64 being the same product in float64:
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
