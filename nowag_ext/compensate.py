@@ -119,7 +119,7 @@ def feed_back(
         block = upper[here, here]
         eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
         inverse = torch.linalg.solve_triangular(block, eye, upper=True)
-        carried = upper[:first, here].T @ errors[:first]
+        carried = product(upper[:first, here].T, errors[:first])
         before = target[:, here].T.contiguous()
         now = before + inverse.T @ carried
         h = block.diagonal().square()

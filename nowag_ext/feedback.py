@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nowag_ext import ops
-from nowag_ext.hessian import energy, factorise, sum_of_squares
+from nowag_ext.hessian import energy, factorise, product, sum_of_squares
 from nowag_ext.normalize import half_norms, normalized_by, sampled
 
 # Columns that one call of the kernel settles: what lies before them comes in by a matrix product.
@@ -97,7 +97,7 @@ class FeedbackPoints:
         for first in range(0, positions, step):
             here = self.order[first : first + step]
             begin, end = first * self.d, (first + len(here)) * self.d
-            carried = errors[:, :begin] @ self.upper[:begin, begin:end]
+            carried = product(errors[:, :begin], self.upper[:begin, begin:end])
             chosen = torch.empty(rows, len(here), dtype=torch.uint16, device=errors.device)
             ops.kmeans_feedback(
                 errors[:, begin:end], carried, self.upper[begin:end, begin:end], codebook, chosen,

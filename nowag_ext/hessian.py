@@ -32,6 +32,7 @@ _MOST_DOUBLINGS = 10
 _PART_ROWS = 512
 _PART_ELEMENTS = 1 << 20
 _PART_COLUMNS = 512
+_PRODUCT_ROWS = 4096
 
 # Columns of Cholesky's factor that are finished at once: as fast as LAPACK's whole where that takes
 # long; up to so many columns it takes less, and a fraction of a second.
@@ -192,11 +193,12 @@ def sum_of_squares(matrix: Tensor) -> float:
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, a few columns at a time, between which signals are answered."""
+    """left @ right, a part of its rows and columns at a time: signals are answered in between."""
     result = left.new_empty(left.shape[0], right.shape[1])
-    for first in range(0, right.shape[1], _PART_COLUMNS):
-        here = slice(first, first + _PART_COLUMNS)
-        torch.mm(left, right[:, here], out=result[:, here])
+    for rows, out in zip(left.split(_PRODUCT_ROWS), result.split(_PRODUCT_ROWS), strict=True):
+        for first in range(0, right.shape[1], _PART_COLUMNS):
+            here = slice(first, first + _PART_COLUMNS)
+            torch.mm(rows, right[:, here], out=out[:, here])
     return result
 
 

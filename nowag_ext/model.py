@@ -20,7 +20,7 @@ from nowag_ext.groups import format_group
 from nowag_ext.integrations.transformers import NowagConfig, attach
 from nowag_ext.linear import PackedWeight
 from nowag_ext.methods import packed_linear
-from nowag_ext.offload import bias_of, take_hook
+from nowag_ext.offload import bias_of, take_hooks
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.plan_head import HeadPlan
 from nowag_ext.report import LayerReport, ModelReport, Progress
@@ -49,14 +49,14 @@ class PackedHead:
         """Puts it into the model, in the embedding's place too where that is tied to it."""
         plan, unit = self.plan, self.plan.unit
         module = packed_linear("vq", self.weight, bias_of(unit.linear)).train(unit.linear.training)
-        model.set_submodule(plan.name, take_hook(module, unit.linear))
+        model.set_submodule(plan.name, take_hooks(module, unit.linear))
         if plan.embedding is None:
             for config in (model.config, model.config.get_text_config()):
                 config.tie_word_embeddings = False  # what a class would tie, and here is not
         else:
             dense = model.get_submodule(plan.embedding)
             embedding = VQEmbedding.from_weight(dense, self.weight, unit.dtype)
-            model.set_submodule(plan.embedding, take_hook(embedding.train(dense.training), dense))
+            model.set_submodule(plan.embedding, take_hooks(embedding.train(dense.training), dense))
             tie_head(model, plan.embedding, plan.name)
 
 
@@ -240,6 +240,6 @@ def _replace(model: nn.Module, plan: Plan, weights: Mapping[str, PackedWeight]) 
     modules: dict[str, nn.Module] = {}
     for name, unit in plan.units.items():
         packed = packed_linear(unit.settings.method, weights[name], bias_of(unit.linear))
-        modules[name] = take_hook(packed.train(unit.linear.training), unit.linear)
+        modules[name] = take_hooks(packed.train(unit.linear.training), unit.linear)
     for name, module in modules.items():
         model.set_submodule(name, module)

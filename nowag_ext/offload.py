@@ -103,11 +103,27 @@ def bring_back(model: Any) -> None:
         model.tie_weights()  # each module has brought its own
 
 
-def take_hook(module: nn.Module, replaced: nn.Module) -> nn.Module:
-    """The module, called where the one that it replaces is: accelerate's hook moves its inputs.
+# What nn.Module keeps of hooks; those of saving and loading belong to the weights.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
 
-    What was offloaded is not: the module is in memory, on its device.
+
+def take_hooks(module: nn.Module, replaced: nn.Module) -> nn.Module:
+    """The module, with the hooks of the one that it replaces: the user's, and accelerate's.
+
+    The user's are the very ones: their handles go on to remove them. Accelerate's moves the
+    module's inputs; what was offloaded is not any more: the module is in memory, on its device.
     """
+    for name in _HOOKS:
+        setattr(module, name, getattr(replaced, name))
     hook = getattr(replaced, "_hf_hook", None)
     if isinstance(hook, AlignDevicesHook) and not hook.offload:
         # Another one: it holds on to parameters.

@@ -28,6 +28,7 @@ from nowag_ext import (
     SparseLinear,
     VQLinear,
     calibrate,
+    compress,
     compress_model,
     prune,
     to_dense,
@@ -470,6 +471,36 @@ def test_linears_written_otherwise_are_compressed(dtype: torch.dtype) -> None:
         layer.mlp.down_proj.__class__ = Written
     compress_model(model, random_act_norms(model), **VQ)
     assert isinstance(model.model.layers[1].mlp.down_proj, VQLinear)
+
+
+@pytest.mark.parametrize("whole", ["compress_model", "compress"])
+def test_hooks_of_the_user_stay(whole: str) -> None:
+    """Those of the linears and, as ever, those around them; through to_dense, until removed."""
+    model, seen = tiny_model("llama"), []
+    linear, layer = model.get_submodule(DOWN), model.model.layers[1]
+    handles = [
+        linear.register_forward_hook(lambda module, *_: seen.append(("after", module))),
+        linear.register_forward_pre_hook(lambda module, *_: seen.append(("before", module))),
+        linear.register_full_backward_hook(lambda module, *_: seen.append(("back", module))),
+        layer.register_forward_hook(lambda module, *_: seen.append(("layer", module))),
+    ]
+    kinds = ["before", "after", "layer", "back"]
+    tokens = tiny_tokens()
+    if whole == "compress":
+        compress(model, tokens, d=4, bits=1.5)
+    else:
+        compress_model(model, random_act_norms(model), method="vq", **VQ)
+    for step in (lambda: None, lambda: to_dense(model)):
+        step()
+        seen.clear()
+        model(inputs_embeds=model.get_input_embeddings()(tokens[:1])).logits.sum().backward()
+        module = model.get_submodule(DOWN)
+        assert seen == [(kind, layer if kind == "layer" else module) for kind in kinds]
+    for handle in handles:
+        handle.remove()
+    seen.clear()
+    model(tokens[:1])
+    assert not seen
 
 
 def test_adapters_are_refused() -> None:

@@ -46,7 +46,7 @@ from nowag_ext.embedding import VQEmbedding, tie_head, untie_head
 from nowag_ext.groups import DTYPES, checked_groups
 from nowag_ext.linear import PackedLinear
 from nowag_ext.methods import METHODS
-from nowag_ext.offload import bring_back, take_hook
+from nowag_ext.offload import bring_back, take_hooks
 from nowag_ext.packed import PackedModule
 from nowag_ext.plan import check_finite
 from nowag_ext.stored import check_files, shown
@@ -287,7 +287,7 @@ def replace_by_dense(model: Any, dtype: torch.dtype | str | None = None) -> Any:
         tensor = next(iter(module.packed_parameters().values()))
         if id(tensor) not in made:
             made[id(tensor)] = nn.Parameter(module.weight_form().dequantize(dtype))
-        model.set_submodule(name, take_hook(module.to_dense(made[id(tensor)]), module))
+        model.set_submodule(name, take_hooks(module.to_dense(made[id(tensor)]), module))
     disown_codebooks(model)
     if len(made) < len(packed):
         untie_head(model)
