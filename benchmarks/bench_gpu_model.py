@@ -8,6 +8,7 @@ codes are. A token is timed under a graph and eager; there is no key-value cache
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import gpu
@@ -46,15 +47,17 @@ def replay_seconds(model: Any) -> float:
     return gpu.seconds(graph.replay, 20)
 
 
-def generate_seconds(model: Any) -> float:
-    """A token of eager generation from a short prompt."""
+def generate_seconds(model: Any, *, graph: bool) -> float:
+    """A token of generation from a short prompt, captures included where there is a graph."""
     ids = tokens(16)
+    more = {"cache_implementation": "static", "disable_compile": True} if graph else {}
 
     def generate(count: int) -> None:
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count,
-            do_sample=False, pad_token_id=0,
-        )  # fmt: skip
+        with nowag_ext.decode_graph(model) if graph else nullcontext():
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=count,
+                min_new_tokens=count, do_sample=False, pad_token_id=0, **more,
+            )  # fmt: skip
 
     generate(4)
     return gpu.seconds(lambda: generate(NEW_TOKENS)) / NEW_TOKENS
@@ -76,7 +79,8 @@ def measure(model: Any, name: str, results: list[gpu.Line], path: Any) -> None:
         "1 token, eager": lambda: forward_seconds(model, 1, 5),
         "1 token, graph": lambda: replay_seconds(model),
         **{f"prompt of {n}": lambda n=n: forward_seconds(model, n, 3) for n in PROMPTS},
-        "generate, a token": lambda: generate_seconds(model),
+        "generate, a token": lambda: generate_seconds(model, graph=False),
+        "generate under graphs, a token": lambda: generate_seconds(model, graph=True),
     }
     dense = {line.shape: line.microseconds for line in results if line.contender == "dense"}
     torch.cuda.synchronize()

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         save_dense,
         to_dense,
     )
+    from nowag_ext.decoding import decode_graph
     from nowag_ext.disk import compress
     from nowag_ext.integrations.transformers import NowagConfig, NowagHfQuantizer
     from nowag_ext.model import compress_model
@@ -57,6 +58,7 @@ __all__ = [
     "collect_statistics",
     "compress",
     "compress_model",
+    "decode_graph",
     "distill",
     "load",
     "load_act_norms",
@@ -75,6 +77,7 @@ _WHOLE_MODELS = {
     "NowagHfQuantizer": "integrations.transformers",
     "compress": "disk",
     "compress_model": "model",
+    "decode_graph": "decoding",
     "distill": "pipeline.distill",
     "load": "checkpoint",
     "load_dense_model": "checkpoint",

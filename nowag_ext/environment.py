@@ -6,11 +6,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 from dataclasses import dataclass, field
 
 import torch
 
-from nowag_ext import _cpu
+from nowag_ext import _cpu, ops
 from nowag_ext.version import __version__
 
 
@@ -62,19 +63,57 @@ def _cpu_backend(missing: list[str]) -> str:
 
 
 def _cuda_backend(missing: list[str]) -> str:
-    built = importlib.util.find_spec("nowag_ext._cuda") is not None
-    device = torch.cuda.is_available()
+    built, device = _has_cuda_kernels(), torch.cuda.is_available()
     if not built:
-        missing.append(
-            "nowag_ext was built without CUDA: install the CUDA toolkit (nvcc) and reinstall with "
-            "NOWAG_CUDA=1 pip install ."
-        )
+        missing.append(_NOT_BUILT)
     if not device:
-        why = (
-            "torch was built without CUDA: install a CUDA build of torch"
-            if torch.version.cuda is None
-            else "torch finds no device: check the NVIDIA driver with nvidia-smi"
-        )
-        missing.append(f"No CUDA device can be used, since {why}.")
+        missing.append(f"No CUDA device can be used, since {_why_no_device()}.")
     found = torch.cuda.get_device_name() if device else "no device"
     return f"kernels {'built' if built else 'not built'}, {found}"
+
+
+_NOT_BUILT = (
+    "nowag_ext was built without CUDA: install the CUDA toolkit (nvcc) and reinstall with "
+    "NOWAG_CUDA=1 pip install ."
+)
+
+
+def _has_cuda_kernels() -> bool:
+    return importlib.util.find_spec("nowag_ext._cuda") is not None
+
+
+def _why_no_device() -> str:
+    if torch.version.cuda is None:
+        return "torch was built without CUDA: install a CUDA build of torch"
+    return "torch finds no device: check the NVIDIA driver with nvidia-smi"
+
+
+def named_device(name: str) -> torch.device:
+    """The device of a name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    ``auto`` is the first CUDA device, if it runs this build's kernels, or else the CPU.
+
+    Raises:
+        ValueError: the name is another, or of a device that is not there or cannot be used.
+    """
+    if name == "cpu" or (
+        name == "auto" and not (torch.cuda.is_available() and _has_cuda_kernels())
+    ):
+        return torch.device("cpu")
+    if not re.fullmatch(r"auto|cuda(:\d+)?", name):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}.")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {name} cannot be used, since {_why_no_device()}.")
+    if not _has_cuda_kernels():
+        raise ValueError(_NOT_BUILT)
+    index, count = int(name.partition(":")[2] or 0), torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"there is no device {name}: torch finds {count}.")
+    device = torch.device("cuda", index)
+    try:
+        ops.normalize(torch.ones(1, 1, device=device))
+    except RuntimeError as error:  # of a device that the kernels are not for
+        if name == "auto":
+            return torch.device("cpu")
+        raise ValueError(f"device {name} cannot be used: {error}") from None
+    return device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nowag_ext.decoder import check_tokens
+from nowag_ext.decoding import decode_graph, decodes_under_graph
+
+# The cache that a graph needs; transformers would compile the model for it, which takes a minute.
+_UNDER_GRAPH = {"cache_implementation": "static", "disable_compile": True}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def generate(
     seed: int = 0,
     show: Callable[[str], object] | None = None,
 ) -> Generation:
-    """Text of at most ``max_new_tokens`` tokens.
+    """Text of at most ``max_new_tokens`` tokens; on a CUDA device under a graph (``decode_graph``).
 
     Args:
         model: a Hugging Face causal LM.
@@ -84,19 +89,22 @@ def generate(
     if temperature > 0:
         torch.manual_seed(seed)
     ids = prompt.to(next(model.parameters()).device)
+    graph = decodes_under_graph(model)
     start = time.perf_counter()
-    output = model.generate(  # type: ignore[operator]
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=max_new_tokens if fixed_length else None,
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        top_p=None,
-        top_k=0 if temperature > 0 else None,
-        pad_token_id=_pad_token(model, tokenizer),
-        streamer=None if show is None else _streamer(tokenizer, show),
-    )
+    with decode_graph(model) if graph else nullcontext():
+        output = model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max_new_tokens if fixed_length else None,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_p=None,
+            top_k=0 if temperature > 0 else None,
+            pad_token_id=_pad_token(model, tokenizer),
+            streamer=None if show is None else _streamer(tokenizer, show),
+            **(_UNDER_GRAPH if graph else {}),
+        )
     new = output[0, ids.shape[1] :].tolist()
     seconds = time.perf_counter() - start
     return Generation(tokenizer.decode(new, skip_special_tokens=True), len(new), seconds)

@@ -8,10 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from compare import assert_same_bits, assert_within
+from tiny_models import random_act_norms, tiny_model, tiny_tokens
 from torch import Tensor
 from vq_cases import activations, random_vq
 
+import nowag_ext
 from nowag_ext import ops, prune, vq_compress
+from nowag_ext.decoding import decodes_under_graph
 from nowag_ext.linear import SparseLinear, VQLinear
 from nowag_ext.ops import registry
 
@@ -344,6 +347,27 @@ def test_sparse(dtype: torch.dtype, pattern: str | None, cols: int) -> None:
     for tokens in (1, 3, 16):
         y = ops.sparse_gemv(x[:tokens], *sparse)
         assert_within_bound(y, x[:tokens], dense, None)
+
+
+@pytest.mark.parametrize("method", ["vq", "prune"])
+def test_generation_under_a_graph(method: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Token by token what the same model writes without, more than once."""
+    model, ids = tiny_model("llama"), tiny_tokens(1, 9).to(CUDA)
+    nowag_ext.compress_model(model, random_act_norms(model), method=method)
+    model.to(CUDA, torch.bfloat16)
+    assert decodes_under_graph(model)
+
+    def written() -> Tensor:
+        return model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, min_new_tokens=20,
+            do_sample=False, pad_token_id=0, cache_implementation="static", disable_compile=True,
+        )  # fmt: skip
+
+    want = written()
+    with nowag_ext.decode_graph(model):
+        for _ in range(2):
+            assert torch.equal(written(), want)
+    assert not [one for one in recwarn if "could not be captured" in str(one.message)]
 
 
 def test_compression_gives_the_bits_of_the_cpu() -> None:

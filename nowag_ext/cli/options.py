@@ -82,6 +82,14 @@ Dtype = Annotated[
     ),
 ]
 
+Device = Annotated[
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:N, or auto: the first CUDA device, if there is one that this build "
+        "has kernels for."
+    ),
+]
+
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

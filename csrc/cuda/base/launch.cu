@@ -46,7 +46,12 @@ const char* take_error() { return std::exchange(error_of_this_thread, ""); }
 
 Status check_runtime(cudaError_t error) {
     if (error == cudaSuccess) return Status::ok;
-    error_of_this_thread = cudaGetErrorString(error);
+    const bool no_code =
+        error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+    error_of_this_thread =
+        no_code ? "no kernel for this device: nowag_ext is for compute capability 8.0 and newer, "
+                  "and this build for those that NOWAG_CUDA_ARCHS named"
+                : cudaGetErrorString(error);
     return Status::unsupported;
 }
 
