@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -349,11 +350,11 @@ def test_sparse(dtype: torch.dtype, pattern: str | None, cols: int) -> None:
         assert_within_bound(y, x[:tokens], dense, None)
 
 
-@pytest.mark.parametrize("method", ["vq", "prune"])
-def test_generation_under_a_graph(method: str, recwarn: pytest.WarningsRecorder) -> None:
+@pytest.mark.parametrize("method", [{"method": "vq", "d": 4, "bits": 2}, {"method": "prune"}])
+def test_generation_under_a_graph(method: dict[str, Any], recwarn: pytest.WarningsRecorder) -> None:
     """Token by token what the same model writes without, more than once."""
     model, ids = tiny_model("llama"), tiny_tokens(1, 9).to(CUDA)
-    nowag_ext.compress_model(model, random_act_norms(model), method=method)
+    nowag_ext.compress_model(model, random_act_norms(model), **method)
     model.to(CUDA, torch.bfloat16)
     assert decodes_under_graph(model)
 
