@@ -19,7 +19,8 @@ import gpu_peers
 import torch
 from torch import Tensor
 
-from nowag_ext import ops, prune, vq_compress
+from nowag_ext import Codebook, ops, prune, vq_compress
+from nowag_ext.feedback import shared_points
 
 ROWS, COLS = 4096, 4096
 LLAMA_2_7B = {(4096, 4096): 4 * 32, (11008, 4096): 2 * 32, (4096, 11008): 32}
@@ -127,6 +128,29 @@ def bench_selection(bandwidth: float) -> list[gpu.Line]:
     return gpu.lines("select", f"{ROWS}x{COLS}", {**timings, **slow}, size, "read once", bandwidth)
 
 
+def bench_feedback() -> list[gpu.Line]:
+    """One layer under a Hessian, with a codebook that is shared: its codes alone, and all of it."""
+    d, entries, tokens = 6, 4096, 8192
+    w = torch.randn(ROWS, COLS, device="cuda") / COLS**0.5
+    inputs = torch.randn(tokens, COLS, device="cuda") * torch.rand(COLS, device="cuda").exp()
+    hessian = inputs.T @ inputs / tokens
+    act_norms = hessian.diagonal().sqrt()
+    codebook = Codebook((torch.randn(entries, d, device="cuda") * 0.8).half(), "model")
+    found = shared_points(w, hessian, d, 1.0)
+    jobs: dict[str, Callable[[], object]] = {
+        "codes": lambda: found.assign(codebook.entries.float()),
+        "vq_compress": lambda: vq_compress(
+            w, act_norms, d=d, bits=2, hessian=hessian, codebook=codebook
+        ),
+    }
+    shape = f"{ROWS}x{COLS} d={d} K={entries}"
+    lines = []
+    for name, job in jobs.items():
+        job()
+        lines.append(gpu.Line("feedback", shape, name, gpu.seconds(job, 5) * 1e6, 0, 0))
+    return lines
+
+
 def bench_model(quick: bool) -> list[gpu.Line]:
     """Llama-2-7B's linears one after another, from random weights."""
     jobs: dict[str, Callable[[Tensor, Tensor], Any]] = {
@@ -155,6 +179,7 @@ def main() -> None:
         lambda: bench_selection(bandwidth),
         lambda: bench_kmeans(6, 12, iterations),
         lambda: bench_kmeans(4, 8, iterations),
+        bench_feedback,
         lambda: bench_model(options.quick),
     ]
     results: list[gpu.Line] = []

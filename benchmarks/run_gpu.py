@@ -73,12 +73,13 @@ class Part:
 MEMCHECK = (
     "(normalize or pack or nm or sparse or (kmeans and 70-13) "
     "or (kmeans_iterations and 2000-300) or (kmeans_seed and 4-256) or (prune_select and shape0) "
+    "or (kmeans_feedback and not 5000-) "
     "or (gemv and 1-7) or (many_tokens and 6-12 and 70-) or (vq_dequantize and not large) "
     "or vq_gather) and not graph"
 )
 # Those whose blocks or warps work together.
 RACECHECK = (
-    "(kmeans_seed and 4-256) or (kmeans_iterations and 2000-300) "
+    "(kmeans_seed and 4-256) or (kmeans_iterations and 2000-300) or (kmeans_feedback and 300-5) "
     "or (vq_gemv and 576-1537 and dtype0) or (many_tokens and 6-12 and 70-) "
     "or (test_sparse and dtype2)"
 )

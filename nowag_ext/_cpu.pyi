@@ -103,6 +103,23 @@ def kmeans_seed(
     threads: int,
     /,
 ) -> None: ...
+def kmeans_feedback(
+    x: int,
+    x_stride: int,
+    carried: int,
+    factor: int,
+    factor_stride: int,
+    codebook: int,
+    rows: int,
+    positions: int,
+    entries: int,
+    d: int,
+    codes: int,
+    scale: float,
+    sums: int,
+    threads: int,
+    /,
+) -> None: ...
 def prune_select(
     w: int,
     h: int,
@@ -265,23 +282,6 @@ def kmeans_assign_exhaustive(
     threads: int,
     /,
 ) -> None: ...
-def kmeans_feedback(
-    x: int,
-    x_stride: int,
-    carried: int,
-    factor: int,
-    factor_stride: int,
-    codebook: int,
-    rows: int,
-    positions: int,
-    entries: int,
-    d: int,
-    codes: int,
-    scale: float,
-    sums: int,
-    threads: int,
-    /,
-) -> None: ...
 
 @type_check_only
 class Kernels(Protocol):
@@ -371,6 +371,24 @@ class Kernels(Protocol):
         init: int,
         seed: int,
         codebook: int,
+        queue: int,
+        /,
+    ) -> None: ...
+    def kmeans_feedback(
+        self,
+        x: int,
+        x_stride: int,
+        carried: int,
+        factor: int,
+        factor_stride: int,
+        codebook: int,
+        rows: int,
+        positions: int,
+        entries: int,
+        d: int,
+        codes: int,
+        scale: float,
+        sums: int,
         queue: int,
         /,
     ) -> None: ...

@@ -30,10 +30,10 @@ _RIDGE = 1e-3
 
 def check_device(device: torch.device) -> None:
     """Raises ValueError for a device that has no kernel for error feedback."""
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         raise ValueError(
-            f"VQ under a Hessian runs on the CPU alone, for now, not on {device}: move the weight "
-            "(or the model) to the CPU first."
+            f"VQ under a Hessian runs on the CPU and on CUDA devices, not on {device}: move the "
+            "weight (or the model) there first."
         )
 
 

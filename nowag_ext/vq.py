@@ -192,7 +192,7 @@ def vq_compress(
     important first, each making up for the errors before it (GPTQ, Frantar et al., 2022; for
     sub-vectors GPTVQ, van Baalen et al., 2024). A codebook of its own comes from the same k-means,
     re-estimated once by least squares under the feedback, if that is better. This goes through
-    torch's matrix products, whose bits may depend on the number of threads, and runs on the CPU.
+    torch's matrix products, whose bits may depend on the number of threads.
 
     Args:
         W: [out_features, in_features], torch fp32, fp16 or bf16, or NumPy fp32 or fp16; finite.

@@ -17,7 +17,6 @@ from nowag_ext.ops import registry
 
 CPU_ONLY = {
     "kmeans_assign_exhaustive",
-    "kmeans_feedback",
     "simd_level",
     "simd_best",
     "vq_gemv_device_tokens",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_same_bits, assert_within
+from test_kmeans_feedback import problem as feedback_problem
 from tiny_models import random_act_norms, tiny_model, tiny_tokens
 from torch import Tensor
 from vq_cases import activations, random_vq
@@ -154,6 +155,35 @@ def test_prune_select_in_a_graph(kind: str) -> None:
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (1, 3), (16, 32), (5, 12)])
 def test_prune_select_nm(n: int, m: int) -> None:
     assert_op_agrees(ops.prune_select_nm, randn(300, 96), randn(96, seed=1).square(), n, m)
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions", "d", "code_bits"),
+    [(1, 1, 1, 1), (300, 5, 4, 8), (700, 6, 6, 12), (33, 3, 8, 13), (5000, 2, 3, 6)],
+)
+def test_kmeans_feedback(rows: int, positions: int, d: int, code_bits: int) -> None:
+    operands = feedback_problem(rows, positions, d, code_bits)
+    codes = torch.zeros(rows, positions, dtype=torch.uint16)
+    sums = torch.zeros(2**code_bits, ops.feedback_sums_columns(d), dtype=torch.int64)
+    assert_op_agrees(ops.kmeans_feedback, *operands, codes, 2.0**30, sums)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"d": 4, "bits": 1.5}, {"method": "prune", "sparsity": 0.5}],
+    ids=["vq", "prune"],
+)
+def test_block_by_block(settings: dict[str, Any]) -> None:
+    """On the device as on the CPU, but for how torch's matrix products round."""
+    tokens, losses = tiny_tokens(4, 24), []
+    for device in (torch.device("cpu"), CUDA):
+        model, dense = tiny_model("llama").to(device), tiny_model("llama").to(device)
+        nowag_ext.compress(model, tokens, **settings)
+        assert {parameter.device.type for parameter in model.parameters()} == {device.type}
+        with torch.no_grad():
+            logits = (model(tokens.to(device)).logits, dense(tokens.to(device)).logits)
+        losses.append(float((logits[0] - logits[1]).square().mean()))
+    assert abs(losses[1] - losses[0]) < 0.1 * losses[0]
 
 
 @pytest.mark.parametrize("code_bits", range(1, 17))

@@ -136,7 +136,7 @@ def test_correction_moves_the_target() -> None:
 
 def test_other_devices_are_refused() -> None:
     weight, act_norms, hessian = (part.to("meta") for part in layer(8, 12))
-    with pytest.raises(ValueError, match="runs on the CPU alone, for now, not on meta"):
+    with pytest.raises(ValueError, match="runs on the CPU and on CUDA devices, not on meta"):
         vq_compress(weight, act_norms, d=2, bits=1, hessian=hessian)
 
 

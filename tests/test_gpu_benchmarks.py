@@ -100,7 +100,8 @@ NAMES = {
     "bench_gpu_compress": {
         ("select", "50 %"), ("select", "50 %, half zeros"), ("select", "50 %, ties"),
         ("select", "2:4"), ("select", "normalize"), ("assign+update", "mean of 20"),
-        ("seed", "k-means++"), ("Llama-2-7B", "pruned 2:4"),
+        ("seed", "k-means++"), ("feedback", "codes"), ("feedback", "vq_compress"),
+        ("Llama-2-7B", "pruned 2:4"),
     },
     "bench_gpu_model": {("7B model", "dense"), ("7B model", "vq d=6")},
 }  # fmt: skip

@@ -82,5 +82,4 @@ PYBIND11_MODULE(_cpu, module) {
     nowag::bindings::add_limits(module);
     NOWAG_OPERATIONS(NOWAG_BIND_LISTED)
     NOWAG_BIND(kmeans_assign_exhaustive)
-    NOWAG_BIND(kmeans_feedback)
 }

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nowag_ext import _cpu
 from nowag_ext.ops.checks import check, check_aligned, require, same_device
-from nowag_ext.ops.registry import cpu_threads
+from nowag_ext.ops.registry import backend_of, operation
 
 
 def feedback_sums_columns(d: int) -> int:
@@ -15,6 +14,23 @@ def feedback_sums_columns(d: int) -> int:
     return d + d * (d + 1) // 2 + 1
 
 
+def _kmeans_feedback_fake(
+    x: Tensor,
+    carried: Tensor,
+    factor: Tensor,
+    codebook: Tensor,
+    codes: Tensor,
+    scale: float = 1.0,
+    sums: Tensor | None = None,
+) -> None:
+    pass
+
+
+@operation(
+    "kmeans_feedback(Tensor(a!) x, Tensor(b!) carried, Tensor factor, Tensor codebook, "
+    "Tensor(c!) codes, float scale=1.0, Tensor(d!)? sums=None) -> ()",
+    _kmeans_feedback_fake,
+)
 def kmeans_feedback(
     x: Tensor,
     carried: Tensor,
@@ -25,8 +41,6 @@ def kmeans_feedback(
     sums: Tensor | None = None,
 ) -> None:
     """Settles a block of positions, one after another, each taking up what those before missed.
-
-    On the CPU alone, for now.
 
     Args:
         x: the block's points, fp32 [rows, positions * d], rows contiguous; becomes their errors.
@@ -42,7 +56,6 @@ def kmeans_feedback(
     rows, positions = codes.shape
     entries, d = codebook.shape
     columns = positions * d
-    require(x.device.type == "cpu", f"error feedback runs on the CPU, not on {x.device}.")
     for name, tensor, height in (("x", x, rows), ("factor", factor, columns)):
         require(
             tensor.dtype == torch.float32 and tuple(tensor.shape) == (height, columns),
@@ -60,8 +73,9 @@ def kmeans_feedback(
     if sums is not None:
         check(sums, "sums", torch.int64, (entries, feedback_sums_columns(d)))
     same_device(x.device, carried=carried, factor=factor, codebook=codebook, codes=codes, sums=sums)
-    _cpu.kmeans_feedback(
+    backend, queue = backend_of(x.device)
+    backend.kmeans_feedback(
         x.data_ptr(), x.stride(0), carried.data_ptr(), factor.data_ptr(), factor.stride(0),
         codebook.data_ptr(), rows, positions, entries, d, codes.data_ptr(), scale,
-        0 if sums is None else sums.data_ptr(), cpu_threads(),
+        0 if sums is None else sums.data_ptr(), queue,
     )  # fmt: skip

@@ -40,8 +40,8 @@ namespace nowag {
 // x [rows, n] with `x_stride` floats from row to row, factor (V) [n, n] with `factor_stride`;
 // carried [rows, n], codebook [entries, d], codes [rows, positions] contiguous. x and carried are
 // read and overwritten. sums is added to.
-NOWAG_DECLARE_CPU(kmeans_feedback, float* x, int64_t x_stride, float* carried, const float* factor,
-                  int64_t factor_stride, const float* codebook, int64_t rows, int64_t positions,
-                  int64_t entries, int d, uint16_t* codes, double scale, int64_t* sums);
+NOWAG_DECLARE(kmeans_feedback, float* x, int64_t x_stride, float* carried, const float* factor,
+              int64_t factor_stride, const float* codebook, int64_t rows, int64_t positions,
+              int64_t entries, int d, uint16_t* codes, double scale, int64_t* sums);
 
 }  // namespace nowag

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "nowag/kmeans.h"
+#include "nowag/kmeans_feedback.h"
 #include "nowag/normalize.h"
 #include "nowag/prune.h"
 #include "nowag/sparse_gemv.h"
@@ -14,24 +15,25 @@
 #include "nowag/vq_gemv.h"
 #include "nowag/vq_pack.h"
 
-#define NOWAG_OPERATIONS(EACH)           \
-    EACH(normalize, normalize)           \
-    EACH(kmeans, kmeans_assign)          \
-    EACH(kmeans, kmeans_update)          \
-    EACH(kmeans, kmeans_errors)          \
-    EACH(kmeans, kmeans_spread)          \
-    EACH(kmeans, kmeans_merge_costs)     \
-    EACH(kmeans, kmeans_energy)          \
-    EACH(kmeans, kmeans_seed)            \
-    EACH(prune, prune_select)            \
-    EACH(prune, prune_select_nm)         \
-    EACH(prune, prune_objective)         \
-    EACH(vq_pack, pack_codes)            \
-    EACH(vq_pack, unpack_codes)          \
-    EACH(vq_pack, vq_dequantize)         \
-    EACH(vq_pack, vq_gather)             \
-    EACH(sparse_pack, sparse_offsets)    \
-    EACH(sparse_pack, sparse_pack)       \
-    EACH(sparse_pack, sparse_dequantize) \
-    EACH(vq_gemv, vq_gemv)               \
+#define NOWAG_OPERATIONS(EACH)             \
+    EACH(normalize, normalize)             \
+    EACH(kmeans, kmeans_assign)            \
+    EACH(kmeans, kmeans_update)            \
+    EACH(kmeans, kmeans_errors)            \
+    EACH(kmeans, kmeans_spread)            \
+    EACH(kmeans, kmeans_merge_costs)       \
+    EACH(kmeans, kmeans_energy)            \
+    EACH(kmeans, kmeans_seed)              \
+    EACH(kmeans_feedback, kmeans_feedback) \
+    EACH(prune, prune_select)              \
+    EACH(prune, prune_select_nm)           \
+    EACH(prune, prune_objective)           \
+    EACH(vq_pack, pack_codes)              \
+    EACH(vq_pack, unpack_codes)            \
+    EACH(vq_pack, vq_dequantize)           \
+    EACH(vq_pack, vq_gather)               \
+    EACH(sparse_pack, sparse_offsets)      \
+    EACH(sparse_pack, sparse_pack)         \
+    EACH(sparse_pack, sparse_dequantize)   \
+    EACH(vq_gemv, vq_gemv)                 \
     EACH(sparse_gemv, sparse_gemv)
