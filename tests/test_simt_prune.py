@@ -75,6 +75,21 @@ def test_prune_select_of_many_equal(driver: Driver, equal: int) -> None:
         assert_selects(driver, w, h, n_prune, seed=2)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(150, 260), (3, 9001)])
+def test_prune_select_around_a_crowd(driver: Driver, rows: int, cols: int) -> None:
+    """A third of the keys are one, and the threshold lies before it, in it and behind it."""
+    w, h = randn(rows, cols, seed=105).abs() + 0.1, torch.ones(cols)
+    crowd = torch.rand(rows, cols, generator=torch.Generator().manual_seed(106)) < 0.35
+    w[crowd] = 0.75
+    before, count = int((w < 0.75).sum()), int(crowd.sum())
+    assert count > rows * cols // 16 + 4096  # than the list holds
+    for n_prune in (
+        before - 1, before, before + 1, before + count // 3, before + count // 2,
+        before + count - 1, before + count, before + count + 1,
+    ):  # fmt: skip
+        assert_selects(driver, w, h, n_prune, seed=n_prune % 3)
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_prune_select_when_the_sample_misleads(driver: Driver, flip: bool) -> None:
     """The weights that are sampled (sample_index) lie on one side of the threshold."""

@@ -37,6 +37,30 @@ void add_row_spread(const KmeansProblem& problem, int64_t row, int d, double sca
     }
 }
 
+// Terms added up in runs of kKmeansTermRun.
+class TermSum {
+  public:
+    void add(double term) {
+        run_ += term;
+        if (++terms_ == kKmeansTermRun) end_run();
+    }
+
+    double total() {
+        if (terms_ > 0) end_run();
+        return total_;
+    }
+
+  private:
+    void end_run() {
+        total_ += run_;
+        run_ = 0.0;
+        terms_ = 0;
+    }
+
+    double total_ = 0.0, run_ = 0.0;
+    int terms_ = 0;
+};
+
 double row_energy(const KmeansProblem& problem, int64_t row) {
     const float* x = problem.w + row * problem.cols;
     double energy = 0.0;
@@ -51,7 +75,7 @@ double row_energy(const KmeansProblem& problem, int64_t row) {
 Status kmeans_update(const int64_t* sums, int64_t entries, int d, double scale, float* codebook,
                      double* objective_drop, uint8_t* empty, int /*threads*/) {
     if (!valid_entries(entries) || d < 1 || d > kMaxSubvector) return Status::invalid_argument;
-    double drop = 0.0;
+    TermSum drop;
     for (int64_t k = 0; k < entries; ++k) {
         const int64_t* sum = sums + k * (2 * d + 1);
         float* c = codebook + k * d;
@@ -61,10 +85,10 @@ Status kmeans_update(const int64_t* sums, int64_t entries, int d, double scale, 
             const double denominator = static_cast<double>(sum[d + j]);
             if (sum[d + j] > 0) c[j] = static_cast<float>(numerator / denominator);
             const double value = c[j];
-            drop += (2.0 * value * numerator - value * value * denominator) / scale;
+            drop.add((2.0 * value * numerator - value * value * denominator) / scale);
         }
     }
-    *objective_drop = drop;
+    *objective_drop = drop.total();
     return Status::ok;
 }
 
@@ -153,8 +177,9 @@ Status kmeans_energy(const KmeansProblem* problems, int64_t count, int d, double
     std::vector<double> rows(static_cast<size_t>(problem.rows));
     parallel_for(problem.rows, threads,
                  [&](int64_t row) { rows[static_cast<size_t>(row)] = row_energy(problem, row); });
-    *energy = 0.0;
-    for (const double value : rows) *energy += value;
+    TermSum sum;
+    for (const double value : rows) sum.add(value);
+    *energy = sum.total();
     return Status::ok;
 } catch (...) {
     return failure();

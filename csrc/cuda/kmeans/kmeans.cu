@@ -91,8 +91,8 @@ Status kmeans_update(const int64_t* sums, int64_t entries, int d, double scale, 
                           stream, sums, entries, d, scale, codebook, empty, terms);
         },
         [&] {
-            return launch(kmeans_add_terms, 1, kKmeansThreads, kDropSlab * sizeof(double), stream,
-                          terms, entries * d, objective_drop);
+            return launch(kmeans_add_terms, 1, kKmeansThreads, kKmeansThreads * sizeof(double),
+                          stream, terms, entries * d, objective_drop);
         });
 }
 
@@ -168,8 +168,8 @@ Status kmeans_energy(const KmeansProblem* problems, int64_t count, int d, double
                           energies);
         },
         [&] {
-            return launch(kmeans_add_terms, 1, kKmeansThreads, kDropSlab * sizeof(double), stream,
-                          energies, problems[0].rows, energy);
+            return launch(kmeans_add_terms, 1, kKmeansThreads, kKmeansThreads * sizeof(double),
+                          stream, energies, problems[0].rows, energy);
         });
 }
 

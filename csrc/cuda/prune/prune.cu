@@ -1,9 +1,55 @@
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
 #include "cuda/prune/prune.cuh"
+#include "cuda/prune/prune_parts.cuh"
 #include "nowag/prune.h"
 
 namespace nowag::cuda {
+
+namespace {
+
+// Which of four weights are kept: at least 4 - n of the others come before each, a smaller key or
+// the same further left.
+__device__ __forceinline__ unsigned kept_of_four(const unsigned (&keys)[4], int n) {
+    int before[4] = {};
+#pragma unroll
+    for (int b = 1; b < 4; ++b) {
+#pragma unroll
+        for (int a = 0; a < b; ++a) {
+            const bool first = keys[a] <= keys[b];
+            before[b] += first;
+            before[a] += !first;
+        }
+    }
+    unsigned kept = 0;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) kept |= static_cast<unsigned>(before[c] >= 4 - n) << c;
+    return kept;
+}
+
+}  // namespace
+
+template <bool kVector>
+__global__ void __launch_bounds__(kPruneThreads, 4)
+    prune_fours(PruneLayer layer, int n, unsigned* bitmap) {
+    const int64_t words = padded_columns(layer.cols) / 32;
+    const unsigned across = static_cast<unsigned>((layer.cols + kSplitColumns - 1) / kSplitColumns);
+    const unsigned down = static_cast<unsigned>((layer.rows + kSplitRows - 1) / kSplitRows);
+    for (int u = 0; u < kUnitsPerWarp; ++u) {
+        const unsigned unit = unit_of_warp(u);
+        if (unit >= across * down) break;
+        const SplitPart part(layer, unit, across);
+        const SplitWeights<kVector> weights(layer, part);
+        unsigned kept = 0;
+#pragma unroll
+        for (int r = 0; r < kSplitRows; ++r) {
+            unsigned keys[4];
+            weights.keys(r, keys);
+            kept |= kept_of_four(keys, n) << 4 * r;
+        }
+        write_part(part, kept & present_bits(part), words, bitmap);
+    }
+}
 
 __global__ void prune_sum_rows(PruneLayer layer, const uint8_t* __restrict__ bitmap,
                                double* __restrict__ row_sums) {
@@ -86,6 +132,11 @@ Status prune_select_nm(const float* w, const float* h, int64_t rows, int64_t col
         return Status::invalid_argument;
     }
     const PruneLayer layer{w, h, rows, cols};
+    if (m == 4) {
+        const auto fours = read_in_fours(layer) ? prune_fours<true> : prune_fours<false>;
+        return launch(fours, blocks_for(units_of(layer), kUnitsPerWarp * kPruneWarps),
+                      kPruneThreads, 0, stream, layer, n, reinterpret_cast<unsigned*>(bitmap));
+    }
     const auto kernel = kWarpSize % m == 0 ? prune_nm<true> : prune_nm<false>;
     return launch(kernel, grid, kPruneThreads, 0, stream, layer, n, m, bitmap);
 }

@@ -1,5 +1,5 @@
 // prune.h on a GPU, all but prune_select (prune_select.cuh). Each operation reads W once. Measured
-// on an H100, 4096 x 4096: that takes 31 us; 2:4 selection 91, the objective 61.
+// on an H100, 4096 x 4096: that takes 31 us; the objective 61.
 #pragma once
 
 #include "cuda/base/device.cuh"
@@ -30,6 +30,15 @@ __device__ __forceinline__ unsigned saliency_bits(float w, float h) {
 __device__ __forceinline__ unsigned saliency_bits(const PruneLayer& layer, int64_t i, int64_t j) {
     return saliency_bits(layer.w[i * layer.cols + j], layer.h[j]);
 }
+
+// N:M selection for groups of 4.
+//   kVector  rows of W, and h, are read in aligned fours (prune_parts.cuh)
+//   bitmap   out, [rows, padded columns / 32] words
+// A block: kPruneWarps * kUnitsPerWarp units; a lane: one group of each of a unit's rows. Predicted
+// for an H100, 4096 x 4096: 36 us, what prune_split takes to read as much in the same way less what
+// it decides; by prune_nm, a weight a thread, 91.
+template <bool kVector>
+__global__ void prune_fours(PruneLayer layer, int n, unsigned* bitmap);
 
 // N:M selection: a weight is kept if at least m - n of its group come before it.
 //   kShuffled  m divides 32, so that a group lies in one warp and is handed round by shuffles;

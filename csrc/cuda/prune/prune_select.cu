@@ -8,29 +8,99 @@
 
 namespace nowag::cuda {
 
-__global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch* scratch) {
-    unsigned* shared = reinterpret_cast<unsigned*>(shared_memory());
-    const uint64_t k = static_cast<uint64_t>(blockIdx.x) * kPruneThreads + threadIdx.x;
-    if (k >> sample.bits == 0) {
-        const uint64_t numel = static_cast<uint64_t>(layer.rows * layer.cols);
-        const uint64_t index = sample_index(k, numel, sample.bits);
-        const uint64_t j = index % static_cast<uint64_t>(layer.cols);
-        const unsigned key = saliency_bits(layer.w[index], layer.h[j]);
-        atomicAdd(&scratch->sampled[key >> kSampleShift & (kBins - 1)], 1u);
+namespace {
+
+__device__ __forceinline__ unsigned sampled_key(const PruneLayer& layer, uint64_t k, int bits) {
+    const uint64_t numel = static_cast<uint64_t>(layer.rows * layer.cols);
+    const uint64_t index = sample_index(k, numel, bits);
+    return saliency_bits(layer.w[index], layer.h[index % static_cast<uint64_t>(layer.cols)]);
+}
+
+// How many of the sample's keys have a place in scratch->keys, each interval-th of them.
+struct KeptKeys {
+    unsigned count;
+    unsigned interval;
+
+    __device__ __forceinline__ explicit KeptKeys(int bits)
+        : count(1u << bits < kSampledKeys ? 1u << bits : kSampledKeys),
+          interval((1u << bits) / count) {}
+};
+
+// The key that most threads of the block, and not one alone, find first of those inside the bracket
+// among the few kept keys that each looks at. Every thread calls it; whether there is one.
+__device__ __forceinline__ bool find_crowd(const PruneScratch* scratch, int bits,
+                                           const PruneBracket& bracket, SampleShared& shared,
+                                           unsigned* crowd) {
+    constexpr unsigned kNone = ~0u;  // no key is as large
+    const unsigned count = KeptKeys(bits).count;
+    unsigned mine = kNone;
+    for (unsigned i = threadIdx.x; i < count; i += kPruneThreads) {
+        const unsigned key = scratch->keys[i];
+        const bool inside = key - bracket.before - 1 < bracket.last - bracket.before;
+        if (mine == kNone && inside) mine = key;
     }
-    if (!last_block(&scratch->counts.sampled_blocks, shared)) return;
-    PruneBracket bracket{~0u, ~0u >> 1, 0};
+    shared.keys[threadIdx.x] = mine;
+    __syncthreads();
+    unsigned votes = 0;
+    for (int t = 0; t < kPruneThreads; ++t) votes += shared.keys[t] == mine;
+    if (mine == kNone || votes == 1) votes = 0;
+    // The most votes, and among equals the first thread.
+    unsigned best = (kPruneThreads - votes) * kPruneThreads + threadIdx.x;
+    best = __reduce_min_sync(kFullWarp, best);
+    if (lane_of_thread() == 0) shared.find_bin[warp_of_thread()] = best;
+    __syncthreads();
+    for (int warp = 0; warp < kPruneWarps; ++warp) best = min(best, shared.find_bin[warp]);
+    *crowd = shared.keys[best % kPruneThreads];
+    return best < kPruneThreads * kPruneThreads;
+}
+
+}  // namespace
+
+__global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch* scratch,
+                             PruneCrowd crowd) {
+    SampleShared& shared = *reinterpret_cast<SampleShared*>(shared_memory());
+    const unsigned size = 1u << sample.bits;
+    const KeptKeys kept(sample.bits);
+    const unsigned first = blockIdx.x * (kPruneThreads * kSampleEach) + threadIdx.x;
+    unsigned keys[kSampleEach] = {};
+#pragma unroll
+    for (int s = 0; s < kSampleEach; ++s) {
+        const unsigned k = first + s * kPruneThreads;
+        if (k < size) keys[s] = sampled_key(layer, k, sample.bits);
+    }
+    for (int bin = threadIdx.x; bin < kBins; bin += kPruneThreads) shared.histogram[bin] = 0;
+    const int64_t threads = static_cast<int64_t>(gridDim.x) * kPruneThreads;
+    for (int64_t i = blockIdx.x * static_cast<int64_t>(kPruneThreads) + threadIdx.x; i < layer.rows;
+         i += threads) {
+        crowd.of_rows[i] = 0;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < kSampleEach; ++s) {
+        const unsigned k = first + s * kPruneThreads;
+        if (k >= size) continue;
+        atomicAdd(&shared.histogram[keys[s] >> kSampleShift & (kBins - 1)], 1u);
+        if (k % kept.interval == 0) scratch->keys[k / kept.interval] = keys[s];
+    }
+    __syncthreads();
+    for (int bin = threadIdx.x; bin < kBins; bin += kPruneThreads) {
+        if (shared.histogram[bin] > 0) atomicAdd(&scratch->sampled[bin], shared.histogram[bin]);
+    }
+    if (!last_block(&scratch->counts.sampled_blocks, shared.find_bin)) return;
+
+    PruneBracket bracket{~0u, ~0u >> 1, 0, false, 0u};
     if (sample.low >= 1) {
         const auto rank = static_cast<unsigned>(sample.low);
-        const unsigned bin = find_bin<kBins>(scratch->sampled, rank, shared).bin;
+        const unsigned bin = find_bin<kBins>(scratch->sampled, rank, shared.find_bin).bin;
         bracket.before = (bin << kSampleShift) - 1;
     }
-    if (sample.high <= int64_t{1} << sample.bits) {
+    if (sample.high <= size) {
         const auto rank = static_cast<unsigned>(sample.high);
-        const unsigned bin = find_bin<kBins>(scratch->sampled, rank, shared).bin;
+        const unsigned bin = find_bin<kBins>(scratch->sampled, rank, shared.find_bin).bin;
         bracket.last = ((bin + 1) << kSampleShift) - 1;
     }
     while ((bracket.last - bracket.before - 1) >> bracket.shift >= kBins) ++bracket.shift;
+    bracket.crowded = find_crowd(scratch, sample.bits, bracket, shared, &bracket.crowd);
     if (threadIdx.x == 0) scratch->bracket = bracket;
 }
 
@@ -55,83 +125,61 @@ __device__ __forceinline__ void list_candidate(PruneCandidate candidate, unsigne
     if (place < candidates.capacity) candidates.list[place] = candidate;
 }
 
-// What a lane takes of a unit of prune_split: 4 columns of the unit's rows.
-struct SplitPart {
-    int64_t first;        // row of the layer
-    int64_t strip;        // of kSplitColumns columns
-    int64_t j;            // the lane's first column
-    int rows;             // that the layer has here
-    int columns;          // of the lane's 4, not positive past the row's end
-    const float* corner;  // weight (first, j)
-
-    // across: units side by side in a row of the layer.
-    __device__ __forceinline__ SplitPart(const PruneLayer& layer, unsigned unit, unsigned across)
-        : first(static_cast<int64_t>(unit / across) * kSplitRows),
-          strip(unit % across),
-          j(strip * kSplitColumns + 4 * lane_of_thread()),
-          rows(at_most(layer.rows - first, kSplitRows)),
-          columns(at_most(layer.cols - j, 4)),
-          corner(layer.w + (first * layer.cols + j)) {}
-};
-
-// Of a lane's weights those beyond the bracket and those inside. Bit 4 r + c stands for row r and
-// column c.
+// Of a lane's weights those beyond the bracket, those of its crowd, and the others inside. Bit 4 r +
+// c stands for row r and column c.
 struct SplitBits {
     unsigned above;
+    unsigned crowd;
     unsigned undecided;
 };
 
 // Reads a lane's weights, all rows before the first is looked at, and compares their keys. A
 // comparison is the sign of a difference, shifted in from the right, the last weight first.
-template <bool kVector>
+template <bool kVector, bool kCrowded>
 __device__ __forceinline__ SplitBits compare_part(const PruneLayer& layer, const SplitPart& part,
                                                   const PruneBracket& bracket) {
-    float4 w[kSplitRows];
-    const float* row = part.corner;
-#pragma unroll
-    for (int r = 0; r < kSplitRows; ++r, row += layer.cols) {
-        w[r] = load_four<kVector>(row, r < part.rows ? part.columns : 0);
-    }
-    const float4 h = load_four<kVector>(layer.h + part.j, part.columns);
-    unsigned above = 0, reached = 0;
+    const SplitWeights<kVector> weights(layer, part);
+    unsigned above = 0, reached = 0, crowd = 0;
 #pragma unroll
     for (int r = kSplitRows - 1; r >= 0; --r) {
-        const unsigned keys[] = {saliency_bits(w[r].x, h.x), saliency_bits(w[r].y, h.y),
-                                 saliency_bits(w[r].z, h.z), saliency_bits(w[r].w, h.w)};
+        unsigned keys[4];
+        weights.keys(r, keys);
 #pragma unroll
         for (int c = 3; c >= 0; --c) {
             above = __funnelshift_l(bracket.last - keys[c], above, 1);
             reached = __funnelshift_l(bracket.before - keys[c], reached, 1);
+            if (kCrowded) crowd = __funnelshift_l((keys[c] ^ bracket.crowd) - 1, crowd, 1);
         }
     }
-    unsigned present = 0;
-    if (part.columns > 0) {
-        present = 0x11111111u * (0xfu >> (4 - part.columns)) & ~0u >> 4 * (kSplitRows - part.rows);
-    }
+    const unsigned present = present_bits(part);
     above &= present;
-    return {above, reached & present & ~above};
+    crowd &= present;
+    return {above, crowd, reached & present & ~above & ~crowd};
 }
 
-// Writes the unit's bits of the bitmap, whose rows have `words` words; those of the undecided are
-// 0. Returns how many a lane has set.
-__device__ __forceinline__ unsigned write_part(const SplitPart& part, unsigned above, int64_t words,
-                                               unsigned* bitmap) {
-    const int lane = lane_of_thread();
-    const unsigned word = transpose_nibbles(above);
-    const int64_t place = part.strip * (kSplitColumns / 32) + lane / kSplitRows;
-    if (lane % kSplitRows < part.rows && place < words) {
-        bitmap[(part.first + lane % kSplitRows) * words + place] = word;
+// Marks the unit's part of the crowd, and counts it by row.
+__device__ __forceinline__ void mark_crowd(const SplitPart& part, unsigned bits, int64_t words,
+                                           const PruneCrowd& crowd) {
+    unsigned count = write_part(part, bits, words, crowd.bitmap);
+    // The lanes that have words of one row are kSplitRows apart.
+#pragma unroll
+    for (int apart = kSplitRows; apart < kWarpSize; apart *= 2) {
+        count += __shfl_xor_sync(kFullWarp, count, apart);
     }
-    return static_cast<unsigned>(__popc(word));
+    const int row = lane_of_thread();
+    if (row < part.rows && row < kSplitRows && count > 0) {
+        atomicAdd(&crowd.of_rows[part.first + row], count);
+    }
 }
 
-// Gathers a lane's undecided weights in shared memory, those beyond its room in the list.
-__device__ __forceinline__ void stage_part(const PruneLayer& layer, const SplitPart& part,
-                                           unsigned undecided, const PruneBracket& bracket,
-                                           const PruneCandidates& candidates, PruneScratch* scratch,
-                                           SplitShared& shared) {
+// Gathers a lane's undecided weights in shared memory, those beyond its room in the list. Returns
+// how many of them are before the crowd.
+__device__ __forceinline__ unsigned stage_part(const PruneLayer& layer, const SplitPart& part,
+                                               unsigned undecided, const PruneBracket& bracket,
+                                               const PruneCandidates& candidates,
+                                               PruneScratch* scratch, SplitShared& shared) {
     const unsigned index = static_cast<unsigned>(part.first * layer.cols + part.j);
-    unsigned slot = 0;
+    unsigned slot = 0, before_crowd = 0;
     if (undecided != 0) {
         slot = atomicAdd(&shared.count, static_cast<unsigned>(__popc(undecided)));
     }
@@ -140,6 +188,7 @@ __device__ __forceinline__ void stage_part(const PruneLayer& layer, const SplitP
         const unsigned offset = bit / 4 * static_cast<unsigned>(layer.cols) + bit % 4;
         const unsigned key = saliency_bits(part.corner[offset], layer.h[part.j + bit % 4]);
         const PruneCandidate candidate = make_candidate(key, index + offset);
+        before_crowd += bracket.crowded && key < bracket.crowd;
         if (slot < kStaged) {
             shared.staged[slot] = candidate;
         } else {
@@ -147,20 +196,37 @@ __device__ __forceinline__ void stage_part(const PruneLayer& layer, const SplitP
                            candidates, scratch);
         }
     }
+    return before_crowd;
 }
 
-// Appends what the block has staged to the list, and adds what it has kept to the grid's count.
-// kept: of this thread.
-__device__ __forceinline__ void append_staged(unsigned kept, const PruneBracket& bracket,
+// What a thread of prune_split has counted.
+struct SplitCounts {
+    unsigned kept, before_crowd, crowd;
+};
+
+// Appends what the block has staged to the list, and adds what it has counted to the grid's counts.
+__device__ __forceinline__ void append_staged(const SplitCounts& mine, const PruneBracket& bracket,
                                               const PruneCandidates& candidates,
                                               PruneScratch* scratch, SplitShared& shared) {
-    kept = __reduce_add_sync(kFullWarp, kept);
+    const unsigned kept = __reduce_add_sync(kFullWarp, mine.kept);
     if (lane_of_thread() == 0) atomicAdd(&shared.kept, kept);
+    if (bracket.crowded) {
+        const unsigned before = __reduce_add_sync(kFullWarp, mine.before_crowd);
+        const unsigned crowd = __reduce_add_sync(kFullWarp, mine.crowd);
+        if (lane_of_thread() == 0) {
+            atomicAdd(&shared.before_crowd, before);
+            atomicAdd(&shared.crowd, crowd);
+        }
+    }
     __syncthreads();
     const unsigned staged = shared.count < kStaged ? shared.count : kStaged;
     if (threadIdx.x == 0) {
         shared.first = atomicAdd(&scratch->counts.candidates, staged);
         atomicAdd(&scratch->counts.kept, shared.kept);
+        if (bracket.crowded) {
+            atomicAdd(&scratch->counts.before_crowd, shared.before_crowd);
+            atomicAdd(&scratch->counts.crowd, shared.crowd);
+        }
     }
     __syncthreads();
     for (unsigned c = threadIdx.x; c < staged; c += kPruneThreads) {
@@ -168,17 +234,31 @@ __device__ __forceinline__ void append_staged(unsigned kept, const PruneBracket&
     }
 }
 
-// Looks for the threshold among the candidates, if it is one of them and they are all listed.
+// Looks for the threshold among the candidates and the crowd, if it is one of them and the
+// candidates are all listed.
 __device__ void find_among_candidates(const PruneLayer& layer, unsigned n_prune,
                                       const PruneCandidates& candidates, PruneScratch* scratch,
                                       unsigned* shared) {
     const PruneCounts& counts = scratch->counts;
-    const unsigned count = counts.candidates;
-    const unsigned below = static_cast<unsigned>(layer.rows * layer.cols) - counts.kept - count;
-    PruneBin threshold{0u, 0u, 0u};
-    if (below < n_prune && n_prune - below <= count && count <= candidates.capacity) {
-        threshold = find_bin<kBins>(scratch->bracketed, n_prune - below, shared);
-        if (threshold.count > kMostTied) threshold.rank = 0;
+    const unsigned count = counts.candidates, crowd = counts.crowd;
+    const unsigned before_crowd = scratch->bracket.crowded ? counts.before_crowd : count;
+    const unsigned below =
+        static_cast<unsigned>(layer.rows * layer.cols) - counts.kept - count - crowd;
+    PruneThreshold threshold{false, false, {0u, 0u, 0u}, 0u};
+    if (below < n_prune && n_prune - below <= count + crowd && count <= candidates.capacity) {
+        unsigned rank = n_prune - below;
+        if (rank > before_crowd) {
+            threshold.of_crowd = rank - before_crowd < crowd ? rank - before_crowd : crowd;
+            rank -= threshold.of_crowd;
+        }
+        // Behind some of the crowd there is nobody, or all of it.
+        threshold.in_crowd = threshold.of_crowd > 0 && rank == before_crowd;
+        if (threshold.in_crowd) {
+            threshold.found = true;
+        } else {
+            threshold.bin = find_bin<kBins>(scratch->bracketed, rank, shared);
+            threshold.found = threshold.bin.count <= kMostTied;
+        }
     }
     if (threadIdx.x == 0) scratch->threshold = threshold;
 }
@@ -186,26 +266,32 @@ __device__ void find_among_candidates(const PruneLayer& layer, unsigned n_prune,
 }  // namespace
 
 template <bool kVector>
-__global__ void __launch_bounds__(kPruneThreads, 4)
+__global__ void __launch_bounds__(kPruneThreads, kVector ? 4 : 3)
     prune_split(PruneLayer layer, unsigned n_prune, PruneScratch* scratch,
-                PruneCandidates candidates, unsigned* bitmap) {
+                PruneCandidates candidates, unsigned* bitmap, PruneCrowd crowd) {
     SplitShared& shared = *reinterpret_cast<SplitShared*>(shared_memory());
-    if (threadIdx.x == 0) shared.count = shared.kept = 0;
+    if (threadIdx.x == 0) shared.count = shared.kept = shared.before_crowd = shared.crowd = 0;
     __syncthreads();
     const PruneBracket bracket = scratch->bracket;
     const int64_t words = padded_columns(layer.cols) / 32;
     const unsigned across = static_cast<unsigned>((layer.cols + kSplitColumns - 1) / kSplitColumns);
     const unsigned down = static_cast<unsigned>((layer.rows + kSplitRows - 1) / kSplitRows);
-    unsigned kept = 0;
+    SplitCounts mine{};
     for (int u = 0; u < kUnitsPerWarp; ++u) {
-        const unsigned unit = (blockIdx.x * kUnitsPerWarp + u) * kPruneWarps + warp_of_thread();
+        const unsigned unit = unit_of_warp(u);
         if (unit >= across * down) break;
         const SplitPart part(layer, unit, across);
-        const SplitBits bits = compare_part<kVector>(layer, part, bracket);
-        kept += write_part(part, bits.above, words, bitmap);
-        stage_part(layer, part, bits.undecided, bracket, candidates, scratch, shared);
+        const SplitBits bits = bracket.crowded ? compare_part<kVector, true>(layer, part, bracket)
+                                               : compare_part<kVector, false>(layer, part, bracket);
+        mine.kept += write_part(part, bits.above, words, bitmap);
+        if (bracket.crowded) {
+            mine.crowd += static_cast<unsigned>(__popc(bits.crowd));
+            mark_crowd(part, bits.crowd, words, crowd);
+        }
+        mine.before_crowd +=
+            stage_part(layer, part, bits.undecided, bracket, candidates, scratch, shared);
     }
-    append_staged(kept, bracket, candidates, scratch, shared);
+    append_staged(mine, bracket, candidates, scratch, shared);
     if (last_block(&scratch->counts.split_blocks, shared.find_bin)) {
         find_among_candidates(layer, n_prune, candidates, scratch, shared.find_bin);
     }
@@ -223,6 +309,7 @@ struct Finish {
     const PruneLayer& layer;
     PruneScratch* scratch;
     unsigned* bitmap;
+    PruneCrowd crowd;
     FinishShared& shared;
     unsigned generation = 0;  // of the barriers
 
@@ -236,21 +323,59 @@ struct Finish {
         atomicOr(&bitmap[index / cols * words + j / 32], 1u << j % 32);
     }
 
-    // Decides the candidates, given that the threshold is one of them.
+    // Keeps the crowd but its first `pruned`. Blocks have the rows to themselves.
+    __device__ void keep_crowd(unsigned pruned) {
+        const int64_t words = padded_columns(layer.cols) / 32;
+        unsigned before = 0;  // of the crowd, in the rows before
+        const int64_t first = first_row(blockIdx.x);
+        for (int64_t i = threadIdx.x; i < first; i += kPruneThreads) before += crowd.of_rows[i];
+        before = block_sum<kPruneThreads>(before, shared.find_bin);
+        for_rows([&](int64_t i) {
+            const unsigned of_row = crowd.of_rows[i];
+            unsigned gone = pruned > before ? pruned - before : 0u;  // from here on
+            before += of_row;
+            if (of_row == 0 || gone >= of_row) return;
+            for (int64_t segment = 0; segment < words; segment += kPruneThreads) {
+                const int64_t j = segment + threadIdx.x;
+                unsigned word = j < words ? crowd.bitmap[i * words + j] : 0u;
+                if (gone > 0) {
+                    const auto scan = block_scan<kPruneThreads>(static_cast<unsigned>(__popc(word)),
+                                                                shared.find_bin);
+                    const unsigned own = static_cast<unsigned>(__popc(word));
+                    unsigned skipped = scan.upto - own;
+                    for (; word != 0 && skipped < gone; ++skipped) word &= word - 1;
+                    gone -= gone < scan.total ? gone : scan.total;
+                }
+                if (word != 0) bitmap[i * words + j] |= word;
+            }
+        });
+    }
+
+    // Decides the candidates and the crowd, given that the threshold is one of them.
     __device__ void from_candidates(const PruneCandidate* list) {
         const PruneBracket bracket = scratch->bracket;
-        const PruneBin threshold = scratch->threshold;
+        const PruneThreshold decided = scratch->threshold;
+        const PruneBin threshold = decided.bin;
+        if (bracket.crowded) {
+            keep_crowd(decided.of_crowd);
+            barrier();
+        }
         const unsigned count = scratch->counts.candidates;
         const unsigned thread = blockIdx.x * kPruneThreads + threadIdx.x;
         const unsigned threads = gridDim.x * kPruneThreads;
         for (int64_t c = thread; c < count; c += threads) {
             const PruneCandidate candidate = list[c];
+            if (decided.in_crowd) {
+                if (candidate >> 32 > bracket.crowd) keep(candidate);
+                continue;
+            }
             const unsigned bin = bin_of(bracket, candidate);
             if (bin > threshold.bin) keep(candidate);
             if (bin == threshold.bin) {
                 scratch->tied[atomicAdd(&scratch->counts.tied, 1u)] = candidate;
             }
         }
+        if (decided.in_crowd) return;
         barrier();
         // A warp ranks one of the tied.
         const unsigned lane = threadIdx.x % kWarpSize;
@@ -266,12 +391,15 @@ struct Finish {
     }
 
     // A block takes consecutive rows: flat indices ascend with blocks.
+    __device__ int64_t first_row(unsigned block) {
+        const int64_t row = block * ((layer.rows + gridDim.x - 1) / gridDim.x);
+        return row < layer.rows ? row : layer.rows;
+    }
+
     template <typename Body>
     __device__ void for_rows(Body&& body) {
-        const int64_t each = (layer.rows + gridDim.x - 1) / gridDim.x;
-        const int64_t begin = blockIdx.x * each;
-        const int64_t end = begin + each < layer.rows ? begin + each : layer.rows;
-        for (int64_t i = begin; i < end; ++i) body(i);
+        const int64_t end = first_row(blockIdx.x + 1);
+        for (int64_t i = first_row(blockIdx.x); i < end; ++i) body(i);
     }
 
     // Counts a digit of the keys whose higher digits are the prefix's.
@@ -381,9 +509,9 @@ struct Finish {
 
 __global__ void __launch_bounds__(kPruneThreads, kFinishBlocks)
     prune_finish(PruneLayer layer, unsigned n_prune, PruneScratch* scratch,
-                 PruneCandidates candidates, unsigned* ties, unsigned* bitmap) {
-    Finish finish{layer, scratch, bitmap, *reinterpret_cast<FinishShared*>(shared_memory())};
-    if (scratch->threshold.rank > 0) {
+                 PruneCandidates candidates, unsigned* ties, unsigned* bitmap, PruneCrowd crowd) {
+    Finish finish{layer, scratch, bitmap, crowd, *reinterpret_cast<FinishShared*>(shared_memory())};
+    if (scratch->threshold.found) {
         finish.from_candidates(candidates.list);
     } else {
         finish.from_digits(n_prune, ties);
@@ -408,6 +536,10 @@ int64_t most_candidates(int64_t numel) {
     return std::min(numel, numel / kWeightsPerCandidate + kLeastCandidates);
 }
 
+int64_t bitmap_words(int64_t cols) {
+    return bitmap_row_bytes(cols) / static_cast<int64_t>(sizeof(unsigned));
+}
+
 PruneSample make_sample(int64_t numel, int64_t n_prune) {
     int bits = 0;
     while (bits < kMostSampleBits && int64_t{2} << bits <= numel) ++bits;
@@ -418,17 +550,14 @@ PruneSample make_sample(int64_t numel, int64_t n_prune) {
             static_cast<int64_t>(std::ceil(size * share + spread))};
 }
 
-bool aligned(const void* pointer) {
-    return reinterpret_cast<uintptr_t>(pointer) % alignof(float4) == 0;
-}
-
 }  // namespace
 
 int64_t prune_select_workspace(const float*, const float*, int64_t rows, int64_t cols, int64_t,
                                uint8_t*) {
     return static_cast<int64_t>(sizeof(PruneScratch)) +
            most_candidates(rows * cols) * static_cast<int64_t>(sizeof(PruneCandidate)) +
-           finish_blocks() * static_cast<int64_t>(sizeof(unsigned));
+           static_cast<int64_t>(sizeof(unsigned)) *
+               (finish_blocks() + rows + rows * bitmap_words(cols));
 }
 
 Status prune_select(const float* w, const float* h, int64_t rows, int64_t cols, int64_t n_prune,
@@ -448,25 +577,26 @@ Status prune_select(const float* w, const float* h, int64_t rows, int64_t cols, 
     const PruneCandidates candidates{reinterpret_cast<PruneCandidate*>(scratch + 1),
                                      static_cast<unsigned>(most_candidates(numel))};
     unsigned* ties = reinterpret_cast<unsigned*>(candidates.list + candidates.capacity);
+    unsigned* const of_rows = ties + finish_blocks();
+    const PruneCrowd crowd{of_rows + rows, of_rows};
     unsigned* words = reinterpret_cast<unsigned*>(bitmap);
-    const auto split =
-        cols % 4 == 0 && aligned(w) && aligned(h) ? prune_split<true> : prune_split<false>;
-    const int64_t units = ceil_div(rows, kSplitRows) * ceil_div(cols, kSplitColumns);
+    const auto split = read_in_fours(layer) ? prune_split<true> : prune_split<false>;
     return in_order(
         [&] { return clear(scratch, offsetof(PruneScratch, bracket), stream); },
         [&] {
-            return launch(prune_sample, blocks_for(int64_t{1} << sample.bits, kPruneThreads),
-                          kPruneThreads, sizeof(unsigned) * kFindBinShared, stream, layer, sample,
-                          scratch);
+            return launch(
+                prune_sample, blocks_for(int64_t{1} << sample.bits, kPruneThreads * kSampleEach),
+                kPruneThreads, sizeof(SampleShared), stream, layer, sample, scratch, crowd);
         },
         [&] {
-            return launch(split, blocks_for(units, kUnitsPerWarp * kPruneWarps), kPruneThreads,
-                          sizeof(SplitShared), stream, layer, count, scratch, candidates, words);
+            return launch(split, blocks_for(units_of(layer), kUnitsPerWarp * kPruneWarps),
+                          kPruneThreads, sizeof(SplitShared), stream, layer, count, scratch,
+                          candidates, words, crowd);
         },
         [&] {
             return launch_together(prune_finish, finish_blocks(), kPruneThreads,
                                    sizeof(FinishShared), stream, layer, count, scratch, candidates,
-                                   ties, words);
+                                   ties, words, crowd);
         });
 }
 

@@ -7,15 +7,21 @@
 //                 the threshold among them, and the bin that it lies in
 //   prune_finish  decides the undecided weights outside that bin, then ranks those inside it by
 //                 (key, flat index)
+// A crowd, many equal keys in the bracket (the zeros of a layer that has been pruned, say), is not
+// listed: prune_split marks its weights in a bitmap of their own and counts them by row, and
+// prune_finish keeps all, none, or all but the first of them.
 // Where the sample misled, or too many weights are nearly equal, prune_finish ignores all that and
 // runs a radix select of its own, which reads W four or five times. So the result depends neither
 // on the sample nor on the order of the list.
 //
-// Measured on an H100, 4096 x 4096, half pruned: 70 us, where reading W once takes 31.
+// Measured on an H100, 4096 x 4096, half pruned, before prune_sample had few blocks: 70 us, where
+// reading W once takes 31; 6.4 ms where half of the weights were 0, before crowds. Predicted since:
+// 58 us, as prune_sample takes 9 instead of 21; with a crowd 75, for its bitmap of 2 MB is written
+// and read, and half of another.
 #pragma once
 
 #include "cuda/base/block.cuh"
-#include "cuda/prune/prune.cuh"
+#include "cuda/prune/prune_parts.cuh"
 
 namespace nowag::cuda {
 
@@ -23,7 +29,9 @@ constexpr int kMostSampleBits = 16;
 constexpr double kSampleDeviations = 4.0;  // half the bracket's width, in standard deviations
 
 constexpr int kBins = 8192;
-constexpr int kSampleShift = 18;  // a sampled key's bin: exponent and 5 bits of mantissa
+constexpr int kSampleShift = 18;    // a sampled key's bin: exponent and 5 bits of mantissa
+constexpr int kSampleEach = 4;      // samples of a thread
+constexpr int kSampledKeys = 4096;  // keys that are kept, among which a crowd shows
 
 // The list takes a sixteenth of the weights, at 8 bytes a candidate an eighth of W. That is twice
 // to four times what a bracket of normally distributed weights holds: 4 standard deviations of
@@ -43,11 +51,14 @@ __device__ __forceinline__ int digit_shift(int digit) {
 __device__ __forceinline__ unsigned digit_mask(int digit) { return digit == 2 ? 1023u : 2047u; }
 
 // The keys before < key <= last, in bins of 2^shift keys. Keys are below 2^31, so that the sign of
-// a difference compares them; before may be -1.
+// a difference compares them; before may be -1. crowded: weights with the key `crowd`, inside, are
+// not listed.
 struct PruneBracket {
     unsigned before;
     unsigned last;
     int shift;
+    bool crowded;
+    unsigned crowd;
 };
 
 // A bin of a histogram that holds the element of some rank.
@@ -55,6 +66,14 @@ struct PruneBin {
     unsigned bin;
     unsigned rank;   // in the bin, from 1
     unsigned count;  // elements of the bin
+};
+
+// What is to be pruned, given the candidates and the crowd.
+struct PruneThreshold {
+    bool found;         // or else they are of no use
+    bool in_crowd;      // candidates before the crowd, and some of the crowd; or else
+    PruneBin bin;       // candidates before the bin, and of the bin those before the rank
+    unsigned of_crowd;  // how many of the crowd: the first by flat index
 };
 
 // The sample's ranks, from 1, whose bins bound the bracket; outside 1..size that side is open.
@@ -71,6 +90,8 @@ struct PruneCounts {
     unsigned sampled_blocks, split_blocks;  // that have ended
     unsigned kept;                          // weights beyond the bracket
     unsigned candidates;                    // weights in the bracket, even if the list is too short
+    unsigned before_crowd;                  // of them those before the crowd
+    unsigned crowd;
     unsigned tied;
     unsigned arrived;  // at barriers
 };
@@ -83,8 +104,15 @@ struct PruneScratch {
     unsigned digits[kDigits][kDigitBins];
     // Written before they are read.
     PruneBracket bracket;
-    PruneBin threshold;  // rank 0: the list is of no use
+    PruneThreshold threshold;
+    unsigned keys[kSampledKeys];  // of samples at regular intervals
     PruneCandidate tied[kMostTied];
+};
+
+// A crowd's weights: bits, in the form of the layer's bitmap, and how many a row has.
+struct PruneCrowd {
+    unsigned* bitmap;
+    unsigned* of_rows;
 };
 
 struct PruneCandidates {
@@ -141,9 +169,12 @@ __device__ __forceinline__ PruneBin find_bin(const unsigned* histogram, unsigned
 // True in every thread of the block that ends last of the grid: it sees what the others wrote.
 // Every thread calls it.
 __device__ __forceinline__ bool last_block(unsigned* ended, unsigned* shared) {
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) shared[0] = atomicAdd(ended, 1u) == gridDim.x - 1;
+    // Behind the barrier one thread's fence holds for what all have written.
+    if (threadIdx.x == 0) {
+        __threadfence();
+        shared[0] = atomicAdd(ended, 1u) == gridDim.x - 1;
+    }
     __syncthreads();
     const bool last = shared[0] != 0;
     if (last) __threadfence();
@@ -157,15 +188,19 @@ __device__ __forceinline__ uint64_t sample_index(uint64_t k, uint64_t numel, int
     return (k * numel + (place * numel >> 32)) >> bits;
 }
 
+struct SampleShared {
+    unsigned histogram[kBins];
+    unsigned keys[kPruneThreads];
+    unsigned find_bin[kFindBinShared];
+};
+
 // Counts 2^sample.bits saliencies in scratch->sampled, by the top bits of their keys; the block
 // that ends last turns the ranks of `sample` into scratch->bracket.
-// A thread: one saliency. 21 us, of which little is work: every thread fences before it ends.
-__global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch* scratch);
+//   crowd  out: of_rows, set to 0
+// A thread: kSampleEach saliencies; a block adds its own up before it adds them to the others'.
+__global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch* scratch,
+                             PruneCrowd crowd);
 
-// prune_split: a warp takes units of kSplitRows rows and 4 columns a lane.
-constexpr int kSplitRows = 8;
-constexpr int kSplitColumns = 4 * kWarpSize;
-constexpr int kUnitsPerWarp = 2;
 // Candidates that a block gathers before it appends them to the list; it expects 300.
 constexpr unsigned kStaged = 1024;
 
@@ -173,38 +208,11 @@ struct SplitShared {
     PruneCandidate staged[kStaged];
     unsigned count;  // also of those that were not staged, for want of space
     unsigned kept;
+    unsigned before_crowd;
+    unsigned crowd;
     unsigned first;  // place of the staged candidates in the list
     unsigned find_bin[kFindBinShared];
 };
-
-__device__ __forceinline__ int at_most(int64_t value, int limit) {
-    return static_cast<int>(value < limit ? value : limit);
-}
-
-// The first `count` of four numbers, none if it is not positive, then 0. kVector: they are aligned
-// to 16 bytes and count is a multiple of 4.
-template <bool kVector>
-__device__ __forceinline__ float4 load_four(const float* data, int count) {
-    if (kVector) {
-        return count > 0 ? *reinterpret_cast<const float4*>(data)
-                         : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    }
-    const auto at = [&](int i) { return i < count ? data[i] : 0.0f; };
-    return make_float4(at(0), at(1), at(2), at(3));
-}
-
-// The 8 x 8 transpose of 4-bit numbers over the 8 lanes that share lane / 8: number c of lane r is
-// what number r of lane c was.
-__device__ __forceinline__ unsigned transpose_nibbles(unsigned mine) {
-    const int lane = threadIdx.x;
-    unsigned other = __shfl_xor_sync(kFullWarp, mine, 4);
-    mine = __byte_perm(mine, other, lane & 4 ? 0x3276 : 0x5410);
-    other = __shfl_xor_sync(kFullWarp, mine, 2);
-    mine = __byte_perm(mine, other, lane & 2 ? 0x3715 : 0x6240);
-    other = __shfl_xor_sync(kFullWarp, mine, 1);
-    constexpr unsigned kLow = 0x0f0f0f0f;
-    return lane & 1 ? (mine & ~kLow) | (other >> 4 & kLow) : (mine & kLow) | (other << 4 & ~kLow);
-}
 
 // Decides what lies outside the bracket, lists the rest; the block that ends last looks for the
 // threshold in the list.
@@ -213,12 +221,13 @@ __device__ __forceinline__ unsigned transpose_nibbles(unsigned mine) {
 //   scratch     bracket in; counts, bracketed and threshold out
 //   candidates  out: the undecided weights, in any order, as many as fit
 //   bitmap      out, [rows, padded columns / 32] words: set for keys above the bracket only
+//   crowd       out, if the bracket is crowded; of_rows is added to
 // A block: kPruneWarps * kUnitsPerWarp units; a warp: one unit after another, of kSplitRows rows
 // and kSplitColumns columns; a lane: 4 columns of each row, all read before the first is looked at.
-// Bound by memory, 39 us; but equal keys are all counted in one place: 6 ms where half of W is 0.
+// Bound by memory: measured on an H100, 39 us.
 template <bool kVector>
 __global__ void prune_split(PruneLayer layer, unsigned n_prune, PruneScratch* scratch,
-                            PruneCandidates candidates, unsigned* bitmap);
+                            PruneCandidates candidates, unsigned* bitmap, PruneCrowd crowd);
 
 constexpr int kFinishBlocks = 4;  // a multiprocessor, for its registers
 
@@ -228,12 +237,13 @@ constexpr int kFinishBlocks = 4;  // a multiprocessor, for its registers
 //   candidates  the undecided weights
 //   ties        [blocks]: of the radix select, how many weights of a block are at the threshold
 //   bitmap      in and out: bits are set, or all words written again
+//   crowd       what prune_split left
 // Launched cooperatively: blocks meet at grid barriers. Of the list a thread takes one candidate
 // after another, and of the tied a warp; of the radix select a block takes consecutive rows. 7 us
 // from a list, a chain of dependent reads from the second-level cache.
 __global__ void __launch_bounds__(kPruneThreads, kFinishBlocks)
     prune_finish(PruneLayer layer, unsigned n_prune, PruneScratch* scratch,
-                 PruneCandidates candidates, unsigned* ties, unsigned* bitmap);
+                 PruneCandidates candidates, unsigned* ties, unsigned* bitmap, PruneCrowd crowd);
 
 // n_prune = 0: sets the bits of all columns. bitmap [rows, padded columns / 8], a thread a byte.
 __global__ void prune_keep_all(int64_t rows, int64_t cols, uint8_t* bitmap);

@@ -69,6 +69,10 @@ NOWAG_DECLARE(kmeans_assign, const KmeansProblem* problems, int64_t count, int64
 NOWAG_DECLARE_CPU(kmeans_assign_exhaustive, const KmeansProblem* problems, int64_t count,
                   int64_t entries, int d, double scale, bool warm, int64_t* changed);
 
+// Sums in float64 of many terms (objective_drop, kmeans_energy) are taken in runs of so many, the
+// last shorter: the terms of a run in order, then the runs.
+constexpr int kKmeansTermRun = 64;
+
 // Moves each entry to the weighted mean of its points. objective_drop = sum over k and j of
 // (2 c num - c^2 den) / scale in float64, with the new, float32-rounded c, k ascending then j: the
 // weighted squared error of the assignment is sum(h x^2) - objective_drop. empty[k] = 1 where entry
@@ -98,7 +102,7 @@ NOWAG_DECLARE(kmeans_merge_costs, const int64_t* sums, const float* codebook, in
               int d, double scale, const int64_t* chosen, int64_t count, float* costs);
 
 // sum of h x^2 over all points in float64: the denominator of the relative objective. Fixed order:
-// one sum a row (j ascending), rows ascending.
+// one sum a row (j ascending), rows ascending, in runs.
 NOWAG_DECLARE(kmeans_energy, const KmeansProblem* problems, int64_t count, int d, double* energy);
 
 // Writes a starting codebook [K, d] for the points of all problems together (the codebook, codes
