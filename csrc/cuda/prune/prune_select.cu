@@ -125,8 +125,7 @@ __device__ __forceinline__ void list_candidate(PruneCandidate candidate, unsigne
     if (place < candidates.capacity) candidates.list[place] = candidate;
 }
 
-// Of a lane's weights those beyond the bracket, those of its crowd, and the others inside. Bit 4 r +
-// c stands for row r and column c.
+// Of a lane's weights those beyond the bracket, those of its crowd, and the others inside.
 struct SplitBits {
     unsigned above;
     unsigned crowd;
