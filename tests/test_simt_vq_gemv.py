@@ -78,10 +78,11 @@ def test_vq_gemv(
 
 
 FAST = [(6, 12), (4, 8), (4, 12)]
+TWO_QUICK = [*FAST[:2], pytest.param(*FAST[2], marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("d", "code_bits"), FAST)
+@pytest.mark.parametrize(("d", "code_bits"), TWO_QUICK)
 # One row; one chunk and two chunks of rows; a band's tail; one and several segments, and a tail of
 # positions; more items than blocks, the last of one segment shorter.
 @pytest.mark.parametrize(
@@ -125,7 +126,7 @@ def test_vq_gemv_looks_up_in_many_stages(
     assert_same_bits(y, run_vq_gemv(driver, x, vq, 6, 12, bias, seed=2))
 
 
-@pytest.mark.parametrize(("d", "code_bits"), FAST)
+@pytest.mark.parametrize(("d", "code_bits"), TWO_QUICK)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 11])
 @pytest.mark.parametrize("kind", ["1e30", "1e-30", "subnormal", "zero", "outliers", "all sizes"])
 def test_vq_gemv_of_extreme_inputs(
@@ -173,7 +174,7 @@ def lost_by_batch(x: Tensor, vq: tuple[Tensor, ...], weight: Tensor, d: int) -> 
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("d", "code_bits"), FAST)
+@pytest.mark.parametrize(("d", "code_bits"), TWO_QUICK)
 # One row; a band's tail; several segments, more items than blocks, an odd number of rows.
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens"),
@@ -198,7 +199,7 @@ def test_vq_gemv_batch(
     assert_same_bits(y[tokens - 1 :], again[:1])
 
 
-@pytest.mark.parametrize(("d", "code_bits"), FAST)
+@pytest.mark.parametrize(("d", "code_bits"), TWO_QUICK)
 @pytest.mark.parametrize("kind", ["large", "small", "outliers", "all sizes", "a zero token"])
 def test_vq_gemv_batch_of_extreme_inputs(driver: Driver, d: int, code_bits: int, kind: str) -> None:
     rows, cols, tokens = 70, 205, 18

@@ -220,9 +220,10 @@ Status batch(const VqWeight& weight, const VqActivations& io, const PreparedBatc
         });
 }
 
+// By tensor cores, however many tokens.
 template <int kD, int kBits, DType kType>
-Status tensor(const VqWeight& weight, const VqActivations& io, unsigned char* scratch,
-              Stream stream) {
+Status on_tensor_cores(const VqWeight& weight, const VqActivations& io, unsigned char* scratch,
+                       Stream stream) {
     constexpr int kAtOnce = kMmaOctets<kD, kBits> * kOctet;
     if (io.tokens <= kAtOnce) return multiply<kD, kBits, kType>(weight, io, scratch, stream);
     if (io.tokens <= kVqGemvMaxTokens) {
@@ -295,9 +296,10 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
             case Path::multiply:
             case Path::batch: {
                 auto* scratch = static_cast<unsigned char*>(workspace);
-                if (d == 6) return tensor<6, 12, type.value>(weight, io, scratch, stream);
-                if (code_bits == 8) return tensor<4, 8, type.value>(weight, io, scratch, stream);
-                return tensor<4, 12, type.value>(weight, io, scratch, stream);
+                if (d == 6) return on_tensor_cores<6, 12, type.value>(weight, io, scratch, stream);
+                if (code_bits == 8)
+                    return on_tensor_cores<4, 8, type.value>(weight, io, scratch, stream);
+                return on_tensor_cores<4, 12, type.value>(weight, io, scratch, stream);
             }
             default:
                 return with_subvector(d, [&](auto subvector) {
