@@ -16,7 +16,7 @@ from vq_cases import activations, random_vq
 
 import nowag_ext
 from nowag_ext import ops, prune, vq_compress
-from nowag_ext.decoding import decodes_under_graph
+from nowag_ext.decoding import CudaGraphs, decodes_under_graph
 from nowag_ext.linear import SparseLinear, VQLinear
 from nowag_ext.ops import registry
 
@@ -394,10 +394,23 @@ def test_generation_under_a_graph(method: dict[str, Any], recwarn: pytest.Warnin
             do_sample=False, pad_token_id=0, cache_implementation="static", disable_compile=True,
         )  # fmt: skip
 
-    want = written()
-    with nowag_ext.decode_graph(model):
+    class Counted(CudaGraphs):
+        replays = 0
+
+        def capture(self, *arguments: Any) -> Any:
+            replay, output = super().capture(*arguments)
+
+            def counted() -> None:
+                self.replays += 1
+                replay()
+
+            return counted, output
+
+    want, graphs = written(), Counted()
+    with nowag_ext.decode_graph(model, graphs):
         for _ in range(2):
             assert torch.equal(written(), want)
+    assert graphs.replays == 2 * 18  # the prompt gives one token, another is eager
     assert not [one for one in recwarn if "could not be captured" in str(one.message)]
 
 

@@ -14,7 +14,7 @@ from tiny_models import ARCHITECTURES, random_act_norms, tiny_model, tiny_tokens
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
-from transformers import AutoConfig, GemmaConfig, MistralConfig
+from transformers import AutoConfig, GemmaConfig, MistralConfig, StaticCache
 
 from nowag_ext import compress_model, decode_graph, decoding
 from nowag_ext.decoding import decodes_under_graph, has_plain_cache
@@ -63,14 +63,20 @@ class Recorder(TorchDispatchMode):
 
 
 class Captures:
-    """Counts graphs and replays; the n-th capture fails, if one is to."""
+    """Counts graphs and replays, which are recorded."""
 
-    def __init__(self, fails: bool = False) -> None:
-        self.fails = fails
+    def __init__(self, *, waits: bool = False, fails: bool = False) -> None:
+        self.waits, self.fails = waits, fails
         self.graphs = self.replays = 0
         self.recorders: list[Any] = []  # they hold what ids stand for
 
-    def __call__(self, step: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def rehearse(self, step: Callable[[], Any], _: torch.device) -> tuple[Any, str | None]:
+        return step(), "model.py:7 waits for the device" if self.waits else None
+
+    def capture(
+        self, step: Callable[[], Any], device: torch.device
+    ) -> tuple[Callable[[], None], Any]:
+        assert device == torch.device("cpu")
         if self.fails:
             raise RuntimeError("operation not permitted when stream is capturing")
         self.graphs += 1
@@ -148,7 +154,7 @@ def test_generate_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     ids = tiny_tokens(1, 5)
     want = generate(model, Tokenizer(), ids, max_new_tokens=NEW)
-    monkeypatch.setattr(decoding, "_cuda_graph", captures)
+    monkeypatch.setattr(decoding, "CudaGraphs", lambda: captures)
     monkeypatch.setattr("nowag_ext.generate.decodes_under_graph", lambda _: True)
     shown: list[str] = []
     got = generate(model, Tokenizer(), ids, max_new_tokens=NEW, show=shown.append)
@@ -157,12 +163,45 @@ def test_generate_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert captures.replays == NEW - 2
 
 
-def test_goes_on_where_nothing_can_be_captured() -> None:
+@pytest.mark.parametrize("what", ["waits", "fails"])
+def test_goes_on_where_nothing_can_be_captured(what: str) -> None:
     model, ids = model_of("llama", packed=True), tiny_tokens(1, 5)
     want = generated(model, ids, None)
-    with pytest.warns(UserWarning, match="could not be captured .* when stream is capturing"):
-        got = generated(model, ids, Captures(fails=True))
+    with pytest.warns(UserWarning, match=r"could not be captured .*(waits for the|is capturing)"):
+        got = generated(model, ids, Captures(**{what: True}))
     assert torch.equal(got, want)
+
+
+def test_beams_replace_the_tensors_of_the_cache() -> None:
+    model, captures, ids = model_of("llama", packed=True), Captures(), tiny_tokens(1, 5)
+    want = generated(model, ids, None, num_beams=3)
+    assert torch.equal(generated(model, ids, captures, num_beams=3), want)
+    assert captures.replays == 0
+
+
+def test_what_is_returned_is_the_callers() -> None:
+    """Scores, which generate copies; logits of a loop of one's own; hidden states, if asked for."""
+    model, captures, ids = model_of("llama", packed=True), Captures(), tiny_tokens(1, 5)
+    more = {"return_dict_in_generate": True, "output_logits": True}
+    want, got = (generated(model, ids, one, **more) for one in (None, captures))
+    assert captures.replays == NEW - 2
+    for one, other in zip(got.logits, want.logits, strict=True):
+        torch.testing.assert_close(one, other)
+    cache = StaticCache(model.config, max_cache_len=16)
+    with torch.no_grad(), decode_graph(model, captures):
+        model(ids, past_key_values=cache, use_cache=True)
+        logits = [
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits
+            for _ in range(4)
+        ]
+    assert captures.replays == NEW + 1
+    assert all(not torch.equal(one, logits[-1]) for one in logits[:-1])
+    with pytest.warns(UserWarning, match="hidden_states is returned, which later tokens"):
+        got = generated(model, ids, captures, output_hidden_states=True, **more)
+    assert captures.replays == NEW + 1
+    want = generated(model, ids, None, output_hidden_states=True, **more)
+    for one, other in zip(got.hidden_states, want.hidden_states, strict=True):
+        torch.testing.assert_close(one[-1], other[-1])
 
 
 def test_what_is_no_token_of_a_static_cache_runs_as_ever() -> None:

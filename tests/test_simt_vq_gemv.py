@@ -169,7 +169,7 @@ def test_vq_gemv_of_inputs_that_are_not_finite(
 
 def lost_by_batch(x: Tensor, vq: tuple[Tensor, ...], weight: Tensor, d: int) -> Tensor:
     """What vq_gemv.h adds to the bound for 17 tokens and more."""
-    rounding = 5.5e-4 * (x.double().abs() @ weight.abs().T)
+    rounding = 5.7e-4 * (x.double().abs() @ weight.abs().T)
     return rounding + lost_by_split(x, vq, len(vq[3]), d)
 
 

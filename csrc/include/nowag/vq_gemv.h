@@ -46,7 +46,7 @@
 //                + row_norms[i] * sum over runs of 2^-39 * M * sum_j |c_kj|,
 //                M = the run's largest |x_j col_norms_j|: inputs far smaller than it lose bits;
 //                or, for batch,
-//                the same with the whole token for a run, + 5.5e-4 * sum_j |x_j W_ij|: what
+//                the same with the whole token for a run, + 5.7e-4 * sum_j |x_j W_ij|: what
 //                rounding W to float16 would lose, and an eighth of what bfloat16 does.
 // On a GPU an input that is not finite makes all outputs of its token inf or NaN, and no others.
 // In practice rounding errors cancel: ||y - y64|| / ||y64|| <= 2e-3 on inputs with outlier channels
