@@ -15,9 +15,9 @@
 // d = 4 at 8 bits: 32, 32 and 16, tensor cores 112: they bound it, 22 us.
 //
 // Error: x_j col_norms_j is rounded to 11 bits, 4.9e-4 of the absolute sum; what float16 loses
-// below 2^-24 is the same term as for vq_gemv_mma.cuh, over a whole token. At most kBatchWarpSteps *
-// kD / 2 additions in a row lose what lies 2 bits below the largest of 17 terms, and the rest of
-// float32 when they are truncated: 7e-5, within vq_gemv.h's 5.7e-4 and 8e-6.
+// below 2^-24 is the same term as for vq_gemv_mma.cuh, over a whole token. At most
+// kBatchWarpSteps * kD / 2 additions in a row lose what lies 2 bits below the largest of 17 terms,
+// and the rest of float32 when they are truncated: 7e-5, within vq_gemv.h's 5.7e-4 and 8e-6.
 #pragma once
 
 #include "cuda/vq/vq_gemv_mma.cuh"
