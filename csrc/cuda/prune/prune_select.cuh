@@ -21,7 +21,7 @@
 #pragma once
 
 #include "cuda/base/block.cuh"
-#include "cuda/prune/prune_parts.cuh"
+#include "cuda/prune/prune.cuh"
 
 namespace nowag::cuda {
 
@@ -85,6 +85,13 @@ struct PruneSample {
 
 // An undecided weight: its key and flat index, so that they sort as integers.
 using PruneCandidate = unsigned long long;
+
+// The bin of a candidate in its bracket.
+__device__ __forceinline__ unsigned bin_of(const PruneBracket& bracket, PruneCandidate candidate) {
+    const unsigned key = static_cast<unsigned>(candidate >> 32);
+    // The mask is for negative importances only: they give no order, but must not write elsewhere.
+    return (key - bracket.before - 1) >> bracket.shift & (kBins - 1);
+}
 
 struct PruneCounts {
     unsigned sampled_blocks, split_blocks;  // that have ended
@@ -187,63 +194,6 @@ __device__ __forceinline__ uint64_t sample_index(uint64_t k, uint64_t numel, int
     const uint64_t place = static_cast<uint32_t>(k) * 2654435769u;
     return (k * numel + (place * numel >> 32)) >> bits;
 }
-
-struct SampleShared {
-    unsigned histogram[kBins];
-    unsigned keys[kPruneThreads];
-    unsigned find_bin[kFindBinShared];
-};
-
-// Counts 2^sample.bits saliencies in scratch->sampled, by the top bits of their keys; the block
-// that ends last turns the ranks of `sample` into scratch->bracket.
-//   crowd  out: of_rows, set to 0
-// A thread: kSampleEach saliencies; a block adds its own up before it adds them to the others'.
-__global__ void prune_sample(PruneLayer layer, PruneSample sample, PruneScratch* scratch,
-                             PruneCrowd crowd);
-
-// Candidates that a block gathers before it appends them to the list; it expects 300.
-constexpr unsigned kStaged = 1024;
-
-struct SplitShared {
-    PruneCandidate staged[kStaged];
-    unsigned count;  // also of those that were not staged, for want of space
-    unsigned kept;
-    unsigned before_crowd;
-    unsigned crowd;
-    unsigned first;  // place of the staged candidates in the list
-    unsigned find_bin[kFindBinShared];
-};
-
-// Decides what lies outside the bracket, lists the rest; the block that ends last looks for the
-// threshold in the list.
-//   kVector     rows of W, and h, are read in aligned fours: cols % 4 = 0, both aligned to 16 bytes
-//   n_prune     how many weights are to be pruned
-//   scratch     bracket in; counts, bracketed and threshold out
-//   candidates  out: the undecided weights, in any order, as many as fit
-//   bitmap      out, [rows, padded columns / 32] words: set for keys above the bracket only
-//   crowd       out, if the bracket is crowded; of_rows is added to
-// A block: kPruneWarps * kUnitsPerWarp units; a warp: one unit after another, of kSplitRows rows
-// and kSplitColumns columns; a lane: 4 columns of each row, all read before the first is looked at.
-// Bound by memory: measured on an H100, 39 us.
-template <bool kVector>
-__global__ void prune_split(PruneLayer layer, unsigned n_prune, PruneScratch* scratch,
-                            PruneCandidates candidates, unsigned* bitmap, PruneCrowd crowd);
-
-constexpr int kFinishBlocks = 4;  // a multiprocessor, for its registers
-
-// Decides the candidates, or everything again where the list is of no use.
-//   n_prune     how many weights are to be pruned
-//   scratch     what prune_split left; digits, tied and the barrier's count are worked with
-//   candidates  the undecided weights
-//   ties        [blocks]: of the radix select, how many weights of a block are at the threshold
-//   bitmap      in and out: bits are set, or all words written again
-//   crowd       what prune_split left
-// Launched cooperatively: blocks meet at grid barriers. Of the list a thread takes one candidate
-// after another, and of the tied a warp; of the radix select a block takes consecutive rows. 7 us
-// from a list, a chain of dependent reads from the second-level cache.
-__global__ void __launch_bounds__(kPruneThreads, kFinishBlocks)
-    prune_finish(PruneLayer layer, unsigned n_prune, PruneScratch* scratch,
-                 PruneCandidates candidates, unsigned* ties, unsigned* bitmap, PruneCrowd crowd);
 
 // n_prune = 0: sets the bits of all columns. bitmap [rows, padded columns / 8], a thread a byte.
 __global__ void prune_keep_all(int64_t rows, int64_t cols, uint8_t* bitmap);
