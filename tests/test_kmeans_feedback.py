@@ -173,6 +173,11 @@ def test_padding_is_of_no_account() -> None:
         ({"carried": torch.zeros(6, 4).T}, "carried must be contiguous"),
         ({"sums": torch.zeros(4, 3, dtype=torch.int64)}, "sums must have shape"),
         ({"x": torch.zeros(6, 4).T}, "the rows of x must be contiguous"),
+        ({"x": torch.zeros(4, 6, device="meta")}, "carried must be on meta, not on cpu"),
+        (
+            {"codes": torch.zeros(4, 2, device="meta").to(torch.uint16)},
+            "codes must be on cpu, not on meta",
+        ),
     ],
 )
 def test_refusals(change: dict[str, Tensor], sentence: str) -> None:
@@ -186,3 +191,14 @@ def test_refusals(change: dict[str, Tensor], sentence: str) -> None:
     }
     with pytest.raises((ValueError, TypeError), match=sentence):
         ops.kmeans_feedback(**operands)
+
+
+def test_is_an_operation_of_torch() -> None:
+    """It writes to what its schema says, and nothing else."""
+    x, carried, factor, codebook = problem(7, 3, 2, 3)
+    codes = torch.zeros(7, 3, dtype=torch.uint16)
+    sums = torch.zeros(8, ops.feedback_sums_columns(2), dtype=torch.int64)
+    torch.library.opcheck(
+        ops.kmeans_feedback, (x, carried, factor, codebook, codes, SCALE, sums),
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip

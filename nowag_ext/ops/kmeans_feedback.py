@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,10 +16,16 @@ def feedback_sums_columns(d: int) -> int:
     return d + d * (d + 1) // 2 + 1
 
 
+def _kmeans_feedback_fake(x: Tensor, *others: Any, **named: Any) -> None:
+    names = ("carried", "factor", "codebook", "codes", "scale", "sums")
+    operands = {**dict(zip(names, others, strict=False)), **named}
+    same_device(x.device, **{name: one for name, one in operands.items() if name != "scale"})
+
+
 @operation(
     "kmeans_feedback(Tensor(a!) x, Tensor(b!) carried, Tensor factor, Tensor codebook, "
     "Tensor(c!) codes, float scale=1.0, Tensor(d!)? sums=None) -> ()",
-    lambda *_, **__: None,
+    _kmeans_feedback_fake,
 )
 def kmeans_feedback(
     x: Tensor,
