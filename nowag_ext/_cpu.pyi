@@ -18,6 +18,26 @@ max_group: int
 max_subvector: int
 norm_eps: float
 sparse_gemv_max_tokens: int
+tape_add: int
+tape_attention: int
+tape_boolean: int
+tape_copy: int
+tape_divide: int
+tape_features: int
+tape_gelu_tanh: int
+tape_index_copy: int
+tape_int64: int
+tape_mean: int
+tape_multiply: int
+tape_negate: int
+tape_queries: int
+tape_reciprocal_sqrt: int
+tape_select: int
+tape_sigmoid: int
+tape_silu: int
+tape_subtract: int
+tape_tanh: int
+tape_words: int
 tile_rows: int
 vq_gemv_max_tokens: int
 
@@ -282,6 +302,7 @@ def kmeans_assign_exhaustive(
     threads: int,
     /,
 ) -> None: ...
+def tape_run(steps: int, count: int, threads: int, /) -> None: ...
 
 @type_check_only
 class Kernels(Protocol):

@@ -1,7 +1,8 @@
-"""Generation on a CUDA device under a CUDA graph.
+"""Generation under a graph: one token's work, captured once and replayed for those that follow.
 
-A token of a large model is some hundreds of small kernels, which Python starts more slowly than a
-GPU runs them. Captured once and replayed they take the time that they take on the device.
+A token is some hundreds of small operations. On a GPU Python starts them more slowly than they run,
+and on a CPU torch's dispatcher takes longer for one than its arithmetic does. CUDA graphs
+(``cuda_graphs``) and recordings (``cpu_graphs``) leave that out.
 """
 
 from __future__ import annotations
@@ -10,83 +11,48 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticCache, StaticLayer
 
+from nowag_ext.cpu_graphs import CpuGraphs
+from nowag_ext.cuda_graphs import CudaGraphs
+from nowag_ext.graphs import Call, Captured, NoGraphError
+
+# Of a model's; a subclass may do anything with its operations.
+_OWN_TENSORS = (Tensor, nn.Parameter)
 # Arguments by which a graph's steps may not differ, and that compare.
 _PLAIN = (bool, int, float, str, type(None))
 
 
 class Graphs(Protocol):
-    """How steps become graphs."""
+    """How steps become graphs: at once, or when they have been done before."""
 
-    def rehearse(self, step: Callable[[], Any], device: torch.device) -> tuple[Any, str | None]:
-        """Runs a step: what it returns, and why it can be no graph, if that shows."""
+    def first(self, step: Call, device: torch.device) -> Captured:
+        """Does a step that may be the first of its kind."""
 
-    def capture(
-        self, step: Callable[[], Any], device: torch.device
-    ) -> tuple[Callable[[], None], Any]:
-        """What replays a step, and the output that each replay writes anew.
+    def second(self, step: Call, device: torch.device) -> Captured:
+        """Does a step of which ``first`` gave no replay, nor a reason for that.
 
-        Nothing that the step does has happened before the first replay.
+        Raises:
+            NoGraphError: it cannot be captured, and nothing of it has been done.
         """
 
 
-class CudaGraphs:
-    """Those of CUDA, on the device given, whichever is current."""
-
-    def rehearse(self, step: Callable[[], Any], device: torch.device) -> tuple[Any, str | None]:
-        """A step that waits for the device cannot be captured, and trying it harms the process."""
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                output = step()
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-        waits = [one for one in caught if "synchronizing CUDA operation" in str(one.message)]
-        for one in caught:
-            if one not in waits:
-                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-        if not waits:
-            return output, None
-        return output, f"{waits[0].filename}:{waits[0].lineno} waits for the device"
-
-    def capture(
-        self, step: Callable[[], Any], device: torch.device
-    ) -> tuple[Callable[[], None], Any]:
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        torch.cuda.synchronize(device)
-        with torch.cuda.device(device), torch.cuda.stream(stream):
-            graph.capture_begin()
-            try:
-                output = step()
-            except BaseException:
-                with suppress(RuntimeError):  # which only says again that something went wrong
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-
-        def replay() -> None:
-            with torch.cuda.device(device):
-                graph.replay()
-
-        return replay, output
-
-
 def decodes_under_graph(model: nn.Module) -> bool:
-    """Whether ``decode_graph`` has something to gain: a decoder all of which is on one CUDA device.
+    """Whether ``decode_graph`` has something to gain: a decoder all of which is on one device.
 
-    Its attention must be plain: a sliding window's cache counts tokens in Python, as a graph
-    cannot. And nobody may have hooked its modules: a replay calls none of them.
+    That is a CPU or a GPU. Its attention must be plain: a sliding window's cache counts tokens in
+    Python, as a graph cannot. And nobody may have hooked its modules: a replay calls none of them.
     """
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if len(devices) != 1 or next(iter(devices)).type != "cuda" or hasattr(model, "_hf_hook"):
+    tensors = [*model.parameters(), *model.buffers()]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        return False
+    if hasattr(model, "_hf_hook") or any(type(one) not in _OWN_TENSORS for one in tensors):
         return False
     if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
         return False
@@ -104,7 +70,7 @@ def has_plain_cache(config: Any) -> bool:
 
 @contextmanager
 def decode_graph(model: Any, graphs: Graphs | None = None) -> Iterator[None]:
-    """Within it the model's tokens after the first run as a CUDA graph.
+    """Within it the model's tokens after the first run as a graph, which leaves Python out.
 
     For ``model.generate(..., cache_implementation="static", disable_compile=True)``, any number of
     times: each is captured at its second new token, which takes about as long as an eager one.
@@ -113,11 +79,11 @@ def decode_graph(model: Any, graphs: Graphs | None = None) -> Iterator[None]:
     Weights may be changed in place, not replaced; hooks of submodules are not called in a replay.
 
     Args:
-        model: a Hugging Face causal LM on one CUDA device (``decodes_under_graph``).
-        graphs: how; None for CUDA graphs.
+        model: a Hugging Face causal LM on one device (``decodes_under_graph``).
+        graphs: how; None for CUDA graphs on a GPU, recorded operations on a CPU.
     """
     forward = model.forward
-    decoder = _Decoder(forward, graphs or CudaGraphs())
+    decoder = _Decoder(forward, graphs or _graphs_of(model))
 
     @functools.wraps(forward)
     def graphed(*args: Any, **kwargs: Any) -> Any:
@@ -135,12 +101,13 @@ def decode_graph(model: Any, graphs: Graphs | None = None) -> Iterator[None]:
             del model.forward
 
 
+def _graphs_of(model: nn.Module) -> Graphs:
+    on_cpu = next(model.parameters()).is_cpu
+    return CpuGraphs() if on_cpu else CudaGraphs()
+
+
 def _is_plain(layer: Any) -> bool:
     return type(layer) is StaticLayer and isinstance(layer.cumulative_length, Tensor)
-
-
-class _NoGraphError(RuntimeError):
-    """A step that can be captured and not replayed."""
 
 
 class _Decoder:
@@ -158,42 +125,39 @@ class _Decoder:
         kind = None if args or self._failed or torch.is_grad_enabled() else _kind(kwargs)
         if kind is None:
             return self._forward(*args, **kwargs)
-        device = kwargs["input_ids"].device
         if kind != self._kind:
-            # What this token allocates and looks up, a capture must find done.
-            self._kind, self._cache, self._step = kind, kwargs[_cache_name(kwargs)], None
-            output, why = self._graphs.rehearse(lambda: self._forward(**kwargs), device)
-            if why is not None:
-                self._give_up(why)
-            return output
-        if self._step is None:
-            try:
-                self._step = _Step(self._forward, kwargs, self._graphs, device)
-            except RuntimeError as error:
-                self._give_up(str(error))
-                return self._forward(**kwargs)
-        return self._step(kwargs)
+            self._kind, self._cache = kind, kwargs[_cache_name(kwargs)]
+            self._step = _Step(self._forward, kwargs, self._graphs)
+        assert self._step is not None
+        try:
+            output = self._step(kwargs)
+        except NoGraphError as error:
+            self._give_up(str(error))
+            return self._forward(**kwargs)
+        if self._step.why is not None:
+            self._give_up(self._step.why)
+        return output
 
     def _give_up(self, why: str) -> None:
         self._failed = True
         warnings.warn(
-            f"a token could not be captured as a CUDA graph, and is not replayed: {why}",
+            f"a token could not be captured as a graph, and is not replayed: {why}",
             stacklevel=4,
         )
 
 
 class _Step:
-    """One token, captured: it reads its tensors where those of the first were copied to."""
+    """One token: it reads its tensors where those of the first were copied to.
+
+    Attributes:
+        why: why it can be no graph, once that is known.
+    """
 
     def __init__(
-        self,
-        forward: Callable[..., Any],
-        inputs: Mapping[str, Any],
-        graphs: Graphs,
-        device: torch.device,
+        self, forward: Callable[..., Any], inputs: Mapping[str, Any], graphs: Graphs
     ) -> None:
         self._buffers = {place: tensor.clone() for place, tensor in _tensors(inputs).items()}
-        own = {
+        self._inputs: dict[str, Any] = {
             name: (
                 {key: self._buffers.get((name, key), value) for key, value in given.items()}
                 if isinstance(given, dict)
@@ -201,23 +165,42 @@ class _Step:
             )
             for name, given in inputs.items()
         }
-        self._replay, self._output = graphs.capture(lambda: forward(**own), device)
-        cache = inputs[_cache_name(inputs)]
-        for name, value in self._output.items():
-            if not isinstance(value, Tensor) and value is not cache:
-                raise _NoGraphError(f"{name} is returned, which later tokens would overwrite")
+        self._forward, self._graphs = forward, graphs
+        self._captured: Captured | None = None
+        self.why: str | None = None
 
     def __call__(self, inputs: Mapping[str, Any]) -> Any:
         for place, tensor in _tensors(inputs).items():
             self._buffers[place].copy_(tensor)
-        self._replay()
-        # The next replay writes to the same tensors.
-        return type(self._output)(
-            **{
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in self._output.items()
-            }
+        if self._captured is not None and self._captured.replay is not None:
+            self._captured.replay()
+            return _copy(self._captured.output)
+        do = self._graphs.first if self._captured is None else self._graphs.second
+        device = self._inputs["input_ids"].device
+        self._captured = do(lambda: self._forward(**self._inputs), device)
+        output = self._captured.output
+        self.why = self._captured.why or _not_replayed(
+            output, self._inputs[_cache_name(self._inputs)]
         )
+        return output if self.why is not None else _copy(output)
+
+
+def _copy(output: Any) -> Any:
+    """What a replay gave, for the caller to keep: the next one writes to its own tensors."""
+    return type(output)(
+        **{
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in output.items()
+        }
+    )
+
+
+def _not_replayed(output: Mapping[str, Any], cache: Any) -> str | None:
+    """Why a step with this output cannot be a graph, if so."""
+    for name, value in output.items():
+        if not isinstance(value, Tensor) and value is not cache:
+            return f"{name} is returned, which later tokens would overwrite"
+    return None
 
 
 def _tensors(inputs: Mapping[str, Any]) -> dict[tuple[str, str | None], Tensor]:
@@ -245,6 +228,10 @@ def _kind(inputs: Mapping[str, Any]) -> tuple[Any, ...] | None:
     ):
         return None
     kind: list[Any] = [
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(ids.device.type),
+    ]
+    kind += [
         # Where a graph reads and writes them: beams replace the tensors of a cache.
         (layer.keys.data_ptr(), layer.values.data_ptr(), layer.cumulative_length.data_ptr())
         for layer in cache.layers

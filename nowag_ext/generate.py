@@ -68,7 +68,7 @@ def generate(
     seed: int = 0,
     show: Callable[[str], object] | None = None,
 ) -> Generation:
-    """Text of at most ``max_new_tokens`` tokens; on a CUDA device under a graph (``decode_graph``).
+    """Text of at most ``max_new_tokens`` tokens, where it can be under a graph (``decode_graph``).
 
     Args:
         model: a Hugging Face causal LM.

@@ -17,6 +17,7 @@ from nowag_ext.ops import registry
 
 CPU_ONLY = {
     "kmeans_assign_exhaustive",
+    "tape_run",
     "simd_level",
     "simd_best",
     "vq_gemv_device_tokens",
@@ -31,16 +32,16 @@ def test_the_stub_is_what_the_module_says() -> None:
 
 
 def test_every_declared_operation_is_listed_with_its_stem() -> None:
-    listed = re.findall(
-        r"^    EACH\((\w+), (\w+)\)", (INCLUDE / "operations.h").read_text(), re.MULTILINE
-    )
-    declared = {
-        (header.stem, name)
-        for header in INCLUDE.glob("*.h")
-        for name in re.findall(r"^NOWAG_DECLARE\((\w+),", header.read_text(), re.MULTILINE)
-    }
-    assert set(listed) == declared
-    assert len(listed) == len(declared)
+    text = (INCLUDE / "operations.h").read_text()
+    for each, macro in (("EACH", "NOWAG_DECLARE"), ("ALONE", "NOWAG_DECLARE_CPU")):
+        listed = re.findall(rf"^    {each}\((\w+), (\w+)\)", text, re.MULTILINE)
+        declared = {
+            (header.stem, name)
+            for header in INCLUDE.glob("*.h")
+            for name in re.findall(rf"^{macro}\((\w+),", header.read_text(), re.MULTILINE)
+        }
+        assert set(listed) == declared
+        assert len(listed) == len(declared)
 
 
 def test_the_cpu_module_offers_the_list() -> None:
@@ -61,6 +62,10 @@ def test_the_cuda_module_offers_the_list() -> None:
 def test_the_list_is_taken_whole(source: str) -> None:
     """Without CUDA the last two cannot be asked."""
     assert "NOWAG_OPERATIONS(NOWAG_" in (ROOT / source).read_text()
+
+
+def test_the_cpus_own_list_is_taken_whole() -> None:
+    assert "NOWAG_CPU_OPERATIONS(NOWAG_" in (ROOT / "csrc/bindings/cpu_module.cpp").read_text()
 
 
 def test_torch_has_an_op_for_each() -> None:

@@ -9,6 +9,7 @@
 #include "nowag/dtype.h"
 #include "nowag/format.h"
 #include "nowag/kmeans_feedback.h"
+#include "nowag/tape.h"
 
 namespace nowag::bindings {
 namespace {
@@ -39,6 +40,14 @@ void add_constants(py::module_& module) {
     module.attr("float32") = static_cast<int>(DType::float32);
     module.attr("float16") = static_cast<int>(DType::float16);
     module.attr("bfloat16") = static_cast<int>(DType::bfloat16);
+    module.attr("tape_words") = kTapeWords;
+    module.attr("tape_queries") = kTapeQueries;
+    module.attr("tape_features") = kTapeFeatures;
+    module.attr("tape_int64") = static_cast<int>(TapeType::int64);
+    module.attr("tape_boolean") = static_cast<int>(TapeType::boolean);
+#define NOWAG_ADD_TAPE_OP(name) module.attr("tape_" #name) = static_cast<int>(TapeOp::name);
+    NOWAG_TAPE_OPS(NOWAG_ADD_TAPE_OP)
+#undef NOWAG_ADD_TAPE_OP
     module.attr("init_random") = static_cast<int>(KmeansInit::random);
     module.attr("init_plus_plus") = static_cast<int>(KmeansInit::plus_plus);
 }
@@ -81,5 +90,5 @@ PYBIND11_MODULE(_cpu, module) {
     nowag::bindings::add_constants(module);
     nowag::bindings::add_limits(module);
     NOWAG_OPERATIONS(NOWAG_BIND_LISTED)
-    NOWAG_BIND(kmeans_assign_exhaustive)
+    NOWAG_CPU_OPERATIONS(NOWAG_BIND_LISTED)
 }

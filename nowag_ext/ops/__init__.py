@@ -48,10 +48,17 @@ from nowag_ext.ops.sparse_gemv import (
     run_sparse_gemv,
     sparse_gemv,
     sparse_linear,
+    sparse_linear_call,
     sparse_linear_grad,
 )
 from nowag_ext.ops.sparse_pack import sparse_dequantize, sparse_offsets, sparse_pack
-from nowag_ext.ops.vq_gemv import run_vq_gemv, vq_gemv, vq_linear, vq_linear_grad
+from nowag_ext.ops.vq_gemv import (
+    run_vq_gemv,
+    vq_gemv,
+    vq_linear,
+    vq_linear_call,
+    vq_linear_grad,
+)
 from nowag_ext.ops.vq_pack import pack_codes, unpack_codes, vq_dequantize, vq_gather
 
 __all__ = [
@@ -86,6 +93,7 @@ __all__ = [
     "sparse_dequantize",
     "sparse_gemv",
     "sparse_linear",
+    "sparse_linear_call",
     "sparse_linear_grad",
     "sparse_offsets",
     "sparse_pack",
@@ -94,5 +102,6 @@ __all__ = [
     "vq_gather",
     "vq_gemv",
     "vq_linear",
+    "vq_linear_call",
     "vq_linear_grad",
 ]

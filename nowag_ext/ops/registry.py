@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,6 +109,18 @@ def backend_of(device: torch.device) -> tuple[Kernels, int]:
 def backend_for(x: Tensor) -> tuple[Kernels, int]:
     """``backend_of`` the device of ``x``, for what is called for every token."""
     return (_cpu, cpu_threads()) if x.is_cpu else backend_of(x.device)
+
+
+class KernelCall:
+    """A CPU kernel with its arguments but for the threads, and the tensors that they point to."""
+
+    def __init__(
+        self, kernel: Callable[..., None], arguments: Sequence[Any], tensors: Sequence[Tensor]
+    ) -> None:
+        self._kernel, self._arguments, self._tensors = kernel, arguments, tensors
+
+    def __call__(self) -> None:
+        self._kernel(*self._arguments, cpu_threads())
 
 
 class _OnDevice:

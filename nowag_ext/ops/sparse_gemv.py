@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from nowag_ext import _cpu
@@ -12,7 +14,7 @@ from nowag_ext.ops.linear import (
     tiled_linear_grad,
 )
 from nowag_ext.ops.linear_autograd import register_linear_autograd
-from nowag_ext.ops.registry import backend_for, operation
+from nowag_ext.ops.registry import KernelCall, backend_for, operation
 from nowag_ext.ops.sparse_pack import check_sparse, dequantize_sparse_rows, refused_offsets
 
 MAX_TOKENS: int = _cpu.sparse_gemv_max_tokens
@@ -56,6 +58,28 @@ def run_sparse_gemv(
     x, tokens, bias = check_linear(x, bias, rows, cols, bitmap)
     require(tokens <= MAX_TOKENS, f"sparse_gemv takes at most {MAX_TOKENS} tokens, not {tokens}.")
     return _launch(x, tokens, (bitmap, values, row_offsets), rows, bias)
+
+
+def sparse_linear_call(
+    y: Tensor,
+    x: Tensor,
+    bitmap: Tensor,
+    values: Tensor,
+    row_offsets: Tensor,
+    bias: Tensor | None = None,
+) -> Callable[[], None] | None:
+    """As ``vq_linear_call``, of sparse_linear."""
+    cols, rows = x.shape[-1], row_offsets.shape[0] - 1
+    tokens = x.numel() // cols
+    tensors = [x, bitmap, values, row_offsets, *([] if bias is None else [bias])]
+    if not 0 < tokens <= MAX_TOKENS or not all(one.is_contiguous() for one in tensors):
+        return None
+    arguments = (
+        x.data_ptr(), DTYPES[x.dtype], tokens, bitmap.data_ptr(), values.data_ptr(),
+        DTYPES[values.dtype], row_offsets.data_ptr(), values.numel(),
+        0 if bias is None else bias.data_ptr(), rows, cols, y.data_ptr(),
+    )  # fmt: skip
+    return KernelCall(_cpu.sparse_gemv, arguments, [*tensors, y])
 
 
 sparse_gemv = operation(

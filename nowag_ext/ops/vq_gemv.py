@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from nowag_ext.ops.linear import (
     tiled_linear_grad,
 )
 from nowag_ext.ops.linear_autograd import register_linear_autograd
-from nowag_ext.ops.registry import backend_for, operation
+from nowag_ext.ops.registry import KernelCall, backend_for, operation
 from nowag_ext.ops.vq_pack import VqSizes, check_vq_aligned, dequantize_vq_rows, vq_sizes
 
 _WEIGHT = "Tensor codes, Tensor codebook, Tensor row_norms, Tensor col_norms"
@@ -96,6 +97,32 @@ def run_vq_gemv(
         tokens <= GEMV_MAX_TOKENS, f"vq_gemv takes at most {GEMV_MAX_TOKENS} tokens, not {tokens}."
     )
     return _launch(x, tokens, vq, sizes, bias)
+
+
+def vq_linear_call(
+    y: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codebook: Tensor,
+    row_norms: Tensor,
+    col_norms: Tensor,
+    bias: Tensor | None = None,
+) -> Callable[[], None] | None:
+    """What writes vq_linear of the same tensors, on a CPU, to ``y``, and checks nothing again.
+
+    None where that is not one call of the kernel. ``y`` is what vq_linear returned.
+    """
+    rows, cols, d, code_bits = vq_sizes(codes, codebook, row_norms, col_norms)
+    tokens = x.numel() // cols
+    tensors = [x, codes, codebook, row_norms, col_norms, *([] if bias is None else [bias])]
+    if not 0 < tokens <= GEMV_MAX_TOKENS or not all(one.is_contiguous() for one in tensors):
+        return None
+    x_at, *weight_at = (one.data_ptr() for one in tensors[:5])
+    bias_at = 0 if bias is None else bias.data_ptr()
+    arguments = (
+        x_at, DTYPES[x.dtype], tokens, *weight_at, bias_at, rows, cols, d, code_bits, y.data_ptr()
+    )  # fmt: skip
+    return KernelCall(_cpu.vq_gemv, arguments, [*tensors, y])
 
 
 vq_gemv = operation(f"vq_gemv(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _vq_linear_fake)(

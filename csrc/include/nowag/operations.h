@@ -3,7 +3,7 @@
 // The stem names the files: nowag/<stem>.h, the contract; csrc/cpu/<room>/<stem>*.cpp and
 // csrc/cuda/<room>/<stem>*.cu, the room being the stem's first word. CMake reads the list for them
 // (cmake/operations.cmake); both modules of bindings/ and the host SIMT executor (tests/simt) take
-// the names from it.
+// the names from it. Operations that the CPU alone has are listed apart: ALONE(stem, name).
 #pragma once
 
 #include "nowag/kmeans.h"
@@ -12,6 +12,7 @@
 #include "nowag/prune.h"
 #include "nowag/sparse_gemv.h"
 #include "nowag/sparse_pack.h"
+#include "nowag/tape.h"
 #include "nowag/vq_gemv.h"
 #include "nowag/vq_pack.h"
 
@@ -37,3 +38,7 @@
     EACH(sparse_pack, sparse_dequantize)   \
     EACH(vq_gemv, vq_gemv)                 \
     EACH(sparse_gemv, sparse_gemv)
+
+#define NOWAG_CPU_OPERATIONS(ALONE)         \
+    ALONE(kmeans, kmeans_assign_exhaustive) \
+    ALONE(tape, tape_run)

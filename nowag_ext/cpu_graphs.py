@@ -1,0 +1,203 @@
+"""Graphs on a CPU: the operations of a step, recorded once and run again on the same tensors.
+
+What Python, torch's dispatcher and the allocator do in a step is done once. Small operations become
+tapes (``ops/tape.py``), linears calls of their kernels; others go on through torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nowag_ext import ops
+from nowag_ext.graphs import Call, Captured
+from nowag_ext.ops.tape import Step, tape, tape_steps
+
+# Operations of which each call is one of a kernel, and what makes that call.
+_KERNELS = {
+    torch.ops.nowag.vq_linear.default: ops.vq_linear_call,
+    torch.ops.nowag.sparse_linear.default: ops.sparse_linear_call,
+}
+
+
+class CpuGraphs:
+    """Those of steps on the CPU."""
+
+    def first(self, step: Call, _: torch.device) -> Captured:
+        """A step that looks into a tensor may do otherwise the next time; a recording does not."""
+        with _Reads() as reads, _Recorder(reads) as recorder:
+            output = step()
+        if reads.why is not None:
+            return Captured(output, why=reads.why)
+        calls = _calls(recorder.operations)
+
+        def replay() -> None:
+            for call in calls:
+                call()
+
+        return Captured(output, replay)
+
+    def second(self, step: Call, device: torch.device) -> Captured:
+        raise NotImplementedError  # the first has been captured
+
+
+class _Reads(TorchFunctionMode):
+    """Notices where the content of a tensor becomes something of Python."""
+
+    _READING: ClassVar = {
+        Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__,
+        Tensor.__float__, Tensor.__index__, Tensor.__complex__, Tensor.__contains__,
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.why: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._READING:
+            self.note(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+    def note(self, name: str) -> None:
+        self.why = self.why or f"it looks into a tensor ({name})"
+
+
+class _Operation:
+    """A call of an operation: what it was given and what it returned."""
+
+    def __init__(self, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self.func, self.args, self.kwargs, self.output = func, args, kwargs, output
+        self.outputs = _tensors((output,))
+        # Where they are in memory: who writes there what another reads.
+        self.reads = _storages(_tensors((*args, *kwargs.values())))
+        self.writes = _storages(_tensors(_written(func, args, kwargs)))
+        self.makes = _storages(self.outputs)
+
+    def is_view(self) -> bool:
+        """Whether it gave nothing but other views of its inputs, which stay what they are."""
+        return not self.writes and self.makes <= self.reads
+
+    def is_constant(self) -> bool:
+        """Whether it returns the same whenever it is called."""
+        drawn = torch.Tag.nondeterministic_seeded in self.func.tags
+        return not self.reads and not drawn
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among values, and in lists of them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors}
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operation writes to in place."""
+    if not func._schema.is_mutable:
+        return
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            if place < len(args):
+                yield args[place]
+            elif argument.name in kwargs:
+                yield kwargs[argument.name]
+
+
+class _Recorder(TorchDispatchMode):
+    """All operations of a step, in order; their tensors stay alive with it, each in its place."""
+
+    def __init__(self, reads: _Reads) -> None:
+        super().__init__()
+        self.operations: list[_Operation] = []
+        self._reads = reads
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not _gives_tensors(func):
+            self._reads.note(str(func))
+        output = func(*args, **(kwargs or {}))
+        self.operations.append(_Operation(func, args, kwargs or {}, output))
+        return output
+
+
+@functools.cache
+def _gives_tensors(func: Any) -> bool:
+    """And nothing else, and no more of them, nor larger ones, than operands' shapes say."""
+    tensors = all("Tensor" in str(result.type) for result in func._schema.returns)
+    return tensors and torch.Tag.dynamic_output_shape not in func.tags
+
+
+def _calls(operations: Sequence[_Operation]) -> list[Call]:
+    """Calls that do again what the operations did, to the same tensors."""
+    written = {place for operation in operations for place in operation.writes}
+    last_read = {
+        place: index for index, operation in enumerate(operations) for place in operation.reads
+    }
+    calls: list[Call] = []
+    steps: list[Step] = []
+
+    def end_tape() -> None:
+        if steps:
+            calls.append(tape(steps))
+            steps.clear()
+
+    for index, operation in enumerate(operations):
+        if operation.is_view() or (operation.is_constant() and not operation.makes & written):
+            continue
+        more = tape_steps(operation.func, operation.args, operation.kwargs, operation.output)
+        beside = _storages(operation.outputs[1:])  # which tapes do not write
+        if more is not None and all(last_read.get(place, -1) <= index for place in beside):
+            steps += more
+        else:
+            end_tape()
+            calls.append(_kernel_call(operation) or _torch_call(operation))
+    end_tape()
+    return calls
+
+
+def _kernel_call(operation: _Operation) -> Call | None:
+    bind: Any = _KERNELS.get(operation.func)
+    return bind and bind(operation.output, *operation.args, **operation.kwargs)
+
+
+def _torch_call(operation: _Operation) -> Call:
+    func, args, kwargs = operation.func, operation.args, operation.kwargs
+    if operation.writes or not operation.outputs:
+        return functools.partial(func, *args, **kwargs)
+    found = _out_variant(func)
+    if found is not None and len(found[1]) == len(operation.outputs):
+        variant, names = found
+        outputs = dict(zip(names, operation.outputs, strict=True))
+        return functools.partial(variant, *args, **kwargs, **outputs)
+
+    def call() -> None:
+        for old, new in zip(operation.outputs, _tensors((func(*args, **kwargs),)), strict=True):
+            old.copy_(new)
+
+    return call
+
+
+@functools.cache
+def _out_variant(func: Any) -> tuple[Any, list[str]] | None:
+    """The overload that takes ``func``'s arguments and writes to given tensors, and their names."""
+    wanted = [(argument.name, str(argument.type)) for argument in func._schema.arguments]
+    packet = func._overloadpacket
+    for name in packet.overloads():
+        arguments = getattr(packet, name)._schema.arguments
+        given = [(one.name, str(one.type)) for one in arguments if not one.is_out]
+        names = [one.name for one in arguments if one.is_out]
+        if names and given == wanted:
+            return getattr(packet, name), names
+    return None
