@@ -23,7 +23,7 @@ from nowag_ext.codebook_training import train_codebook
 from nowag_ext.decoder import decoder_layers, decoder_linears, matches
 from nowag_ext.forecast import Sizes
 from nowag_ext.methods import Given, LayerSettings, Settings, VQSettings
-from nowag_ext.pipeline import blocks, codebooks, streams
+from nowag_ext.pipeline import blocks, codebooks, distill, streams
 from nowag_ext.pipeline import compress as pipeline
 from nowag_ext.plan_head import plan_head
 
@@ -38,12 +38,17 @@ _METRIC_COPIES = 3
 _LOADED = 84 << 20
 _MOST_KEPT = 256 << 20
 
+# Of the logits of some tokens, where two models' are compared.
+_LOGITS_COPIES = 6
+
 # Runs of a window's first tokens that finding out a layer's groups takes, beside one of all.
 _TRACES = 4
 
 # Sizes that speeds are measured at, at most; and for how long, each.
 _MOST_FEATURES = 4096
 _MOST_LENGTH = 2048
+_MOST_LOGITS = 32768
+_LOGITS_TOKENS = 64
 _SEARCH_FEATURES = 768
 _SEARCH_ROWS = 256
 _SECONDS = 0.15
@@ -57,7 +62,8 @@ class Work:
     """How much calibration text a run takes: ``samples`` windows of ``length`` tokens.
 
     ``offload``: its hidden states are on disk. 0 samples: none, norms are given. ``head``: the
-    settings of the head, if that is packed too.
+    settings of the head, if that is packed too. ``distilled``: windows, of ``distilled_length``,
+    that the result is tuned on.
     """
 
     recipe: str
@@ -65,6 +71,8 @@ class Work:
     length: int
     offload: bool
     head: VQSettings | None = None
+    distilled: int = 0
+    distilled_length: int = 1
 
 
 @dataclass(frozen=True)
@@ -119,11 +127,13 @@ class _Search:
         compression: seconds a weight, beside products.
         seeding: seconds a weight of the starting points of k-means.
         training: seconds a weight and iteration of k-means; later ones take less.
+        tuning: seconds a weight and step of a distillation, beside products.
     """
 
     compression: float
     seeding: float
     training: float
+    tuning: float
 
     def clustering(self, iters: int) -> float:
         """Seconds a weight that a codebook is trained on."""
@@ -137,12 +147,14 @@ class _Speeds:
     Attributes:
         products: floating-point operations a second of matrix products.
         attention, elementwise: seconds a layer and window.
+        divergence: seconds a logit: of the softmax of two models, and its gradient.
         search: with the settings of most weights.
     """
 
     products: float
     attention: float
     elementwise: float
+    divergence: float
     search: _Search
 
 
@@ -238,7 +250,29 @@ class _Costs:
 
     def seconds(self, work: Work) -> dict[str, float]:
         stages = _seconds(self.layers, self.typical, work, self.trained, self.speeds)
-        return stages if self.head is None else {**stages, "head": self.head.seconds}
+        if self.head is not None:
+            stages["head"] = self.head.seconds
+        if work.distilled:
+            stages["distillation"] = self._distillation(work)
+        return stages
+
+    def _distillation(self, work: Work) -> float:
+        """Of each window: the dense model, the compressed one, and the way back through that."""
+        speeds, length = self.speeds, work.distilled_length
+        part = length / work.length
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        logits = length * vocabulary
+        heads = 3 * 2 * logits * self.hidden / speeds.products + logits * speeds.divergence
+        weights = sum(layer.weights for layer in self.layers)
+        products = 2 * weights * length / speeds.products
+        beside = len(self.layers) * (part**2 * speeds.attention + part * speeds.elementwise)
+        recorded = sum(
+            _recorded(layer, work.distilled_length, self.hidden) for layer in self.layers
+        )
+        again = max(0.0, 1 - distill._RECORD_BYTES / recorded)
+        tuned = sum(group.weights for layer in self.layers for group in layer.groups)
+        runs = 4 + again  # two there, and back along the inputs and along the weights
+        return work.distilled * (runs * (products + beside) + tuned * speeds.search.tuning + heads)
 
 
 def _layer(name: str, layer: nn.Module, ignore: Sequence[str], hidden: int) -> _Layer:
@@ -310,6 +344,22 @@ def _memory(
     if head is not None:
         states = {name: through[name] for name in ("what is compressed", "hidden states")}
         stages.append({**states, "the head, in fp32": head.memory})
+    if work.distilled:
+        length = work.distilled_length
+        recorded = sum(_recorded(layer, length, hidden) for layer in layers)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        copied = sum(
+            _FLOAT * parameter.numel()
+            for key, parameter in every.items()
+            if key not in of_layers and parameter.dtype != torch.float32
+        )
+        stages.append({
+            "what is compressed": sizes.compressed,
+            "hidden states": 0 if work.offload else work.distilled * length * hidden * _FLOAT,
+            "the dense model outside the layers, and both in fp32": outside + 2 * copied,
+            "what is recorded of the layers": min(recorded, distill._RECORD_BYTES) + 3 * block,
+            "logits": _LOGITS_COPIES * min(length, distill._HEAD_TOKENS) * vocabulary * _FLOAT,
+        })  # fmt: skip
     largest = max(stages, key=lambda stage: sum(stage.values()))
     freed = sum(sum(stage.values()) for stage in stages)
     return {**always, **largest, "what the allocator keeps": min(_MOST_KEPT, freed // 2)}
@@ -324,6 +374,12 @@ def _seen(layer: _Layer, work: Work, hidden: int) -> int:
     room = (streams._SEEN_BYTES // max(1, one) for one in (dense, compressed))
     kept = (min(work.samples, windows) for windows in room)
     return sum(windows * one for windows, one in zip(kept, (dense, compressed), strict=True))
+
+
+def _recorded(layer: _Layer, length: int, hidden: int) -> int:
+    """What a layer's record for the way back holds, roughly: weights, and what is between them."""
+    between = sum(group.inputs + 2 * sum(group.outputs) for group in layer.groups) + 6 * hidden
+    return _FLOAT * (layer.weights + length * between)
 
 
 def _group_bytes(group: _Group) -> int:
@@ -421,8 +477,11 @@ def _speeds(model: Any, settings: Settings, length: int, hidden: int) -> _Speeds
         lambda: functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     )
 
+    vocabulary = min(model.get_input_embeddings().weight.shape[0], _MOST_LOGITS)
+    logits = random(_LOGITS_TOKENS, vocabulary)
+    divergence = _timed(lambda: _divergence(logits)) / logits.numel()
     search = _search(settings, inputs, products)
-    return _Speeds(products, attention, elementwise, search)
+    return _Speeds(products, attention, elementwise, divergence, search)
 
 
 def _search(settings: Settings, inputs: int, products: float) -> _Search:
@@ -456,7 +515,9 @@ def _search(settings: Settings, inputs: int, products: float) -> _Search:
     spent = (features**3 / 3 + 3 * features * layer.numel()) / products
     compression = _timed(lambda: settings.compress(layer, norms, lambda _share: None, given))
     compression = scale * max(0.1 * compression, compression - spent) / layer.numel()
-    return _Search(compression, seeding, training)
+    packed = settings.compress(layer, norms, lambda _share: None, given)
+    tuning = (_timed(packed.dequantize) + _timed(lambda: packed.gradients(layer))) / layer.numel()
+    return _Search(compression, seeding, training, tuning)
 
 
 def _random_numbers() -> Callable[..., torch.Tensor]:
@@ -471,6 +532,16 @@ def _elementwise(states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
         variance = states.pow(2).mean(-1, keepdim=True)
         states = states + (states * torch.rsqrt(variance + 1e-6)) * 0.1
     return (functional.silu(gate) * gate)[:, :1] + states[:, :1]
+
+
+def _divergence(logits: torch.Tensor) -> torch.Tensor:
+    """As a distillation compares tokens, and the gradient of that."""
+    expected = torch.log_softmax(logits.flip(0), -1)
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        said = torch.log_softmax(leaf, -1)
+        divergence = functional.kl_div(said, expected, reduction="sum", log_target=True)
+        return torch.autograd.grad(divergence, leaf)[0]
 
 
 def _timed(function: Callable[[], Any]) -> float:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticCache, StaticLayer
+from transformers.cache_utils import StaticCache, StaticLayer, StaticSlidingWindowLayer
 
 from nowag_ext.cpu_graphs import CpuGraphs
 from nowag_ext.cuda_graphs import CudaGraphs
@@ -42,12 +42,18 @@ class Graphs(Protocol):
         """
 
 
-def decodes_under_graph(model: nn.Module) -> bool:
+def decodes_under_graph(model: nn.Module, length: int = 1) -> bool:
     """Whether ``decode_graph`` has something to gain: a decoder all of which is on one device.
 
-    That is a CPU or a GPU. Its attention must be plain: a sliding window's cache counts tokens in
-    Python, as a graph cannot. And nobody may have hooked its modules: a replay calls none of them.
+    That is a CPU or a GPU. Its authors must say that it does the same for every token, as torch
+    compiles it whole. And nobody may have hooked its modules: a replay calls none of them.
+
+    Args:
+        model: a Hugging Face causal LM.
+        length: of the text, prompt and new tokens: a window that slides must be as wide.
     """
+    if not getattr(model, "_can_compile_fullgraph", False):
+        return False
     tensors = [*model.parameters(), *model.buffers()]
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
@@ -56,16 +62,19 @@ def decodes_under_graph(model: nn.Module) -> bool:
         return False
     if any(part._forward_hooks or part._forward_pre_hooks for part in model.modules()):
         return False
-    return has_plain_cache(model.config)
+    return has_plain_cache(model.config, length)
 
 
-def has_plain_cache(config: Any) -> bool:
-    """Whether a static cache of this configuration's models has tensors for all of its state."""
+def has_plain_cache(config: Any, length: int) -> bool:
+    """Whether in a static cache of this configuration's models all tokens have places of their own.
+
+    A graph writes to the one that a tensor names. A window that has begun to slide moves them.
+    """
     try:
-        layers = StaticCache(config, max_cache_len=1).layers
+        layers = StaticCache(config, max_cache_len=length).layers
     except (AttributeError, KeyError, TypeError, ValueError):  # a model with a cache of its own
         return False
-    return bool(layers) and all(_is_plain(layer) for layer in layers)
+    return bool(layers) and all(_is_plain(layer, length) for layer in layers)
 
 
 @contextmanager
@@ -73,7 +82,7 @@ def decode_graph(model: Any, graphs: Graphs | None = None) -> Iterator[None]:
     """Within it the model's tokens after the first run as a graph, which leaves Python out.
 
     For ``model.generate(..., cache_implementation="static", disable_compile=True)``, any number of
-    times: each is captured at its second new token, which takes about as long as an eager one.
+    times: each is captured at its second new token (on a GPU its third), which takes longer.
     Whatever else the model is called with runs as ever: prompts, beams, other caches, hidden states
     that are asked for. So does everything where a token cannot be captured, after a warning.
     Weights may be changed in place, not replaced; hooks of submodules are not called in a replay.
@@ -106,12 +115,26 @@ def _graphs_of(model: nn.Module) -> Graphs:
     return CpuGraphs() if on_cpu else CudaGraphs()
 
 
-def _is_plain(layer: Any) -> bool:
-    return type(layer) is StaticLayer and isinstance(layer.cumulative_length, Tensor)
+def _is_plain(layer: Any, length: int) -> bool:
+    """Whether a layer of a static cache has places for so many tokens, and a tensor to tell which.
+
+    A window's counts its tokens in Python too.
+    """
+    if not isinstance(getattr(layer, "cumulative_length", None), Tensor):
+        return False
+    return type(layer) is StaticLayer or (_slides(layer) and layer.max_cache_len >= length)
+
+
+def _slides(layer: Any) -> bool:
+    return type(layer) is StaticSlidingWindowLayer and hasattr(layer, "cumulative_length_int")
+
+
+def _tokens_in(layer: Any) -> int:
+    return layer.cumulative_length_int if _slides(layer) else 0
 
 
 class _Decoder:
-    """A forward that runs a token of a sequence eagerly once, then captures it, then replays."""
+    """A forward that captures a token of a sequence, at the first or the second, and replays it."""
 
     def __init__(self, forward: Callable[..., Any], graphs: Graphs) -> None:
         self._forward = forward
@@ -174,6 +197,9 @@ class _Step:
             self._buffers[place].copy_(tensor)
         if self._captured is not None and self._captured.replay is not None:
             self._captured.replay()
+            for layer in self._inputs[_cache_name(self._inputs)].layers:
+                if _slides(layer):
+                    layer.cumulative_length_int += 1
             return _copy(self._captured.output)
         do = self._graphs.first if self._captured is None else self._graphs.second
         device = self._inputs["input_ids"].device
@@ -224,7 +250,14 @@ def _kind(inputs: Mapping[str, Any]) -> tuple[Any, ...] | None:
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or cache is None:
         return None
     if getattr(cache, "offloading", False) or not all(
-        _is_plain(layer) and getattr(layer, "is_initialized", False) for layer in cache.layers
+        _is_plain(layer, _tokens_in(layer) + 1) and getattr(layer, "is_initialized", False)
+        for layer in cache.layers
+    ):
+        return None
+    if any(map(_slides, cache.layers)) and not (
+        # Else the model goes by its own count of tokens, which is no tensor.
+        isinstance(inputs.get("position_ids"), Tensor)
+        and isinstance(inputs.get("attention_mask"), dict)
     ):
         return None
     kind: list[Any] = [

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from nowag_ext.files import check_apart, check_vacant, require_space, temporary_
 from nowag_ext.forecast import Sizes, sizes, skeleton
 from nowag_ext.gguf_source import read_once
 from nowag_ext.methods import LayerSettings, VQSettings
+from nowag_ext.offload import bring_back
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
+from nowag_ext.pipeline.distill import distill
 from nowag_ext.plan_head import head_settings, plan_head
 from nowag_ext.report import ModelReport, Progress
 from nowag_ext.resume import LayerStore, open_store, work_directory
@@ -302,6 +304,30 @@ class Job:
             left_out = write(model, tokenizer, self.target, overwrite=self.overwrite)
             store.clear()
         return model.nowag_report, left_out
+
+    def distill(
+        self,
+        model: Any,
+        tokens: Tensor,
+        store: LayerStore,
+        offload_dir: str | os.PathLike[str] | None,
+        progress: Progress | None,
+    ) -> None:
+        """Tunes what the source was compressed to; its layers are read again, from disk."""
+        bring_back(model)  # what is left of it
+        with temporary_directory(store.directory, "dense") as converted:
+            dense, _ = open_dense_model(
+                self.source, str(self.dtype), offload_folder=converted,
+                trust_remote_code=self.trust_remote_code,
+            )  # fmt: skip
+            learnt = distill(
+                model, dense, tokens, work_dir=store, offload_dir=offload_dir, progress=progress
+            )
+        report = model.nowag_report
+        model.nowag_report = replace(
+            report, seconds=report.seconds + learnt.seconds,
+            stages={**report.stages, "distillation": learnt.seconds},
+        )  # fmt: skip
 
     def outline(self) -> Any:
         """The model without its weights, or None where only loading it tells (``skeleton``)."""

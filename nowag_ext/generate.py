@@ -89,7 +89,7 @@ def generate(
     if temperature > 0:
         torch.manual_seed(seed)
     ids = prompt.to(next(model.parameters()).device)
-    graph = decodes_under_graph(model)
+    graph = decodes_under_graph(model, ids.shape[1] + max_new_tokens)
     start = time.perf_counter()
     with decode_graph(model) if graph else nullcontext():
         output = model.generate(  # type: ignore[operator]

@@ -142,6 +142,18 @@ def mixed_batches(
     return mixed[:samples]
 
 
+def windows_of_each(available: Sequence[int], samples: int) -> list[int]:
+    """How many of so many windows of each text ``mixed_batches`` takes."""
+    taken = [0] * len(available)
+    for turn in range(max(available, default=0)):
+        if sum(taken) >= samples:
+            break
+        for text, count in enumerate(available):
+            if turn < count and sum(taken) < samples:
+                taken[text] += 1
+    return taken
+
+
 def check_found(source: str | os.PathLike[str]) -> None:
     """Raises OSError for a name that is neither a local path nor a model of the hub."""
     if Path(source).exists():

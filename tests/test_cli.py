@@ -34,7 +34,7 @@ from nowag_ext.source import calibration_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VQ = ["--d", "4", "--bits", "2", "--iters", "3"]
+VQ = ["--d", "4", "--bits", "2", "--iters", "3", "--distill", "0"]
 
 
 @pytest.fixture(scope="module")

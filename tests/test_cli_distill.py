@@ -18,6 +18,7 @@ from tiny_model import TEXT, save_tiny, tiny_llama, tiny_tokenizer
 import nowag_ext
 from nowag_ext.evaluate import tokenize
 from nowag_ext.pipeline import distill as distillation
+from nowag_ext.source import mixed_batches, windows_of_each
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -151,3 +152,88 @@ def test_a_report_that_says_what_none_can_is_not_passed_on(work: Path, tmp_path:
         assert result.exit_code == 0, result.output
         assert not (tmp_path / "out" / "report.json").exists()
         assert "mine" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def compress_arguments(work: Path, output: Path, *more: Any) -> list[Any]:
+    return [
+        "compress", work / "model", "-o", output, "--d", 4, "--bits", 2, "--iters", 3,
+        "--text", work / "text.txt", "--samples", 4, "--length", 64, *more,
+    ]  # fmt: skip
+
+
+def test_compress_distils_what_it_made(work: Path, tmp_path: Path) -> None:
+    """As the command does that comes after, on what calibration has left of the text."""
+    result = run(*compress_arguments(work, tmp_path / "out", "--distill", 3))
+    assert result.exit_code == 0, result.output
+    said = one_line(result.output)
+    assert "Calibrating on 4 windows of 64 tokens, the first of the text." in said
+    assert "Then learning from 3 windows of 64 tokens, the first of the text after those." in said
+    assert "Distilled: 1 pass of 192 tokens; KL to the dense model" in said
+    assert ", distillation " in said
+    given = arguments(work, tmp_path / "after")
+    given[given.index("--passes") + 1], given[given.index("--samples") + 1] = 1, 3
+    assert run(*given, "--skip", 4 * 64).exit_code == 0
+    weights = [tmp_path / name / "model.safetensors" for name in ("out", "after")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["distillation"]["tokens"] == 192
+    assert report["seconds"] >= report["stages"]["distillation"] > 0
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["after", "out"]
+
+
+def test_compress_goes_on_with_its_distillation(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep_every_step(monkeypatch)
+    step, left = distillation._Run._step, [3]
+
+    def interrupted(self: Any, *args: Any) -> float:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    given = compress_arguments(work, tmp_path / "out", "--distill", 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(distillation._Run, "_step", interrupted)
+        assert run(*given).exit_code == 130
+        left[0] = 2
+        fails_with("--distill 5, not --distill 6", *given[:-1], 6)
+        assert run(*given).exit_code == 0  # with two steps and no more
+    assert run(*compress_arguments(work, tmp_path / "whole", "--distill", 5)).exit_code == 0
+    weights = [tmp_path / name / "model.safetensors" for name in ("out", "whole")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_what_compress_distils_on(work: Path, tmp_path: Path) -> None:
+    """By default 48 windows, of windows at random others; as far as the text goes."""
+    result = run(*compress_arguments(work, tmp_path / "out"))
+    tokens = len(tokenize(tiny_tokenizer(), TEXT))
+    assert f"Then learning from {tokens // 64 - 4} windows of 64 tokens" in one_line(result.output)
+    assert "The text has no more: 48 were asked for." in one_line(result.stderr)
+    result = run(*compress_arguments(work, tmp_path / "random", "--sample-seed", 3, "--distill", 2))
+    assert "Then learning from 2 windows of 64 tokens, taken at random (seed 4)." in one_line(
+        result.output
+    )
+    everything = compress_arguments(work, tmp_path / "all", "--samples", tokens // 64)
+    result = run(*everything)
+    assert result.exit_code == 0, result.output
+    assert "The text has nothing left to learn from afterwards" in one_line(result.stderr)
+    assert json.loads((tmp_path / "all" / "report.json").read_text())["distillation"] is None
+    pruned = compress_arguments(work, tmp_path / "pruned")
+    pruned[4:10] = ["--method", "prune"]
+    result = run(*pruned)
+    assert result.exit_code == 0, result.output
+    assert "learning" not in result.output
+    alone = compress_arguments(work, tmp_path / "no", "--recipe", "paper", "--distill", 2)
+    fails_with("--distill belongs to --recipe feedback", *alone)
+
+
+def test_windows_of_each_text() -> None:
+    texts = [torch.arange(70), torch.arange(30) + 100, torch.arange(10) + 200]
+    for samples in range(1, 13):
+        taken = windows_of_each([len(text) // 10 for text in texts], samples)
+        windows = mixed_batches(texts, samples=samples, length=10)
+        assert sum(taken) == len(windows) == min(samples, 11)
+        firsts = [int(window[0, 0]) // 100 for window in windows]
+        assert taken == [firsts.count(text) for text in range(3)]

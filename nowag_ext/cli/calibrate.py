@@ -17,7 +17,7 @@ from nowag_ext.calibrate import (
 from nowag_ext.cli import options
 from nowag_ext.cli.base import advise_dtype, app, err, out, reported
 from nowag_ext.cli.sentences import named_options
-from nowag_ext.cli.texts import open_texts, text_facts, text_windows
+from nowag_ext.cli.texts import calibration_windows, open_texts, text_facts
 from nowag_ext.disk import kept, of_argument, source_facts
 from nowag_ext.render import loading, progress_bar
 from nowag_ext.resume import LayerStore, run_key
@@ -66,7 +66,7 @@ def calibrate(
         facts = text_facts(texts, samples, length, seed)
         store.begin(named_options({**source_facts(model, dtype), **facts}))
         tokenizer = open_tokenizer(model, trust_remote_code=trust_remote_code)
-        windows = text_windows(tokenizer, texts, samples, length, seed)
+        windows, _ = calibration_windows(tokenizer, texts, samples, length, seed)
         with loading(err, model):
             loaded, _ = open_dense_model(
                 model, dtype, tokenizer=tokenizer, trust_remote_code=trust_remote_code

@@ -18,7 +18,7 @@ from nowag_ext.cli import options
 from nowag_ext.cli.base import app, err, out, reported
 from nowag_ext.cli.calibrate import measured
 from nowag_ext.cli.sentences import named_options
-from nowag_ext.cli.texts import open_texts, text_facts, text_windows
+from nowag_ext.cli.texts import calibration_windows, open_texts, text_facts
 from nowag_ext.cost import Work, affordable_samples, forecast
 from nowag_ext.decoder import decoder_linears
 from nowag_ext.disk import Job, of_argument
@@ -29,6 +29,7 @@ from nowag_ext.pipeline.compress import compress as compress_blocks
 from nowag_ext.pipeline.ranks import launched, launched_rank, process_group
 from nowag_ext.plan import plan_compression
 from nowag_ext.render import forecast_tables, loading, progress_bar, report_table, stages_text
+from nowag_ext.report import distillation_text
 from nowag_ext.resume import LayerStore, work_directory
 from nowag_ext.source import open_dense_model
 
@@ -37,6 +38,10 @@ _FEW_TOKENS = 8
 
 # Windows of calibration text that each recipe reads unless told otherwise.
 _SAMPLES = {"feedback": 32, "paper": 128}
+
+# Windows of text that the result is tuned on unless told otherwise, and the most tokens of one.
+_DISTILLED = {"vq": 48, "prune": 0}
+_DISTILLED_LENGTH = 512
 
 # What --samples auto may take.
 _MINUTES = 10.0
@@ -75,6 +80,7 @@ def compress(
     minutes: options.Minutes = None,
     length: options.Length = 1024,
     sample_seed: options.SampleSeed = None,
+    distill: options.CompressDistill = None,
 ) -> None:
     """Compresses a model's linear layers and writes a checkpoint, report.json and layers.csv."""
     settings = _settings(
@@ -91,6 +97,8 @@ def compress(
         raise ValueError("--head belongs to --recipe feedback: paper leaves the head dense.")
     if recipe == "paper" and offload is not None:
         raise ValueError("--offload belongs to --recipe feedback: paper keeps no hidden states.")
+    if recipe == "paper" and distill:
+        raise ValueError("--distill belongs to --recipe feedback: paper looks at each layer alone.")
     scope = SharedCodebooks(codebook_scope or ("model" if recipe == "feedback" else "layer")).scope
     if recipe == "paper" and launched() > 1:
         raise ValueError("torchrun is for --recipe feedback alone: start this without it.")
@@ -119,9 +127,13 @@ def compress(
     budget = _MINUTES if minutes is None else minutes
     if not 0 < budget < math.inf:
         raise ValueError(f"--minutes must be a finite number above 0, not {budget:g}.")
+    if distill is None:
+        distill = _DISTILLED[method] if recipe == "feedback" else 0
+    distilled = {"distilled": distill, "distilled_length": min(_DISTILLED_LENGTH, length)}
     work = Work(
-        recipe, (wanted or 0) if text else 0, length, offload is not None, job.head_settings
-    )
+        recipe, (wanted or 0) if text else 0, length, offload is not None, job.head_settings,
+        **distilled,
+    )  # fmt: skip
     if dry_run:
         if wanted is None and text:
             work = replace(work, samples=_affordable(job, work, budget))
@@ -131,17 +143,20 @@ def compress(
     asked = f"auto, {budget:g} minutes" if wanted is None else wanted
     made_with = {
         **job.made_with(), **text_facts(texts, asked, length, sample_seed), "recipe": recipe,
-        "act_norms": None if act_norms is None else str(act_norms),
+        "act_norms": None if act_norms is None else str(act_norms), "distill": distill,
     }  # fmt: skip
 
     def prepare(tokenizer: Any, store: LayerStore) -> Callable[[Any], None]:
         windows: list[Tensor] = []
+        more: list[Tensor] = []
         if texts:
             number = wanted
             if number is None:
                 number = store.get_samples() or _affordable(job, work, budget)
                 store.put_samples(number)
-            windows = text_windows(tokenizer, texts, number, length, sample_seed)
+            windows, more = calibration_windows(
+                tokenizer, texts, number, length, sample_seed, **distilled
+            )
         common: dict[str, Any] = {
             "overrides": overrides, "min_coverage": min_coverage, "work_dir": store, **settings,
         }  # fmt: skip
@@ -166,6 +181,9 @@ def compress(
                     )  # fmt: skip
                 else:
                     compress_model(loaded, found, method, left_dense, progress=progress, **common)
+            if more:
+                with progress_bar(err) as progress:
+                    job.distill(loaded, torch.cat(more), store, offload, progress)
 
         return compress_loaded
 
@@ -177,6 +195,8 @@ def compress(
     out.print(report_table(report))
     if report.stages:
         out.print(stages_text(report), soft_wrap=True)
+    if report.distillation is not None:
+        out.print(f"Distilled: {distillation_text(report.distillation)}.", soft_wrap=True)
     if 0 < report.tokens_per_input < _FEW_TOKENS:
         err.print(
             f"The calibration text has {report.calibration_tokens} tokens, "

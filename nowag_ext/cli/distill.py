@@ -65,9 +65,7 @@ def distill(
         }  # fmt: skip
         store.begin(named_options(made_with))
         tokenizer = open_tokenizer(compressed, trust_remote_code=trust_remote_code)
-        windows = text_windows(
-            tokenizer, texts, samples, length, sample_seed, skip=skip, doing="Learning from"
-        )
+        windows = text_windows(tokenizer, texts, samples, length, sample_seed, skip=skip)
         with loading(err, compressed):
             model = load(compressed, dtype=stored, trust_remote_code=trust_remote_code)
         with of_argument("output"):

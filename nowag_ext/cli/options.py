@@ -150,6 +150,15 @@ CompressSamples = Annotated[
         "many as --minutes are enough for on this machine, but no fewer.",
     ),
 ]
+CompressDistill = Annotated[
+    int | None,
+    typer.Option(
+        "--distill",
+        min=0,
+        help="Windows of 512 tokens, of what calibration leaves of the text, to tune the result "
+        "on, as `distill` does (default 48; with --method prune or --recipe paper 0).",
+    ),
+]
 Minutes = Annotated[
     float | None,
     typer.Option(help="With --samples auto: how long the run may take (default 10)."),

@@ -12,7 +12,7 @@ from torch import Tensor
 from nowag_ext.cli.base import err, out
 from nowag_ext.disk import of_argument
 from nowag_ext.pipeline.ranks import launched
-from nowag_ext.source import mixed_batches
+from nowag_ext.source import mixed_batches, windows_of_each
 from nowag_ext.text import Text
 
 
@@ -43,29 +43,79 @@ def text_windows(
     seed: int | None,
     *,
     skip: int = 0,
-    doing: str = "Calibrating on",
 ) -> list[Tensor]:
-    """Windows of the texts, as many of each; and says so.
+    """Windows of the texts to learn from, as many of each; and says so.
 
     Of each text the first ``skip`` tokens are left out.
     """
     if skip < 0:
         raise ValueError(f"--skip must not be negative, not {skip}.")
-    # Windows at random are of the whole text.
-    enough = skip + samples * length if seed is None else None
-    with of_argument("text"):
-        tokens = [text.tokens(tokenizer, enough) for text in texts]
-    for text, found in zip(texts, tokens, strict=True):
-        if skip and len(found) < skip + length:
+    found = _tokens(tokenizer, texts, skip + samples * length, seed)
+    for text, tokens in zip(texts, found, strict=True):
+        if skip and len(tokens) < skip + length:
             raise ValueError(
-                f"--skip {skip} leaves less than a window of {text.name}, which has {len(found)} "
+                f"--skip {skip} leaves less than a window of {text.name}, which has {len(tokens)} "
                 "tokens: give more text, or skip less of it."
             )
-    rest = [found[skip:] for found in tokens]
-    windows = mixed_batches(rest, samples=samples, length=length, seed=seed)
+    rest = [tokens[skip:] for tokens in found]
     after = f" after {skip} tokens that are skipped" if skip else ""
+    return _windows("Learning from", rest, samples, length, seed, after)
+
+
+def calibration_windows(
+    tokenizer: Any,
+    texts: Sequence[Text],
+    samples: int,
+    length: int,
+    seed: int | None,
+    *,
+    distilled: int = 0,
+    distilled_length: int = 1,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Windows to calibrate on, and others to learn from after that; and says so.
+
+    The second are of what the first leave of each text, as far as it goes; where those are taken at
+    random, of the whole text.
+    """
+    enough = samples * length + distilled * distilled_length
+    found = _tokens(tokenizer, texts, enough, seed)
+    windows = _windows("Calibrating on", found, samples, length, seed)
+    if not distilled:
+        return windows, []
+    if seed is None:
+        taken = windows_of_each([len(tokens) // length for tokens in found], samples)
+        found = [tokens[count * length :] for tokens, count in zip(found, taken, strict=True)]
+        found = [tokens for tokens in found if len(tokens) >= distilled_length]
+    else:
+        seed += 1
+    if not found:
+        err.print(
+            "The text has nothing left to learn from afterwards, which would take the model nearer "
+            "to the dense one: give more of it.",
+            soft_wrap=True,
+        )
+        return windows, []
+    after = " after those" if seed is None else ""
+    return windows, _windows("Then learning from", found, distilled, distilled_length, seed, after)
+
+
+def _tokens(tokenizer: Any, texts: Sequence[Text], enough: int, seed: int | None) -> list[Tensor]:
+    """Those of each text; enough of them, but all where windows are taken at random."""
+    with of_argument("text"):
+        return [text.tokens(tokenizer, enough if seed is None else None) for text in texts]
+
+
+def _windows(
+    doing: str,
+    tokens: Sequence[Tensor],
+    samples: int,
+    length: int,
+    seed: int | None,
+    after: str = "",
+) -> list[Tensor]:
+    windows = mixed_batches(tokens, samples=samples, length=length, seed=seed)
     which = "the first of the text" if seed is None else f"taken at random (seed {seed})"
-    of = "" if len(texts) == 1 else f", from {len(texts)} texts in turn"
+    of = "" if len(tokens) == 1 else f", from {len(tokens)} texts in turn"
     out.print(f"{doing} {len(windows)} windows of {length} tokens, {which}{after}{of}.")
     if len(windows) < samples:
         err.print(f"The text has no more: {samples} were asked for.")
