@@ -26,7 +26,7 @@ TOKENS = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(
 VQ: dict[str, Any] = {"d": 4, "bits": 2, "iters": 2}
 
 
-SPEEDS = cost._Speeds(1e6, 1e-3, 1e-3, cost._Search(1e-7, 1e-7, 1e-8))
+SPEEDS = cost._Speeds(1e6, 1e-3, 1e-3, 1e-9, cost._Search(1e-7, 1e-7, 1e-8, 1e-9))
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +133,24 @@ def test_what_takes_more(source: Path) -> None:
     assert head.stages["head"] > 0
     assert {**head.stages, "head": 0}.keys() == {**few.stages, "head": 0}.keys()
     assert head.peak_memory >= few.peak_memory
+
+
+def test_what_distillation_takes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = LayerSettings("vq", VQ, {})
+    monkeypatch.setattr(cost, "_speeds", lambda *_: SPEEDS)
+
+    def taken(windows: int, length: int) -> Any:
+        work = Work("feedback", 4, 512, False, distilled=windows, distilled_length=length)
+        return foretold(source, settings, "model", work)
+
+    without = taken(0, 512)
+    assert "distillation" not in without.stages
+    few, many, short = taken(8, 512), taken(16, 512), taken(8, 256)
+    assert {**without.stages, "distillation": 0}.keys() == few.stages.keys()
+    assert many.stages["distillation"] == pytest.approx(2 * few.stages["distillation"])
+    assert short.stages["distillation"] < 0.6 * few.stages["distillation"]
+    assert few.seconds > without.seconds
+    assert many.peak_memory >= few.peak_memory >= without.peak_memory
 
 
 @pytest.mark.parametrize("recipe", ["feedback", "paper"])

@@ -15,6 +15,7 @@ import nowag_ext
 from nowag_ext import compress, compress_model
 from nowag_ext.calibrate import calibrate
 from nowag_ext.hessian import DAMPING
+from nowag_ext.pipeline import compress as pipeline
 
 SETTINGS: dict[str, Any] = {"d": 4, "bits": 1.5, "iters": 10}
 
@@ -195,6 +196,27 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     resumed = [layer.name for layer in model.nowag_report.layers if layer.resumed]
     assert len(resumed) == 7  # q_proj of the second layer goes with its group
     assert not any(name.startswith("codebook") for name in calls)
+
+
+@pytest.mark.parametrize("head", [None, {"d": 2, "bits": 4}])
+def test_what_is_finished_is_not_gone_through_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, head: dict[str, Any] | None
+) -> None:
+    whole, model = tiny_model(), tiny_model()
+    compress(whole, windows(), head=head, work_dir=tmp_path, **SETTINGS)
+    monkeypatch.setattr(pipeline._Run, "through", None)
+    compress(model, windows(), head=head, work_dir=tmp_path, **SETTINGS)
+    for (name, one), two in zip(
+        model.state_dict().items(), whole.state_dict().values(), strict=True
+    ):
+        assert_same_bits(one, two, name)
+    assert all(layer.resumed for layer in model.nowag_report.layers)
+    assert "statistics" not in model.nowag_report.stages
+    # With anything missing all is gone through.
+    last = "lm_head" if head else "model.layers.1.mlp.down_proj"
+    (tmp_path / f"{last}.safetensors").unlink()
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        compress(tiny_model(), windows(), head=head, work_dir=tmp_path, **SETTINGS)
 
 
 def test_nothing_is_taken_from_another_run(tmp_path: Path) -> None:

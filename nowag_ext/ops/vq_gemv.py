@@ -148,9 +148,9 @@ def vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
         return 2 * GEMV_MAX_TOKENS if narrow else GEMV_MAX_TOKENS
     avx2 = _cpu.simd_level() == "avx2"
     nibbles = code_bits == 4
-    if (narrow and d >= 4) or (nibbles and d > 1):  # AVX2 looks these up faster than it multiplies
+    if (narrow and d > 4) or (nibbles and d > 1):  # AVX2 looks up faster than it multiplies
         return sys.maxsize if avx2 else 16 * GEMV_MAX_TOKENS
-    if nibbles and avx2:
+    if (narrow and d == 4) or (nibbles and avx2):
         return 16 * GEMV_MAX_TOKENS
     return 4 * GEMV_MAX_TOKENS if narrow or "avx512" in _cpu.simd_level() else 2 * GEMV_MAX_TOKENS
 

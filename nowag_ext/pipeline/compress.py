@@ -143,15 +143,18 @@ def compress(
                 codebooks.re_estimate(plan.units, blocks, windows, progress)
             codebooks.save(store, key)
         run = _Run(plan, blocks, codebooks, ranks, stages, progress, store, key, offload_dir)
-        streams = run.through(windows[ranks.share(len(windows))])
+        streams = None
+        if not run.was_finished(head_plan):
+            streams = run.through(windows[ranks.share(len(windows))])
         packed_head = None
         if head_plan is not None and head_of is not None:
-            packed_head = run.head(head_plan, head_of, *streams)
+            packed_head = run.head(head_plan, head_of, streams)
     if ranks.first:
         seconds = time.perf_counter() - start
+        layers = {layer.name: layer for layer in run.layers}
         install(
-            model, plan, run.weights, run.layers, seconds, stages.seconds, windows.numel(),
-            packed_head,
+            model, plan, run.weights, [layers[name] for name in plan.units], seconds,
+            stages.seconds, windows.numel(), packed_head,
         )  # fmt: skip
     return model
 
@@ -204,6 +207,11 @@ class _Run:
         self._total = float(sum(unit.size for unit in plan.units.values()))
         self._done = 0.0
 
+    def was_finished(self, head: HeadPlan | None) -> bool:
+        """Takes up all that an interrupted run has finished, if nothing is left to be done."""
+        there = head is None or self._stored_head(head) is not None
+        return self._ranks.tell(({}, there))[1] and self._finished(self._plan.units) is not None
+
     def through(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Compresses every unit of the plan, under this rank's windows and the other ranks'.
 
@@ -216,17 +224,25 @@ class _Run:
             self._layer(index, dense, compressed)
         return dense.hidden, compressed.hidden
 
+    def _head_key(self, plan: HeadPlan) -> str:
+        return f"{self._key} {plan.name} {plan.embedding} {asdict(plan.unit.settings)}"
+
+    def _stored_head(self, plan: HeadPlan) -> _Made | None:
+        if self._store is None:
+            return None
+        return self._store.get(plan.name, self._head_key(plan), plan.unit)
+
     def head(
-        self, plan: HeadPlan, head: Head, dense: Tensor, compressed: Tensor
+        self, plan: HeadPlan, head: Head, streams: tuple[Tensor, Tensor] | None
     ) -> PackedHead | None:
         """The head, compressed by rank 0, from what the last layer of each stream has returned."""
         name, unit = plan.name, plan.unit
-        key = f"{self._key} {name} {plan.embedding} {asdict(unit.settings)}"
-        made: _Made | None = None if self._store is None else self._store.get(name, key, unit)
+        made = self._stored_head(plan)
         resumed: bool = self._ranks.tell(({}, made is not None))[1]
         if not resumed:
+            assert streams is not None
             with self._stages("statistics"):
-                statistics = head_statistics(head, dense, compressed, unit.shape[1])
+                statistics = head_statistics(head, *streams, unit.shape[1])
                 statistics.add_up(self._ranks)
             if self._ranks.first:
                 began = time.perf_counter()
@@ -234,7 +250,7 @@ class _Run:
                     weight = compress_head(unit, statistics, partial(self._tell_of_head, plan))
                 made = weight, time.perf_counter() - began
                 if self._store is not None:
-                    self._store.put(name, key, *made)
+                    self._store.put(name, self._head_key(plan), *made)
         if made is None:
             return None
         assert isinstance(made[0], VQWeight)
