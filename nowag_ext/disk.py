@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nowag_ext.calibrate import checked_windows
 from nowag_ext.checkpoint import save_compressed, save_dense
 from nowag_ext.decoder import check_patterns, decoder_linears, matches
 from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
@@ -49,6 +50,7 @@ def compress(
     work_dir: str | os.PathLike[str] | None = None,
     offload_dir: str | os.PathLike[str] | None = None,
     head: Mapping[str, Any] | None = None,
+    distill_tokens: Tensor | None = None,
     progress: Progress | None = None,
     dtype: str | torch.dtype = "auto",
     checkpoint_format: str = "nowag",
@@ -83,7 +85,10 @@ def compress(
             token and hidden unit, which are otherwise in memory. They leave nothing there.
         head: settings of method "vq", such as {"d": 2, "bits": 4}, for the lm_head and, where that
             is tied to it, the embedding. None: they stay dense.
-        progress: called with (what is done, weights done, weights in all).
+        distill_tokens: for a model on disk, other text to tune the result on (``distill``), with
+            windows of 512 tokens, say. One in memory is gone when it is compressed: keep a copy.
+        progress: called with (what is done, weights done, weights in all; of a distillation, how
+            much of how much).
         dtype, checkpoint_format, trust_remote_code, resume, overwrite: with an ``output`` only.
             dtype: of the model, "auto" (default) for the checkpoint's own (float32 for .gguf).
             checkpoint_format: "nowag" (default), or "dense", which loads anywhere and is no
@@ -115,6 +120,11 @@ def compress(
                 "a model on disk, given by its path or hub id, not for one in memory "
                 f"({type(model_or_path).__name__}): save that with save_compressed."
             )
+        if distill_tokens is not None:
+            raise ValueError(
+                "distill_tokens is for a model on disk, given by its path or hub id: of one in "
+                "memory keep a copy, and call distill with it afterwards."
+            )
         return compress_blocks(model_or_path, tokens, method, ignore, **common)
     if output is None:
         raise ValueError(
@@ -133,13 +143,21 @@ def compress(
         trust_remote_code=trust_remote_code, overwrite=overwrite,
     )  # fmt: skip
     made_with = {
-        **job.made_with(), "tokens": _digest(tokens), "torch": str(torch.__version__),
-        "OMP_NUM_THREADS": torch.get_num_threads(),
+        **job.made_with(), "tokens": _digest("tokens", tokens),
+        "distill_tokens":
+            None if distill_tokens is None else _digest("distill_tokens", distill_tokens),
+        "torch": str(torch.__version__), "OMP_NUM_THREADS": torch.get_num_threads(),
     }  # fmt: skip
 
     def prepare(_tokenizer: Any, store: LayerStore) -> Callable[[Any], None]:
-        given = {**common, "work_dir": store}
-        return lambda model: compress_blocks(model, tokens, method, ignore, **given)
+        def compress_loaded(model: Any) -> None:
+            if distill_tokens is not None:
+                checked_windows(model, distill_tokens)
+            compress_blocks(model, tokens, method, ignore, **{**common, "work_dir": store})
+            if distill_tokens is not None:
+                job.distill(model, distill_tokens, store, offload_dir, progress)
+
+        return compress_loaded
 
     report, left_out = job.run(prepare, made_with, resume=resume)
     for name, reason in left_out.items():
@@ -147,13 +165,13 @@ def compress(
     return report
 
 
-def _digest(tokens: Any) -> str:
+def _digest(name: str, tokens: Any) -> str:
     """Tells texts apart; raises for what is none, before anything else is done."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens must be a tensor of int64 or int32, not {kind}.")
+        raise TypeError(f"{name} must be a tensor of int64 or int32, not {kind}.")
     if tokens.dim() != 2 or tokens.numel() == 0:
-        raise ValueError(f"tokens must have shape [windows, length], not {tuple(tokens.shape)}.")
+        raise ValueError(f"{name} must have shape [windows, length], not {tuple(tokens.shape)}.")
     digest = hashlib.sha256(str(tuple(tokens.shape)).encode())
     digest.update(tokens.detach().cpu().long().contiguous().numpy().data)
     return f"of SHA-256 {digest.hexdigest()[:12]}..."

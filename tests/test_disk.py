@@ -69,6 +69,18 @@ def test_is_what_it_is_in_memory(
     assert_same(tmp_path / "out", tmp_path / "memory")
 
 
+def test_distils_too(source: Path, tmp_path: Path) -> None:
+    more = TOKENS.flip(0, 1)
+    report = nowag_ext.compress(
+        source, TOKENS, output=tmp_path / "out", distill_tokens=more, **SETTINGS
+    )
+    model = nowag_ext.compress(tiny_llama(), TOKENS, **SETTINGS)
+    learnt = nowag_ext.distill(model, tiny_llama(), more)
+    save_compressed(model, None, tmp_path / "memory")
+    assert_same(tmp_path / "out", tmp_path / "memory")
+    assert report.distillation.divergences == learnt.divergences
+
+
 def test_goes_on_where_it_was(source: Path, tmp_path: Path) -> None:
     def call(tokens: Tensor = TOKENS, **more: Any) -> ModelReport:
         given = {"output": tmp_path / "out", "sparsity": 0.5, **more}
@@ -128,6 +140,8 @@ def test_what_is_not_copied_is_warned_of(source: Path, tmp_path: Path) -> None:
         (ValueError, r"tokens must have shape \[windows, length\], not \(64,\)",
          {"tokens": TOKENS.view(-1)}),
         (ValueError, "token ids must be in", {"tokens": TOKENS + 257}),
+        (ValueError, "token ids must be in", {"distill_tokens": TOKENS + 257}),
+        (TypeError, "distill_tokens must be a tensor of int64", {"distill_tokens": "text"}),
         (ValueError, "checkpoint_format must be one of", {"checkpoint_format": "pickle"}),
         (ValueError, "dtype must be one of", {"dtype": torch.int8}),
         (ValueError, "codebook_scope must be one of", {"codebook_scope": "all"}),
@@ -164,6 +178,8 @@ def test_refuses_in_a_sentence(
 def test_what_is_for_files_is_refused_in_memory(more: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="are for a model on disk, given by its path or hub id"):
         nowag_ext.compress(tiny_llama(), TOKENS, **SETTINGS, **more)
+    with pytest.raises(ValueError, match="distill_tokens is for a model on disk"):
+        nowag_ext.compress(tiny_llama(), TOKENS, **SETTINGS, distill_tokens=TOKENS)
 
 
 def test_python_and_the_command_name_things_alike(source: Path, tmp_path: Path) -> None:

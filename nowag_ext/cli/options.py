@@ -278,7 +278,7 @@ Skip = Annotated[
     int,
     typer.Option(
         help="Tokens of each text to leave out first: what COMPRESSED was calibrated on, which it "
-        "fits already. By default compress reads 32768 of one text."
+        "fits already. By default compress reads 57344 of one text."
     ),
 ]
 DistillLength = Annotated[int, typer.Option("--length", help="Tokens a window.")]
