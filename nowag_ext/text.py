@@ -21,7 +21,7 @@ _PIECE = 1 << 20
 
 
 class Text:
-    """A UTF-8 text: of a file, a pipe, or "-" for standard input.
+    """A UTF-8 text: of a file, a pipe, "-" for standard input; or ``file``, to be called so.
 
     It is opened, and its first piece read, at once; the rest when it is asked for, and only once.
 
@@ -30,9 +30,9 @@ class Text:
         ValueError: it is not UTF-8.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], file: TextIO | None = None) -> None:
         self.name = os.fspath(path)
-        self._file = _open(path)
+        self._file = _open(path) if file is None else file
         self._first = self._read()
 
     @property

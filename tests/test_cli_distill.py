@@ -237,3 +237,17 @@ def test_windows_of_each_text() -> None:
         assert sum(taken) == len(windows) == min(samples, 11)
         firsts = [int(window[0, 0]) // 100 for window in windows]
         assert taken == [firsts.count(text) for text in range(3)]
+
+
+def test_a_text_for_those_who_have_none(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of Python's own documentation; a file of that name comes first."""
+    monkeypatch.chdir(tmp_path)
+    given = compress_arguments(work, tmp_path / "out", "--distill", 2)
+    given[given.index("--text") + 1] = "python-docs"
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert "Then learning from 2 windows of 64 tokens" in one_line(result.output)
+    (tmp_path / "python-docs").write_text("too short")
+    fails_with("the text has 9 tokens, less than one window of 64", *given, "--overwrite")

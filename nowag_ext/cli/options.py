@@ -119,7 +119,8 @@ CalibrationTexts = Annotated[
     list[Path] | None,
     typer.Option(
         "--text",
-        help="UTF-8 text to calibrate on, without --act-norms; repeatable, mixed evenly.",
+        help="UTF-8 text to calibrate on, without --act-norms; repeatable, mixed evenly. For those "
+        "who have none: python-docs, half of Python's own language reference.",
         show_default=False,
     ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,25 @@ import torch
 from torch import Tensor
 
 from nowag_ext.cli.base import err, out
+from nowag_ext.demo_text import demo_text
 from nowag_ext.disk import of_argument
 from nowag_ext.pipeline.ranks import launched
 from nowag_ext.source import mixed_batches, windows_of_each
 from nowag_ext.text import Text
 
+# In a file's place: half of Python's language reference, as it comes with Python (PSF licence).
+PYTHON_DOCS = "python-docs"
+
 
 def open_texts(paths: Sequence[Path]) -> list[Text]:
     with of_argument("text"):
-        return [Text(path) for path in paths]
+        return [_open_text(path) for path in paths]
+
+
+def _open_text(path: Path) -> Text:
+    if str(path) != PYTHON_DOCS or path.exists():
+        return Text(path)
+    return Text(path, io.StringIO(demo_text().calibration))
 
 
 def text_facts(
