@@ -53,14 +53,16 @@ class _Reads(TorchFunctionMode):
     _READING: ClassVar = {
         Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__bool__, Tensor.__int__,
         Tensor.__float__, Tensor.__index__, Tensor.__complex__, Tensor.__contains__,
+        Tensor.__dlpack__, Tensor.__deepcopy__, Tensor.__reduce_ex__,
     }  # fmt: skip
+    _MAKING: ClassVar = {torch.tensor, torch.as_tensor, torch.asarray}
 
     def __init__(self) -> None:
         super().__init__()
         self.why: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._READING:
+        if func in self._READING or (func in self._MAKING and _has_tensors_in_lists(args)):
             self.note(func.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -68,11 +70,18 @@ class _Reads(TorchFunctionMode):
         self.why = self.why or f"it looks into a tensor ({name})"
 
 
+def _has_tensors_in_lists(values: Iterable[Any]) -> bool:
+    lists = [value for value in values if isinstance(value, (list, tuple))]
+    return bool(_tensors(lists))
+
+
 class _Operation:
     """A call of an operation: what it was given and what it returned."""
 
     def __init__(self, func: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         self.func, self.args, self.kwargs, self.output = func, args, kwargs, output
+        # Of what Python has made of numbers, before somebody writes to it.
+        self.made = args[0].clone() if func is torch.ops.aten.lift_fresh.default else None
         self.outputs = _tensors((output,))
         # Where they are in memory: who writes there what another reads.
         self.reads = _storages(_tensors((*args, *kwargs.values())))
@@ -125,11 +134,22 @@ class _Recorder(TorchDispatchMode):
         self._reads = reads
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _is_composite(func):  # in inference mode they come whole
+            with self:
+                return func.decompose(*args, **kwargs)
         if not _gives_tensors(func):
             self._reads.note(str(func))
-        output = func(*args, **(kwargs or {}))
-        self.operations.append(_Operation(func, args, kwargs or {}, output))
+        output = func(*args, **kwargs)
+        self.operations.append(_Operation(func, args, kwargs, output))
         return output
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(
+        func.name(), torch._C.DispatchKey.CompositeImplicitAutograd
+    )
 
 
 @functools.cache
@@ -154,6 +174,10 @@ def _calls(operations: Sequence[_Operation]) -> list[Call]:
             steps.clear()
 
     for index, operation in enumerate(operations):
+        if operation.made is not None and operation.makes & written:
+            end_tape()
+            calls.append(functools.partial(operation.output.copy_, operation.made))
+            continue
         if operation.is_view() or (operation.is_constant() and not operation.makes & written):
             continue
         more = tape_steps(operation.func, operation.args, operation.kwargs, operation.output)
@@ -174,9 +198,9 @@ def _kernel_call(operation: _Operation) -> Call | None:
 
 def _torch_call(operation: _Operation) -> Call:
     func, args, kwargs = operation.func, operation.args, operation.kwargs
-    if operation.writes or not operation.outputs:
+    if operation.makes <= operation.writes:
         return functools.partial(func, *args, **kwargs)
-    found = _out_variant(func)
+    found = None if operation.writes else _out_variant(func)
     if found is not None and len(found[1]) == len(operation.outputs):
         variant, names = found
         outputs = dict(zip(names, operation.outputs, strict=True))
@@ -184,7 +208,8 @@ def _torch_call(operation: _Operation) -> Call:
 
     def call() -> None:
         for old, new in zip(operation.outputs, _tensors((func(*args, **kwargs),)), strict=True):
-            old.copy_(new)
+            if old.data_ptr() != new.data_ptr():  # not what it has written in place
+                old.copy_(new)
 
     return call
 
@@ -197,7 +222,10 @@ def _out_variant(func: Any) -> tuple[Any, list[str]] | None:
     for name in packet.overloads():
         arguments = getattr(packet, name)._schema.arguments
         given = [(one.name, str(one.type)) for one in arguments if not one.is_out]
-        names = [one.name for one in arguments if one.is_out]
+        outputs = [one for one in arguments if one.is_out]
+        names = [one.name for one in outputs]
+        if any(str(one.type) != "Tensor" for one in outputs):
+            continue
         if names and given == wanted:
             return getattr(packet, name), names
     return None

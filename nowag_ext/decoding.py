@@ -24,6 +24,8 @@ from nowag_ext.graphs import Call, Captured, NoGraphError
 
 # Of a model's; a subclass may do anything with its operations.
 _OWN_TENSORS = (Tensor, nn.Parameter)
+# What marks a forward that is replayed.
+_GRAPHED = "_nowag_graphed"
 # Arguments by which a graph's steps may not differ, and that compare.
 _PLAIN = (bool, int, float, str, type(None))
 
@@ -85,19 +87,24 @@ def decode_graph(model: Any, graphs: Graphs | None = None) -> Iterator[None]:
     times: each is captured at its second new token (on a GPU its third), which takes longer.
     Whatever else the model is called with runs as ever: prompts, beams, other caches, hidden states
     that are asked for. So does everything where a token cannot be captured, after a warning.
-    Weights may be changed in place, not replaced; hooks of submodules are not called in a replay.
+    Weights may be changed in place, not replaced; nothing else of the model, such as which adapter
+    is on, may change between tokens. Hooks of submodules are not called in a replay.
 
     Args:
         model: a Hugging Face causal LM on one device (``decodes_under_graph``).
         graphs: how; None for CUDA graphs on a GPU, recorded operations on a CPU.
     """
     forward = model.forward
-    decoder = _Decoder(forward, graphs or _graphs_of(model))
+    if hasattr(forward, _GRAPHED):  # it is within another already, whose replays show no operations
+        yield
+        return
+    decoder = _Decoder(model, graphs or _graphs_of(model))
 
     @functools.wraps(forward)
     def graphed(*args: Any, **kwargs: Any) -> Any:
         return decoder(*args, **kwargs)
 
+    setattr(graphed, _GRAPHED, True)
     graphed.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
     own = "forward" in vars(model)
     model.forward = graphed
@@ -136,8 +143,9 @@ def _tokens_in(layer: Any) -> int:
 class _Decoder:
     """A forward that captures a token of a sequence, at the first or the second, and replays it."""
 
-    def __init__(self, forward: Callable[..., Any], graphs: Graphs) -> None:
-        self._forward = forward
+    def __init__(self, model: Any, graphs: Graphs) -> None:
+        self._model = model
+        self._forward: Callable[..., Any] = model.forward
         self._graphs = graphs
         self._kind: tuple[Any, ...] | None = None  # of the last token
         self._cache: Any = None  # of the last token: held, so that no other takes its place
@@ -148,6 +156,7 @@ class _Decoder:
         kind = None if args or self._failed or torch.is_grad_enabled() else _kind(kwargs)
         if kind is None:
             return self._forward(*args, **kwargs)
+        kind = (self._model.training, *kind)
         if kind != self._kind:
             self._kind, self._cache = kind, kwargs[_cache_name(kwargs)]
             self._step = _Step(self._forward, kwargs, self._graphs)

@@ -142,10 +142,10 @@ def compress(
         checkpoint_format=checkpoint_format,
         trust_remote_code=trust_remote_code, overwrite=overwrite,
     )  # fmt: skip
+    if distill_tokens is not None:
+        _digest("distill_tokens", distill_tokens)  # checked; layers do not follow from them
     made_with = {
         **job.made_with(), "tokens": _digest("tokens", tokens),
-        "distill_tokens":
-            None if distill_tokens is None else _digest("distill_tokens", distill_tokens),
         "torch": str(torch.__version__), "OMP_NUM_THREADS": torch.get_num_threads(),
     }  # fmt: skip
 

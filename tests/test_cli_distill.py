@@ -198,11 +198,45 @@ def test_compress_goes_on_with_its_distillation(
         patched.setattr(distillation._Run, "_step", interrupted)
         assert run(*given).exit_code == 130
         left[0] = 2
-        fails_with("--distill 5, not --distill 6", *given[:-1], 6)
         assert run(*given).exit_code == 0  # with two steps and no more
     assert run(*compress_arguments(work, tmp_path / "whole", "--distill", 5)).exit_code == 0
     weights = [tmp_path / name / "model.safetensors" for name in ("out", "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_compress_goes_on_without_it(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it fails what is compressed is not lost."""
+
+    def fail(*_: Any) -> float:
+        raise ValueError("the divergence is nan")
+
+    given = compress_arguments(work, tmp_path / "out", "--distill", 5)
+    with monkeypatch.context() as patched:
+        patched.setattr(distillation._Run, "_step", fail)
+        fails_with("the divergence is nan What is finished is kept in", *given)
+        assert run(*given[:-1], 0).exit_code == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["distillation"] is None
+    assert all(layer["resumed"] for layer in report["layers"])
+
+
+def test_text_that_auto_leaves(work: Path, tmp_path: Path) -> None:
+    """Where the text ends before the time does."""
+    given = compress_arguments(work, tmp_path / "out", "--distill", 3)
+    given[given.index("--samples") + 1] = "auto"
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    windows = len(tokenize(tiny_tokenizer(), TEXT)) // 64
+    assert f"Calibrating on {windows - 3} windows" in one_line(result.output)
+    assert "Then learning from 3 windows" in one_line(result.output)
+    fails_with(
+        "--length must be at least 1, not 0", *given, "--overwrite", "--length", 0, "--dry-run"
+    )
+    large = 2**64 - 1
+    result = run(*given, "--overwrite", "--samples", 4, "--sample-seed", large)
+    assert "taken at random (seed 0)" in one_line(result.output)
 
 
 def test_what_compress_distils_on(work: Path, tmp_path: Path) -> None:

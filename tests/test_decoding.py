@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families import CONFIGS, make_model
@@ -302,12 +303,23 @@ LOOKS: dict[str, Callable[[Tensor], Any]] = {
     "nonzero": torch.nonzero,
     "index": lambda x: [1, 2][(x.sum() > 0).long()],
     "if": lambda x: 1 if x.sum() > 0 else 2,
+    "tensor": lambda x: torch.tensor([x.mean(), 2.0]),
+    "deepcopy": copy.deepcopy,
+    "dlpack": lambda x: np.from_dlpack(x),
+    "where": lambda x: torch.where(x > 0),
 }
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("look", LOOKS)
-def test_models_that_look_into_tensors_stay_eager(look: str) -> None:
+def test_models_that_look_into_tensors_stay_eager(look: str, inference: bool) -> None:
+    """In inference mode torch does not take its operations apart by itself."""
     model, ids, captures = tiny_model("llama"), tiny_tokens(1, 6), Captures()
+    with torch.inference_mode(inference):
+        check_that_it_stays_eager(model, ids, captures, look)
+
+
+def check_that_it_stays_eager(model: Any, ids: Tensor, captures: Captures, look: str) -> None:
     want = forced(model, ids, None)
     mlp = model.model.layers[1].mlp
     mlp.up_proj = Looking(mlp.up_proj, LOOKS[look])
@@ -315,6 +327,95 @@ def test_models_that_look_into_tensors_stay_eager(look: str) -> None:
         got = forced(model, ids, captures)
     assert torch.equal(got, want)
     assert captures.graphs == 0
+
+
+@torch.library.custom_op("nowag_tests::decayed", mutates_args={"state"})
+def decayed(x: Tensor, state: Tensor) -> Tensor:
+    state.mul_(0.5).add_(x.mean())
+    return x * state
+
+
+def summed(x: Tensor) -> Tensor:
+    """Into what Python makes anew for each token."""
+    total = torch.tensor(0.0)
+    total += x.mean()
+    return x + total
+
+
+STATE = torch.zeros(())
+UNUSUAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "number made and written to": summed,
+    "writes and returns": lambda x: decayed(x, STATE),
+    "list of one": lambda x: torch._foreach_mul([x], 2.0)[0],
+    "list of two": lambda x: torch._foreach_mul([x, x], 2.0)[1],
+    "two results": lambda x: x * torch.max(x, -1, keepdim=True)[0],
+    "its own input": lambda x: x.contiguous().to(x.dtype),
+    "mean of a number": lambda x: x * x.sum().mean(-1),
+    "in place, through a view": lambda x: x.clone().view(-1).mul_(2).view_as(x),
+    "sorted": lambda x: x.sort(-1)[0],
+}
+
+
+class Changing(nn.Module):
+    """A layer of which something else is made."""
+
+    def __init__(self, layer: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.change(self.layer(x))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("change", UNUSUAL)
+def test_unusual_operations(change: str, inference: bool) -> None:
+    model, ids, captures = tiny_model("llama"), tiny_tokens(1, 8), Captures()
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = Changing(mlp.up_proj, UNUSUAL[change])
+    with torch.inference_mode(inference):
+        found = []
+        for graphs in (None, captures):
+            STATE.zero_()
+            found.append(forced(model, ids, graphs))
+    assert captures.replays == 6
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+def test_nobody_looks_at_anything() -> None:
+    """A slot of a batch that is idle: torch's attention gives 0 there, and so does a tape's."""
+    model, ids = model_of("llama", packed=True), tiny_tokens(2, 8)
+    logits = []
+    for graphs in (None, Captures()):
+        cache = StaticCache(model.config, max_cache_len=8)
+        with torch.no_grad(), decode_graph(model, graphs) if graphs else nullcontext():
+            for place, token in enumerate(ids.split(1, dim=1)):
+                mask = torch.zeros(2, 1, 1, 8, dtype=torch.bool)
+                mask[1, ..., : place + 1] = True
+                given = {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
+                logits.append(model(input_ids=token, **given).logits)
+    want, got = torch.cat(logits[:8], 1), torch.cat(logits[8:], 1)
+    assert graphs is not None
+    assert graphs.replays == 6
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_within_another() -> None:
+    model, ids = model_of("llama", packed=True), tiny_tokens(1, 12)
+    want = forced(model, ids, None)
+    cache = StaticCache(model.config, max_cache_len=12)
+    outer, inner, found = Captures(), Captures(), []
+
+    def read(tokens: Tensor) -> None:
+        for token in tokens.split(1, dim=1):
+            found.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+
+    with torch.no_grad(), decode_graph(model, outer):
+        read(ids[:, :6])
+        with decode_graph(model, inner):
+            read(ids[:, 6:])
+    assert (outer.replays, inner.graphs) == (10, 0)
+    torch.testing.assert_close(torch.cat(found, 1), want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_that_is_full() -> None:

@@ -124,6 +124,8 @@ def compress(
     wanted = _SAMPLES[recipe] if samples is None else options.parse_samples(samples)
     if minutes is not None and wanted is not None:
         raise ValueError("--minutes belongs to --samples auto.")
+    if length < 1:
+        raise ValueError(f"--length must be at least 1, not {length}.")
     budget = _MINUTES if minutes is None else minutes
     if not 0 < budget < math.inf:
         raise ValueError(f"--minutes must be a finite number above 0, not {budget:g}.")
@@ -143,7 +145,7 @@ def compress(
     asked = f"auto, {budget:g} minutes" if wanted is None else wanted
     made_with = {
         **job.made_with(), **text_facts(texts, asked, length, sample_seed), "recipe": recipe,
-        "act_norms": None if act_norms is None else str(act_norms), "distill": distill,
+        "act_norms": None if act_norms is None else str(act_norms),
     }  # fmt: skip
 
     def prepare(tokenizer: Any, store: LayerStore) -> Callable[[Any], None]:
@@ -155,7 +157,7 @@ def compress(
                 number = store.get_samples() or _affordable(job, work, budget)
                 store.put_samples(number)
             windows, more = calibration_windows(
-                tokenizer, texts, number, length, sample_seed, **distilled
+                tokenizer, texts, number, length, sample_seed, leaving=wanted is None, **distilled
             )
         common: dict[str, Any] = {
             "overrides": overrides, "min_coverage": min_coverage, "work_dir": store, **settings,

@@ -82,14 +82,17 @@ def calibration_windows(
     *,
     distilled: int = 0,
     distilled_length: int = 1,
+    leaving: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Windows to calibrate on, and others to learn from after that; and says so.
 
     The second are of what the first leave of each text, as far as it goes; where those are taken at
-    random, of the whole text.
+    random, of the whole text. ``leaving``: the first are fewer if it would not go far enough.
     """
-    enough = samples * length + distilled * distilled_length
-    found = _tokens(tokenizer, texts, enough, seed)
+    later = distilled * distilled_length
+    found = _tokens(tokenizer, texts, samples * length + later, seed)
+    if leaving and seed is None:
+        samples = min(samples, max(1, (sum(map(len, found)) - later) // length))
     windows = _windows("Calibrating on", found, samples, length, seed)
     if not distilled:
         return windows, []
@@ -98,7 +101,7 @@ def calibration_windows(
         found = [tokens[count * length :] for tokens, count in zip(found, taken, strict=True)]
         found = [tokens for tokens in found if len(tokens) >= distilled_length]
     else:
-        seed += 1
+        seed = (seed + 1) % 2**63
     if not found:
         err.print(
             "The text has nothing left to learn from afterwards, which would take the model nearer "

@@ -117,7 +117,9 @@ class KernelCall:
     def __init__(
         self, kernel: Callable[..., None], arguments: Sequence[Any], tensors: Sequence[Tensor]
     ) -> None:
-        self._kernel, self._arguments, self._tensors = kernel, arguments, tensors
+        self._kernel, self._arguments = kernel, arguments
+        # Apart from parameters, to which other memory may be given.
+        self._tensors = [tensor.detach() for tensor in tensors]
 
     def __call__(self) -> None:
         self._kernel(*self._arguments, cpu_threads())

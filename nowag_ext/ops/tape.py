@@ -135,8 +135,9 @@ def _unary(op: int) -> Callable[..., list[Step]]:
 
 
 def _sum(op: int) -> Callable[..., list[Step]]:
-    def encode(output: Tensor, self: Any, other: Any, alpha: Any) -> list[Step]:
+    def encode(output: Tensor, self: Tensor, other: Any, alpha: Any) -> list[Step]:
         _require(alpha == 1)
+        _require_same_rounding(output, self)
         if output.is_floating_point() and _operand(other).dim() == 0:
             # torch rounds it to the output's type first, but where it multiplies.
             _require(not isinstance(other, Tensor) or other.dtype == output.dtype)
@@ -147,7 +148,16 @@ def _sum(op: int) -> Callable[..., list[Step]]:
 
 
 def _product(op: int) -> Callable[..., list[Step]]:
-    return lambda output, self, other: _elementwise(op, output, self, other)
+    def encode(output: Tensor, self: Tensor, other: Any) -> list[Step]:
+        _require_same_rounding(output, self)
+        return _elementwise(op, output, self, other)
+
+    return encode
+
+
+def _require_same_rounding(output: Tensor, first: Tensor) -> None:
+    """One number as the first operand is rounded to the output's type by torch, not by tapes."""
+    _require(first.dim() > 0 or output.dim() == 0 or first.dtype == output.dtype)
 
 
 def _copy(output: Tensor, self: Tensor, **_: Any) -> list[Step]:
@@ -174,7 +184,9 @@ def _where(output: Tensor, condition: Tensor, self: Tensor, other: Tensor) -> li
 
 def _mean(output: Tensor, self: Tensor, dim: Any, keepdim: bool, dtype: Any) -> list[Step]:
     last = self.dim() - 1
-    _require(self.numel() > 0 and output.is_floating_point() and self.is_floating_point())
+    _require(
+        last >= 0 and self.numel() > 0 and output.is_floating_point() and self.is_floating_point()
+    )
     _require(dim is not None and [d % self.dim() for d in dim] == [last])
     rows = [output.stride()[:last], self.stride()[:last]]
     sizes, *strides = _merged(self.shape[:last], rows, _DIMS - 1)

@@ -363,7 +363,9 @@ static void tape_attend(const TapeStep& step, int64_t batch, int64_t head, int64
     }
     for (int64_t query = 0; query < count; ++query) {
         float* sum = sums + query * kTapeFeatures;
-        for (int64_t f = 0; f < features; ++f) sum[f] /= weights[query];
+        // A query to which no key is visible attends to nothing.
+        const float total = largest[query] == -kTapeInfinity ? 1.0f : weights[query];
+        for (int64_t f = 0; f < features; ++f) sum[f] /= total;
         tape_store(sum, step.out, tape_offset(step.out, batch, head, query), step.out.strides[3],
                    features);
     }
