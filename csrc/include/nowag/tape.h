@@ -26,7 +26,8 @@
 //   attention        out = softmax(scale a b^T + d) c;  sizes are those of out and of a, the
 //                    queries: batch, heads, queries, features. b and c are the keys and values,
 //                    [.., extent, features]; d, if there is one, is added to scores, [.., queries,
-//                    extent]; 0 where all of those are -inf. At most kTapeQueries queries and kTapeFeatures features.
+//                    extent]; a query of which all are -inf gets 0. At most kTapeQueries queries
+//                    and kTapeFeatures features.
 #pragma once
 
 #include <cstdint>
