@@ -62,9 +62,11 @@ class _Reads(TorchFunctionMode):
         self.why: str | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in self._READING or (func in self._MAKING and _has_tensors_in_lists(args)):
+        kwargs = kwargs or {}
+        made_of = (*args, *kwargs.values())
+        if func in self._READING or (func in self._MAKING and _has_tensors_in_lists(made_of)):
             self.note(func.__name__)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
     def note(self, name: str) -> None:
         self.why = self.why or f"it looks into a tensor ({name})"
@@ -154,7 +156,7 @@ def _is_composite(func: Any) -> bool:
 
 @functools.cache
 def _gives_tensors(func: Any) -> bool:
-    """And nothing else, and no more of them, nor larger ones, than operands' shapes say."""
+    """Those and nothing else, of sizes that follow from its operands' sizes."""
     tensors = all("Tensor" in str(result.type) for result in func._schema.returns)
     return tensors and torch.Tag.dynamic_output_shape not in func.tags
 
