@@ -89,7 +89,9 @@ def prebuilt() -> bool:
     elif given and Path(given).is_file():
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(given) as archive:
-                archive.extractall(folder, filter="data")
+                # Releases of Python before its security fix of 2023 have no filters.
+                archive.extraction_filter = getattr(tarfile, "data_filter", lambda one, _: one)
+                archive.extractall(folder)
             if take(Path(folder), Path(folder) / STAMP, given):
                 return True
     elif given:
