@@ -42,6 +42,19 @@ def arguments(work: Path, output: Path) -> list[Any]:
     ]  # fmt: skip
 
 
+def interrupted_after(steps: int) -> tuple[Any, list[int]]:
+    """A step of a distillation that is interrupted after so many, and how many are left."""
+    step, left = distillation._Run._step, [steps]
+
+    def interrupted(self: Any, *args: Any) -> float:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    return interrupted, left
+
+
 def test_is_what_python_does(work: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     result = run(*arguments(work, output), "--learning-rate", 0.01, "--skip", 100)
@@ -73,14 +86,7 @@ def test_goes_on_after_an_interrupt(
 ) -> None:
     keep_every_step(monkeypatch)
     given = arguments(work, tmp_path / "out")
-    step, left = distillation._Run._step, [5]
-
-    def interrupted(self: Any, *args: Any) -> float:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
+    interrupted, left = interrupted_after(5)
     with monkeypatch.context() as patched:
         patched.setattr(distillation._Run, "_step", interrupted)
         result = run(*given)
@@ -185,14 +191,7 @@ def test_compress_goes_on_with_its_distillation(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keep_every_step(monkeypatch)
-    step, left = distillation._Run._step, [3]
-
-    def interrupted(self: Any, *args: Any) -> float:
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
+    interrupted, left = interrupted_after(3)
     given = compress_arguments(work, tmp_path / "out", "--distill", 5)
     with monkeypatch.context() as patched:
         patched.setattr(distillation._Run, "_step", interrupted)

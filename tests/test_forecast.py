@@ -14,19 +14,20 @@ from tiny_models import ARCHITECTURES, tiny_model, tiny_tokens
 from typer.testing import CliRunner, Result
 
 import nowag_ext
-from nowag_ext import cost, disk
+from nowag_ext import cost, disk, speeds
 from nowag_ext.cli import app
 from nowag_ext.cost import Work, affordable_samples, forecast
 from nowag_ext.decoder import decoder_layers, decoder_linears
 from nowag_ext.forecast import sizes, skeleton
 from nowag_ext.methods import LayerSettings, VQSettings
 from nowag_ext.pipeline.blocks import Blocks
+from nowag_ext.speeds import Search, Speeds
 
 TOKENS = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(1))
 VQ: dict[str, Any] = {"d": 4, "bits": 2, "iters": 2}
 
 
-SPEEDS = cost._Speeds(1e6, 1e-3, 1e-3, 1e-9, cost._Search(1e-7, 1e-7, 1e-8, 1e-9))
+SPEEDS = Speeds(1e6, 1e-3, 1e-3, 1e-9, Search(1e-7, 1e-7, 1e-8, 1e-9))
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +37,8 @@ def source(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
 
 @pytest.fixture(autouse=True)
 def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost, "_SECONDS", 0.001)
-    monkeypatch.setattr(cost, "_POINTS", 1024)
+    monkeypatch.setattr(speeds, "_SECONDS", 0.001)
+    monkeypatch.setattr(speeds, "_POINTS", 1024)
 
 
 def run(*arguments: object) -> Result:
@@ -137,7 +138,7 @@ def test_what_takes_more(source: Path) -> None:
 
 def test_what_distillation_takes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = LayerSettings("vq", VQ, {})
-    monkeypatch.setattr(cost, "_speeds", lambda *_: SPEEDS)
+    monkeypatch.setattr(cost, "measure_speeds", lambda *_: SPEEDS)
 
     def taken(windows: int, length: int) -> Any:
         work = Work("feedback", 4, 512, False, distilled=windows, distilled_length=length)
@@ -159,7 +160,7 @@ def test_windows_that_there_is_time_for(
 ) -> None:
     """One more would take longer; less time than the rest takes is enough for none."""
     settings = LayerSettings("vq", VQ, {})
-    monkeypatch.setattr(cost, "_speeds", lambda *_: SPEEDS)
+    monkeypatch.setattr(cost, "measure_speeds", lambda *_: SPEEDS)
 
     def seconds(windows: int) -> float:
         return foretold(source, settings, "model", Work(recipe, windows, 64, False)).seconds
