@@ -43,9 +43,6 @@ class CpuGraphs:
 
         return Captured(output, replay)
 
-    def second(self, step: Call, device: torch.device) -> Captured:
-        raise NotImplementedError  # the first has been captured
-
 
 class _Reads(TorchFunctionMode):
     """Notices where the content of a tensor becomes something of Python."""

@@ -31,11 +31,12 @@ class CudaGraphs:
             if one not in waits:
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
         if not waits:
-            return Captured(output)
+            return Captured(output, second=self.second)
         where = f"{waits[0].filename}:{waits[0].lineno}"
         return Captured(output, why=f"{where} waits for the device")
 
     def second(self, step: Call, device: torch.device) -> Captured:
+        """Captures a step, and replays it, which does it."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
         torch.cuda.synchronize(device)
         try:

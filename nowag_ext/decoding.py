@@ -36,13 +36,6 @@ class Graphs(Protocol):
     def first(self, step: Call, device: torch.device) -> Captured:
         """Does a step that may be the first of its kind."""
 
-    def second(self, step: Call, device: torch.device) -> Captured:
-        """Does a step of which ``first`` gave no replay, nor a reason for that.
-
-        Raises:
-            NoGraphError: it cannot be captured, and nothing of it has been done.
-        """
-
 
 def decodes_under_graph(model: nn.Module, length: int = 1) -> bool:
     """Whether ``decode_graph`` has something to gain: a decoder all of which is on one device.
@@ -210,7 +203,8 @@ class _Step:
                 if _slides(layer):
                     layer.cumulative_length_int += 1
             return _copy(self._captured.output)
-        do = self._graphs.first if self._captured is None else self._graphs.second
+        do = self._graphs.first if self._captured is None else self._captured.second
+        assert do is not None
         device = self._inputs["input_ids"].device
         self._captured = do(lambda: self._forward(**self._inputs), device)
         output = self._captured.output

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 Call = Callable[[], Any]
 
 
@@ -21,8 +23,10 @@ class Captured:
         output: what it returned; each replay writes to the same tensors.
         replay: does it again, on what its tensors then hold; None if it was not captured.
         why: why it never can be, if that showed.
+        second: does the step once more, which can then be captured; raises NoGraphError.
     """
 
     output: Any
     replay: Callable[[], None] | None = None
     why: str | None = None
+    second: Callable[[Call, torch.device], Captured] | None = None

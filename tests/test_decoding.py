@@ -35,7 +35,7 @@ class Captures(CpuGraphs):
     def first(self, step: Call, device: torch.device) -> Captured:
         assert device == torch.device("cpu")
         if self.fails:
-            return Captured(step())
+            return Captured(step(), second=self.second)
         if self.waits:
             return Captured(step(), why="model.py:7 waits for the device")
         captured = super().first(step, device)
@@ -427,6 +427,26 @@ def test_a_cache_that_is_full() -> None:
             model(input_ids=ids, past_key_values=cache, use_cache=True)
         with pytest.raises(ValueError, match="outside the contract"):
             model(input_ids=ids, past_key_values=cache, use_cache=True)
+
+
+def test_graphs_that_capture_the_second_token() -> None:
+    """As CUDA's do: the first is eager."""
+
+    class Later:
+        captures = Captures()
+
+        def first(self, step: Call, _: torch.device) -> Captured:
+            return Captured(step(), second=self.captures.first)
+
+    model, ids, graphs = model_of("llama", packed=True), tiny_tokens(1, 12), Later()
+    cache = StaticCache(model.config, max_cache_len=12)
+    found = []
+    with torch.no_grad(), decode_graph(model, graphs):
+        for token in ids.split(1, dim=1):
+            found.append(model(input_ids=token, past_key_values=cache, use_cache=True).logits)
+    assert (graphs.captures.graphs, graphs.captures.replays) == (1, 9)
+    want = forced(model, ids, None)
+    torch.testing.assert_close(torch.cat(found, 1), want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_fails_in_a_captured_token_is_not_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:
