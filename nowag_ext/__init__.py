@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from nowag_ext.integrations.transformers import NowagConfig, NowagHfQuantizer
     from nowag_ext.model import compress_model
     from nowag_ext.pipeline.distill import distill
+    from nowag_ext.sampling import self_text
 
 __all__ = [
     "CalibrationStatistics",
@@ -66,6 +67,7 @@ __all__ = [
     "prune",
     "save_compressed",
     "save_dense",
+    "self_text",
     "to_dense",
     "train_codebook",
     "vq_compress",
@@ -83,6 +85,7 @@ _WHOLE_MODELS = {
     "load_dense_model": "checkpoint",
     "save_compressed": "checkpoint",
     "save_dense": "checkpoint",
+    "self_text": "sampling",
     "to_dense": "checkpoint",
 }
 

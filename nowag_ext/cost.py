@@ -23,13 +23,14 @@ from nowag_ext.methods import LayerSettings, Settings, VQSettings
 from nowag_ext.pipeline import blocks, codebooks, distill, streams
 from nowag_ext.pipeline import compress as pipeline
 from nowag_ext.plan_head import plan_head
+from nowag_ext.sampling import AT_ONCE, windows_to_write
 from nowag_ext.speeds import Speeds, measure_search, measure_speeds
 
 _FLOAT = 4
 
-# Copies of a weight, and of the metric, that compressing one linear under a Hessian takes.
-_WEIGHT_COPIES = 4
-_METRIC_COPIES = 3
+# Copies of a weight, and of the Hessian, that compressing one linear takes beside them.
+_WEIGHT_COPIES = {"vq": 4, "prune": 6}
+_METRIC_COPIES = {"vq": 1, "prune": 2}
 
 # The tokenizer and what holds the layers on disk; and what the C library's allocator keeps of what
 # was freed, at most: on SmolLM2 both were found as what was missing.
@@ -38,6 +39,9 @@ _MOST_KEPT = 256 << 20
 
 # Of the logits of some tokens, where two models' are compared.
 _LOGITS_COPIES = 6
+
+# Seconds that a layer takes to be called for a few tokens, beside what it computes.
+_EAGER_LAYER = 5e-4
 
 # Runs of a window's first tokens that finding out a layer's groups takes, beside one of all.
 _TRACES = 4
@@ -49,7 +53,7 @@ class Work:
 
     ``offload``: its hidden states are on disk. 0 samples: none, norms are given. ``head``: the
     settings of the head, if that is packed too. ``distilled``: windows, of ``distilled_length``,
-    that the result is tuned on.
+    that the result is tuned on. ``writes``: the model has to write one of the ``texts``.
     """
 
     recipe: str
@@ -59,6 +63,16 @@ class Work:
     head: VQSettings | None = None
     distilled: int = 0
     distilled_length: int = 1
+    texts: int = 1
+    writes: bool = False
+
+    @property
+    def written(self) -> int:
+        """Windows that the model writes."""
+        if not self.writes:
+            return 0
+        later = self.distilled * self.distilled_length
+        return windows_to_write(self.samples, self.length, later, self.texts)
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,11 @@ class _Group:
     @property
     def weights(self) -> int:
         return self.inputs * sum(self.outputs)
+
+    @property
+    def widest(self) -> int:
+        """Weights of the largest of them."""
+        return self.inputs * max(self.outputs)
 
 
 @dataclass(frozen=True)
@@ -172,7 +191,7 @@ def _head(model: Any, settings: VQSettings, speeds: Speeds) -> _Head:
     search = measure_search(settings, inputs, speeds.products)
     iters = min(settings.iters, codebooks.TRAINING_ITERATIONS)
     return _Head(
-        _FLOAT * ((_WEIGHT_COPIES + 1) * size + (1 + _METRIC_COPIES) * inputs**2),
+        _FLOAT * (2 * size + inputs**2 + _beside(settings.method, size, inputs)),
         min(size, codebooks.TRAINING_WEIGHTS) * search.clustering(iters)
         + size * (search.compression + 3 * inputs / speeds.products),
     )
@@ -192,16 +211,30 @@ class _Costs:
     head: _Head | None
 
     def memory(self, work: Work, sizes: Sizes) -> dict[str, int]:
-        rest = _memory(self.model, self.layers, sizes, work, self.hidden, self.trained, self.head)
+        rest = _memory(
+            self.model, self.layers, self.typical.method, sizes, work, self.hidden, self.trained,
+            self.head,
+        )  # fmt: skip
         return {"the program": self.base + _LOADED, **rest}
 
     def seconds(self, work: Work) -> dict[str, float]:
         stages = _seconds(self.layers, self.typical, work, self.trained, self.speeds)
+        if work.writes:
+            stages = {"writing text": self._writing(work), **stages}
         if self.head is not None:
             stages["head"] = self.head.seconds
         if work.distilled:
             stages["distillation"] = self._distillation(work)
         return stages
+
+    def _writing(self, work: Work) -> float:
+        """Of each token of some windows that are written together: all products, and attention."""
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        weights = sum(layer.weights for layer in self.layers) + vocabulary * self.hidden
+        products = 2 * AT_ONCE * weights / self.speeds.few_products
+        attention = _cached(self.model, work.length) / self.speeds.copies
+        token = products + attention + len(self.layers) * _EAGER_LAYER
+        return work.written / AT_ONCE * work.length * token
 
     def _distillation(self, work: Work) -> float:
         """Of each window: the dense model, the compressed one, and the way back through that."""
@@ -240,6 +273,7 @@ def _layer(name: str, layer: nn.Module, ignore: Sequence[str], hidden: int) -> _
 def _memory(
     model: Any,
     layers: Sequence[_Layer],
+    method: str,
     sizes: Sizes,
     work: Work,
     hidden: int,
@@ -259,23 +293,22 @@ def _memory(
     if work.recipe != "feedback":
         if work.samples:
             always["the layers, dense"] = inside
-        widest = max((g.inputs * max(g.outputs) for one in layers for g in one.groups), default=0)
+        widest = max((group.widest for one in layers for group in one.groups), default=0)
         return {
             **always, "what is compressed": sizes.compressed,
-            "compressing a linear": _WEIGHT_COPIES * _FLOAT * widest,
+            "compressing a linear": _WEIGHT_COPIES[method] * _FLOAT * widest,
         }  # fmt: skip
     window = work.length * hidden * _FLOAT
     most = max(layers, key=lambda one: one.parameters)
     block = most.parameters * _FLOAT
-    # Layers are copied twice while the two copies of the one before, and what was seen of it, are
-    # still there; later the statistics of a group take more than those did.
+    # A layer is there twice, as it was and compressed so far, and the statistics of a group.
     seen = _seen(most, work, hidden)
-    last = max(map(_group_bytes, most.groups), default=0)
+    last = max((_group_bytes(group, method) for group in most.groups), default=0)
     through = {
         "what is compressed": sizes.compressed,
         "hidden states": 0 if work.offload else 2 * work.samples * window,
         "what windows show of a layer": seen,
-        "layers in fp32, and statistics": 2 * block + max(2 * block, last),
+        "layers in fp32, and statistics": 2 * block + last,
     }
     # Before that, codebooks are trained on what is sampled of the weights: points, codes, gaps ...
     sampled = min(trained, codebooks.TRAINING_WEIGHTS)
@@ -283,33 +316,51 @@ def _memory(
     # ... and re-estimated under the Hessians of a layer's groups.
     windows = min(codebooks._WINDOWS, work.samples)
     hessians = _FLOAT * sum(group.inputs**2 for group in most.groups)
+    one = max((_beside(method, g.widest, g.inputs) for g in most.groups), default=0)
     estimating = {
         "hidden states": windows * window,
-        "layers in fp32, and statistics": 2 * block + hessians + last,
+        "layers in fp32, and statistics": hessians + max(block, _FLOAT * one),
     }
     stages: list[dict[str, int]] = [through, training, estimating if trained else {}]
     if head is not None:
         states = {name: through[name] for name in ("what is compressed", "hidden states")}
         stages.append({**states, "the head, in fp32": head.memory})
+    if work.writes:
+        stages.append({
+            "the layers, dense": inside, "keys and values": _cached(model, work.length)
+        })  # fmt: skip
     if work.distilled:
         length = work.distilled_length
         recorded = sum(_recorded(layer, length, hidden) for layer in layers)
         vocabulary = model.get_input_embeddings().weight.shape[0]
+        embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+        untied = output is not None and output.weight is not embedding.weight
         copied = sum(
             _FLOAT * parameter.numel()
             for key, parameter in every.items()
-            if key not in of_layers and parameter.dtype != torch.float32
+            if key not in of_layers
+            and parameter.dtype != torch.float32
+            and not (untied and parameter is embedding.weight)
         )
         stages.append({
             "what is compressed": sizes.compressed,
             "hidden states": 0 if work.offload else work.distilled * length * hidden * _FLOAT,
-            "the dense model outside the layers, and both in fp32": outside + 2 * copied,
+            "the head in fp32": copied,
             "what is recorded of the layers": min(recorded, distill._RECORD_BYTES) + 3 * block,
             "logits": _LOGITS_COPIES * min(length, distill._HEAD_TOKENS) * vocabulary * _FLOAT,
         })  # fmt: skip
     largest = max(stages, key=lambda stage: sum(stage.values()))
     freed = sum(sum(stage.values()) for stage in stages)
     return {**always, **largest, "what the allocator keeps": min(_MOST_KEPT, freed // 2)}
+
+
+def _cached(model: Any, length: int) -> int:
+    """Bytes of the keys and values of windows that are written together."""
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
+    return AT_ONCE * length * config.num_hidden_layers * kept * model.dtype.itemsize
 
 
 def _seen(layer: _Layer, work: Work, hidden: int) -> int:
@@ -329,13 +380,16 @@ def _recorded(layer: _Layer, length: int, hidden: int) -> int:
     return _FLOAT * (layer.weights + length * between)
 
 
-def _group_bytes(group: _Group) -> int:
+def _group_bytes(group: _Group, method: str) -> int:
     """The statistics of a group while its corrections are solved for, or its linears compressed."""
     square, every = group.inputs**2, group.weights
-    widest = group.inputs * max(group.outputs)
-    solving = square * (2 + (not group.sums)) + every * (1 + group.sums) + 2 * widest
-    compressing = square * (1 + _METRIC_COPIES) + every + _WEIGHT_COPIES * widest
-    return _FLOAT * max(solving, compressing)
+    solving = square * (2 + (not group.sums)) + every * (1 + group.sums) + 2 * group.widest
+    return _FLOAT * max(solving, square + every + _beside(method, group.widest, group.inputs))
+
+
+def _beside(method: str, weights: int, inputs: int) -> int:
+    """Numbers that compressing a linear takes beside its weight and Hessian."""
+    return _WEIGHT_COPIES[method] * weights + _METRIC_COPIES[method] * inputs**2
 
 
 def _seconds(

@@ -21,7 +21,7 @@ from nowag_ext.files import check_apart, check_vacant, require_space, temporary_
 from nowag_ext.forecast import Sizes, sizes, skeleton
 from nowag_ext.gguf_source import read_once
 from nowag_ext.methods import LayerSettings, VQSettings
-from nowag_ext.offload import bring_back
+from nowag_ext.offload import bring_back, twin
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
 from nowag_ext.pipeline.distill import distill
@@ -151,11 +151,14 @@ def compress(
 
     def prepare(_tokenizer: Any, store: LayerStore) -> Callable[[Any], None]:
         def compress_loaded(model: Any) -> None:
-            if distill_tokens is not None:
-                checked_windows(model, distill_tokens)
-            compress_blocks(model, tokens, method, ignore, **{**common, "work_dir": store})
-            if distill_tokens is not None:
-                job.distill(model, distill_tokens, store, offload_dir, progress)
+            work: dict[str, Any] = {**common, "work_dir": store}
+            if distill_tokens is None:
+                compress_blocks(model, tokens, method, ignore, **work)
+                return
+            checked_windows(model, distill_tokens)
+            dense = twin(model)
+            compress_blocks(model, tokens, method, ignore, **work)
+            distill_compressed(model, dense, distill_tokens, store, offload_dir, progress)
 
         return compress_loaded
 
@@ -218,6 +221,30 @@ def source_facts(source: str, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "nowag_ext": __version__,
     }
+
+
+def distill_compressed(
+    model: Any,
+    dense: Any,
+    tokens: Tensor,
+    store: LayerStore,
+    offload_dir: str | os.PathLike[str] | None,
+    progress: Progress | None,
+) -> None:
+    """Tunes what a model was compressed to, which is part of what that took."""
+    bring_back(model)  # what is left of it
+    learnt = distill(
+        model, dense, tokens, work_dir=store, offload_dir=offload_dir, progress=progress
+    )
+    add_stage(model, "distillation", learnt.seconds)
+
+
+def add_stage(model: Any, name: str, seconds: float) -> None:
+    """Reports what has been done beside the compression as a stage of it."""
+    report = model.nowag_report
+    model.nowag_report = replace(
+        report, seconds=report.seconds + seconds, stages={**report.stages, name: seconds}
+    )
 
 
 @dataclass(frozen=True)
@@ -322,30 +349,6 @@ class Job:
             left_out = write(model, tokenizer, self.target, overwrite=self.overwrite)
             store.clear()
         return model.nowag_report, left_out
-
-    def distill(
-        self,
-        model: Any,
-        tokens: Tensor,
-        store: LayerStore,
-        offload_dir: str | os.PathLike[str] | None,
-        progress: Progress | None,
-    ) -> None:
-        """Tunes what the source was compressed to; its layers are read again, from disk."""
-        bring_back(model)  # what is left of it
-        with temporary_directory(store.directory, "dense") as converted:
-            dense, _ = open_dense_model(
-                self.source, str(self.dtype), offload_folder=converted,
-                trust_remote_code=self.trust_remote_code,
-            )  # fmt: skip
-            learnt = distill(
-                model, dense, tokens, work_dir=store, offload_dir=offload_dir, progress=progress
-            )
-        report = model.nowag_report
-        model.nowag_report = replace(
-            report, seconds=report.seconds + learnt.seconds,
-            stages={**report.stages, "distillation": learnt.seconds},
-        )  # fmt: skip
 
     def outline(self) -> Any:
         """The model without its weights, or None where only loading it tells (``skeleton``)."""

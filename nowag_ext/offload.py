@@ -10,6 +10,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -101,6 +102,37 @@ def bring_back(model: Any) -> None:
                 module._parameters[name] = found[name]
     if offloaded:
         model.tie_weights()  # each module has brought its own
+
+
+def twin(model: Any) -> Any:
+    """The model once more: other modules, free to be replaced, of the very same tensors."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        memo[id(tensor)] = tensor
+    for module in model.modules():
+        loader = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if loader is not None:  # reads from disk, or holds tensors
+            memo[id(loader)] = loader
+    return copy.deepcopy(model, memo)
+
+
+def share_tensors(model: nn.Module, other: nn.Module) -> None:
+    """Parameters of a model that equal another's of the same name become the very same."""
+    theirs = dict(other.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules():
+        for name, own in module._parameters.items():
+            same = theirs.get(f"{prefix}.{name}" if prefix else name)
+            if own is not None and same is not None and equal_bits(own, same):
+                module._parameters[name] = same
+
+
+def equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors in the same place are of one dtype and equal, of which NaN is not."""
+    return (
+        not (one.is_meta or other.is_meta)
+        and (one.dtype, one.device) == (other.dtype, other.device)
+        and torch.equal(one, other)
+    )
 
 
 # What nn.Module keeps of hooks; those of saving and loading belong to the weights.

@@ -34,6 +34,7 @@ _LOCK = f"{MARK}lock"
 _MADE_WITH = f"{MARK}made_with.json"
 _STATISTICS = "statistics"
 _STATE = "state"
+_TEXT = "text"
 _SAMPLES = f"{MARK}samples"
 
 
@@ -238,7 +239,9 @@ class LayerStore:
         with atomic_file(self._path(name)) as temporary:
             temporary.write_bytes(save(tensors, metadata))
 
-    def _read(self, name: str, key: str) -> tuple[dict[str, Any], Any] | None:
+    def _read(
+        self, name: str, key: str, *, check: bool = True
+    ) -> tuple[dict[str, Any], Any] | None:
         path = self._path(name)
         metadata = _metadata(path)
         if metadata is None or metadata.get("key") != key:
@@ -246,7 +249,7 @@ class LayerStore:
         with safe_open(path, framework="pt") as file:
             tensors = {part: file.get_tensor(part) for part in file.keys()}  # noqa: SIM118
         facts = metadata.get("facts", "")
-        if _checksum(tensors, facts) != metadata.get("checksum"):
+        if check and _checksum(tensors, facts) != metadata.get("checksum"):
             return None
         return tensors, json.loads(facts)
 
@@ -273,6 +276,15 @@ class LayerStore:
         """The tensors and facts of this key, or None if it has to begin."""
         return self._read(_STATE, key)
 
+    def put_text(self, key: str, tokens: Tensor) -> None:
+        """Keeps windows of text that a model has written."""
+        self._write(_TEXT, key, {"tokens": tokens}, None)
+
+    def get_text(self, key: str) -> Tensor | None:
+        """The windows of this key, if there are any."""
+        found = self._read(_TEXT, key)
+        return None if found is None else found[0]["tokens"]
+
     def put_samples(self, samples: int) -> None:
         """Notes how many windows of text the run has decided to read."""
         with atomic_file(self.directory / _SAMPLES) as temporary:
@@ -298,12 +310,15 @@ class LayerStore:
             return None
         return {name: Codebook(entries.to(device), name) for name, entries in found[0].items()}
 
-    def get(self, name: str, key: str, unit: Unit) -> tuple[PackedWeight, float] | None:
+    def get(
+        self, name: str, key: str, unit: Unit, *, check: bool = True
+    ) -> tuple[PackedWeight, float] | None:
         """The layer's compressed weight and the seconds it took, or None if it is to be done.
 
-        On the CPU its tensors are the file's, mapped into memory.
+        On the CPU its tensors are the file's, mapped into memory, which is not read yet unless
+        there is to be a ``check`` of what it holds.
         """
-        found = self._read(name, key)
+        found = self._read(name, key, check=check)
         if found is None:
             return None
         tensors, facts = found

@@ -15,6 +15,7 @@ from torch.nn import functional
 from nowag_ext.codebook_training import train_codebook
 from nowag_ext.decoder import decoder_layers
 from nowag_ext.methods import Given, Settings, VQSettings
+from nowag_ext.sampling import AT_ONCE
 
 # Sizes that speeds are measured at, at most; and for how long, each.
 _MOST_FEATURES = 4096
@@ -56,12 +57,16 @@ class Speeds:
 
     Attributes:
         products: floating-point operations a second of matrix products.
+        few_products: the same where they are of as few tokens as a model writes at once.
+        copies: bytes a second of a large tensor.
         attention, elementwise: seconds a layer and window.
         divergence: seconds a logit: of the softmax of two models, and its gradient.
         search: with the settings of most weights.
     """
 
     products: float
+    few_products: float
+    copies: float
     attention: float
     elementwise: float
     divergence: float
@@ -83,6 +88,9 @@ def measure_speeds(model: Any, settings: Settings, length: int, hidden: int) -> 
     rows = min(length, _MOST_LENGTH)
     x, weight = random(rows, inputs), random(outputs, inputs)
     products = 2 * rows * inputs * outputs / _timed(lambda: functional.linear(x, weight))
+    few = x[:AT_ONCE]
+    few_products = 2 * len(few) * inputs * outputs / _timed(lambda: functional.linear(few, weight))
+    copies = weight.nbytes / _timed(weight.clone)
     windows = length / rows
 
     inner = max(linear.out_features for linear in linears)
@@ -100,7 +108,7 @@ def measure_speeds(model: Any, settings: Settings, length: int, hidden: int) -> 
     logits = random(_LOGITS_TOKENS, vocabulary)
     divergence = _timed(lambda: _divergence(logits)) / logits.numel()
     search = measure_search(settings, inputs, products)
-    return Speeds(products, attention, elementwise, divergence, search)
+    return Speeds(products, few_products, copies, attention, elementwise, divergence, search)
 
 
 def measure_search(settings: Settings, inputs: int, products: float) -> Search:

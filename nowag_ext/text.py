@@ -36,9 +36,9 @@ class Text:
         self._first = self._read()
 
     @property
-    def digest(self) -> str:
+    def fact(self) -> str:
         """Of the first piece: tells texts apart without reading all of them."""
-        return hashlib.sha256(self._first.encode()).hexdigest()[:12]
+        return f"of SHA-256 {hashlib.sha256(self._first.encode()).hexdigest()[:12]}..."
 
     def _read(self) -> str:
         try:

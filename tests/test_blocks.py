@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from compare import assert_same_bits
 from families import (
     AFTER_ATTENTION,
     GROUPS,
@@ -22,7 +24,7 @@ from families import (
     windows,
     without_layer,
 )
-from tiny_models import VOCABULARY, random_act_norms, tiny_tokens
+from tiny_models import VOCABULARY, random_act_norms, tiny_model, tiny_tokens
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -69,6 +71,25 @@ def test_head_is_the_models_own(family: str) -> None:
         part = Head(model, blocks)(hidden[:, 3:7])
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(part, wanted[:, 3:7])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_two_heads_have_in_common_is_copied_once(tied: bool) -> None:
+    model = tiny_model("llama" if tied else "qwen3", dtype=torch.bfloat16)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    hidden = Blocks(model, LENGTH).embed(windows(2)).float()
+    first = Head(model, Blocks(model, LENGTH))
+    second = Head(other, Blocks(other, LENGTH), like=first)
+    assert sum(tensor.numel() for tensor in first.tensors()) == (
+        model.lm_head.weight.numel() + model.model.norm.weight.numel()
+    )
+    equal = [a is b for a, b in zip(first.tensors(), second.tensors(), strict=True)]
+    assert sorted(equal) == [False, True]
+    assert_same_bits(second(hidden), Head(other, Blocks(other, LENGTH))(hidden))
+    assert not torch.equal(second(hidden), first(hidden))
 
 
 def test_each_layer_has_its_own_arguments() -> None:

@@ -27,7 +27,7 @@ TOKENS = torch.randint(0, 257, (4, 16), generator=torch.Generator().manual_seed(
 VQ: dict[str, Any] = {"d": 4, "bits": 2, "iters": 2}
 
 
-SPEEDS = Speeds(1e6, 1e-3, 1e-3, 1e-9, Search(1e-7, 1e-7, 1e-8, 1e-9))
+SPEEDS = Speeds(1e6, 1e5, 1e7, 1e-3, 1e-3, 1e-9, Search(1e-7, 1e-7, 1e-8, 1e-9))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,14 @@ import nowag_ext
 from nowag_ext import compress, compress_model
 from nowag_ext.checkpoint import load_dense_model, save_compressed, save_dense
 from nowag_ext.decoder import decoder_linears
-from nowag_ext.offload import bias_of, copied, layers_on_disk, weight_of
+from nowag_ext.offload import (
+    bias_of,
+    copied,
+    layers_on_disk,
+    share_tensors,
+    twin,
+    weight_of,
+)
 
 SETTINGS: dict[str, Any] = {"d": 4, "bits": 1, "iters": 5}
 
@@ -165,6 +172,42 @@ def test_by_the_published_method_too(tmp_path: Path) -> None:
     save_dense(disk, None, tmp_path / "dense again")
     again, _ = load_dense_model(tmp_path / "dense again")
     assert_same_bits(logits(again), logits(memory.dequantize()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])  # tied to the head, and not
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_a_twin_stays_dense(architecture: str, place: str, tmp_path: Path) -> None:
+    model = on_disk(tmp_path, architecture) if place == "disk" else tiny_model(architecture)
+    other = twin(model)
+    before = held(other)
+    theirs = dict(other.named_parameters(remove_duplicate=False))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert theirs[name] is parameter
+    given = {"head": {"d": 2, "bits": 2}, **SETTINGS}
+    for one in (model, other):
+        compress(one, tiny_tokens(8, 16), **given)
+        if one is model:
+            assert held(other) == before
+            assert_same_bits(logits(other), logits(tiny_model(architecture)))
+    assert_same_bits(logits(other), logits(model))
+
+
+def test_what_is_equal_in_two_models_is_shared() -> None:
+    model, other = tiny_model(dtype=torch.bfloat16), tiny_model(dtype=torch.bfloat16)
+    with torch.no_grad():
+        other.model.norm.weight[0] += 1
+    other.model.layers[0].mlp.up_proj.weight.data = torch.zeros(3, 2, dtype=torch.bfloat16)
+    other.model.layers[1].mlp.up_proj.float()
+    before = logits(model)
+    share_tensors(model, other)
+    theirs = dict(other.named_parameters(remove_duplicate=False))
+    own = {n for n, one in model.named_parameters(remove_duplicate=False) if one is not theirs[n]}
+    assert own == {
+        "model.norm.weight", "model.layers.0.mlp.up_proj.weight",
+        "model.layers.1.mlp.up_proj.weight",
+    }  # fmt: skip
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_same_bits(logits(model), before)
 
 
 def test_another_dtype(tmp_path: Path) -> None:

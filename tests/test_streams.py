@@ -51,9 +51,8 @@ def test_a_layer_that_does_not_change(
     blocks = Blocks(model, LENGTH).copied(0)
     hidden = blocks.embed(tiny_tokens(WINDOWS, LENGTH))
     stream = streams.Stream(hidden.clone())
-    stream.blocks = blocks
     groups = blocks.groups(0, hidden[:1])
-    stream.enter(0, groups)
+    stream.enter(0, blocks, groups)
     for window in range(WINDOWS):
         for group in groups:
             got, wanted = stream.taps(0, window, group), blocks.taps(0, hidden[window, None], group)
@@ -73,9 +72,8 @@ def test_a_layer_that_changes_on_the_way(
     blocks = Blocks(model, LENGTH).copied(0)
     hidden = blocks.embed(tiny_tokens(WINDOWS, LENGTH))
     stream = streams.CompressedStream(hidden.clone())
-    stream.blocks = blocks
     groups = blocks.groups(0, hidden[:1])
-    stream.enter(0, groups)
+    stream.enter(0, blocks, groups)
     for number, group in enumerate(groups):
         if look and number % 2 == 1:
             stream.look(0, group)
@@ -99,10 +97,9 @@ def test_modules_that_are_done_with_are_not_run_again(
     blocks = Blocks(model, LENGTH).copied(0)
     hidden = blocks.embed(tiny_tokens(1, LENGTH))
     stream = kind(hidden.clone())
-    stream.blocks = blocks
     groups = blocks.groups(0, hidden)
     called = linears_called(blocks)
-    stream.enter(0, groups)
+    stream.enter(0, blocks, groups)
     for group in groups:
         stream.taps(0, 0, group)
         if isinstance(stream, streams.CompressedStream):
@@ -121,9 +118,8 @@ def test_a_group_that_is_passed_over_is_run(model: Any) -> None:
     blocks = Blocks(model, LENGTH).copied(0)
     hidden = blocks.embed(tiny_tokens(WINDOWS, LENGTH))
     stream = streams.CompressedStream(hidden.clone())
-    stream.blocks = blocks
     groups = blocks.groups(0, hidden[:1])
-    stream.enter(0, groups)
+    stream.enter(0, blocks, groups)
     for window in range(WINDOWS):
         stream.taps(0, window, groups[0])
     blocks.weights(0)["model.layers.0.mlp.down_proj"].mul_(2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,12 +19,13 @@ from nowag_ext.cli import options
 from nowag_ext.cli.base import app, err, out, reported
 from nowag_ext.cli.calibrate import measured
 from nowag_ext.cli.sentences import named_options
-from nowag_ext.cli.texts import calibration_windows, open_texts, text_facts
+from nowag_ext.cli.texts import calibration_windows, has_self, open_texts_or_self, text_facts
 from nowag_ext.cost import Work, affordable_samples, forecast
 from nowag_ext.decoder import decoder_linears
-from nowag_ext.disk import Job, of_argument
+from nowag_ext.disk import Job, add_stage, distill_compressed, of_argument
 from nowag_ext.files import temporary_directory
 from nowag_ext.model import compress_model
+from nowag_ext.offload import twin
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
 from nowag_ext.pipeline.ranks import launched, launched_rank, process_group
@@ -31,6 +33,7 @@ from nowag_ext.plan import plan_compression
 from nowag_ext.render import forecast_tables, loading, progress_bar, report_table, stages_text
 from nowag_ext.report import distillation_text
 from nowag_ext.resume import LayerStore, work_directory
+from nowag_ext.sampling import self_text
 from nowag_ext.source import open_dense_model
 
 # For each input of a layer; its Hessian follows the text by chance if there are fewer.
@@ -134,14 +137,14 @@ def compress(
     distilled = {"distilled": distill, "distilled_length": min(_DISTILLED_LENGTH, length)}
     work = Work(
         recipe, (wanted or 0) if text else 0, length, offload is not None, job.head_settings,
-        **distilled,
+        **distilled, texts=len(text or ()), writes=has_self(text or ()),
     )  # fmt: skip
     if dry_run:
         if wanted is None and text:
             work = replace(work, samples=_affordable(job, work, budget))
         _show_forecast(job, work)
         return
-    texts = open_texts(text or ())
+    texts = open_texts_or_self(text or ())
     asked = f"auto, {budget:g} minutes" if wanted is None else wanted
     made_with = {
         **job.made_with(), **text_facts(texts, asked, length, sample_seed), "recipe": recipe,
@@ -151,14 +154,24 @@ def compress(
     def prepare(tokenizer: Any, store: LayerStore) -> Callable[[Any], None]:
         windows: list[Tensor] = []
         more: list[Tensor] = []
+        wrote = 0.0
+
+        def write(count: int) -> Tensor:
+            nonlocal wrote
+            began = time.perf_counter()
+            text = _self_text(job, tokenizer, store, length, sample_seed, count)
+            wrote = time.perf_counter() - began
+            return text
+
         if texts:
             number = wanted
             if number is None:
                 number = store.get_samples() or _affordable(job, work, budget)
                 store.put_samples(number)
             windows, more = calibration_windows(
-                tokenizer, texts, number, length, sample_seed, leaving=wanted is None, **distilled
-            )
+                tokenizer, texts, number, length, sample_seed, write, leaving=wanted is None,
+                **distilled,
+            )  # fmt: skip
         common: dict[str, Any] = {
             "overrides": overrides, "min_coverage": min_coverage, "work_dir": store, **settings,
         }  # fmt: skip
@@ -174,6 +187,7 @@ def compress(
                     loaded, ones, (method, settings), left_dense, overrides, min_coverage
                 )
                 found = measured(loaded, windows, store).act_norms()
+            dense = twin(loaded) if more else None
             with process_group() as group, progress_bar(err) as progress:
                 if found is None:
                     compress_blocks(
@@ -183,9 +197,11 @@ def compress(
                     )  # fmt: skip
                 else:
                     compress_model(loaded, found, method, left_dense, progress=progress, **common)
+            if wrote:
+                add_stage(loaded, "writing text", wrote)
             if more:
                 with progress_bar(err) as progress:
-                    job.distill(loaded, torch.cat(more), store, offload, progress)
+                    distill_compressed(loaded, dense, torch.cat(more), store, offload, progress)
 
         return compress_loaded
 
@@ -236,6 +252,30 @@ def _help_compress(
             if LayerStore(kept).keeps_something():
                 stop.kept = kept  # type: ignore[attr-defined]
             raise
+
+
+def _self_text(
+    job: Job, tokenizer: Any, store: LayerStore, length: int, seed: int | None, windows: int
+) -> Tensor:
+    """What the model that is to be compressed writes; it is loaded whole for that."""
+    outline = job.outline()
+    needed = 0 if outline is None else sum(one.nbytes for one in outline.parameters())
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with of_argument("text"):
+        if needed > there:
+            raise ValueError(
+                f"to write text the model must be in memory, and its {needed / 1e9:.1f} GB do not "
+                f"fit into the {there / 1e9:.1f} GB of this machine: give other text."
+            )
+        with loading(err, job.source):
+            dense, _ = open_dense_model(
+                job.source, str(job.dtype), tokenizer=tokenizer,
+                trust_remote_code=job.trust_remote_code,
+            )  # fmt: skip
+        with progress_bar(err) as progress:
+            return self_text(
+                dense, windows, length, seed=(seed or 0) % 2**62, work_dir=store, progress=progress
+            )
 
 
 def _outline(job: Job, option: str) -> Any:

@@ -11,6 +11,7 @@ from nowag_ext.cli.sentences import named_options
 from nowag_ext.cli.texts import open_texts, text_facts, text_windows
 from nowag_ext.disk import kept, of_argument, source_facts
 from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
+from nowag_ext.offload import share_tensors
 from nowag_ext.pipeline.distill import check_distillation
 from nowag_ext.pipeline.distill import distill as distill_model
 from nowag_ext.render import loading, progress_bar
@@ -74,6 +75,7 @@ def distill(
             teacher, _ = open_dense_model(
                 dense, dtype, offload_folder=converted, trust_remote_code=trust_remote_code
             )
+        share_tensors(teacher, model)
         with progress_bar(err) as progress:
             learnt = distill_model(
                 model, teacher, torch.cat(windows), passes=passes, learning_rate=learning_rate,

@@ -120,7 +120,8 @@ CalibrationTexts = Annotated[
     typer.Option(
         "--text",
         help="UTF-8 text to calibrate on, without --act-norms; repeatable, mixed evenly. For those "
-        "who have none: python-docs, half of Python's own language reference.",
+        "who have none: python-docs, half of Python's own language reference. self: what the dense "
+        "model writes, for those who have little.",
         show_default=False,
     ),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,47 @@ from nowag_ext.cli.base import err, out
 from nowag_ext.demo_text import demo_text
 from nowag_ext.disk import of_argument
 from nowag_ext.pipeline.ranks import launched
+from nowag_ext.sampling import windows_to_write
 from nowag_ext.source import mixed_batches, windows_of_each
 from nowag_ext.text import Text
 
-# In a file's place: half of Python's language reference, as it comes with Python (PSF licence).
+# In a file's place: half of Python's language reference, as it comes with Python (PSF licence); and
+# what the model that is to be compressed writes.
 PYTHON_DOCS = "python-docs"
+SELF = "self"
+
+
+class SelfText:
+    """In a text's place, while there is none yet: what the model will have written."""
+
+    name = SELF
+    fact = "written by the model"
+
+
+# Has the model write so many windows: int64 [windows, length].
+Write = Callable[[int], Tensor]
 
 
 def open_texts(paths: Sequence[Path]) -> list[Text]:
     with of_argument("text"):
         return [_open_text(path) for path in paths]
+
+
+def open_texts_or_self(paths: Sequence[Path]) -> list[Text | SelfText]:
+    """``open_texts``, of which one may be the model's own."""
+    with of_argument("text"):
+        if sum(map(_is_self, paths)) > 1:
+            raise ValueError(f"{SELF} can be given once: --samples asks for more of it.")
+        return [SelfText() if _is_self(path) else _open_text(path) for path in paths]
+
+
+def has_self(paths: Sequence[Path]) -> bool:
+    """Whether one of the texts is to be written by the model."""
+    return any(map(_is_self, paths))
+
+
+def _is_self(path: Path) -> bool:
+    return str(path) == SELF and not path.exists()
 
 
 def _open_text(path: Path) -> Text:
@@ -33,13 +64,13 @@ def _open_text(path: Path) -> Text:
 
 
 def text_facts(
-    texts: Sequence[Text], samples: int | str, length: int, seed: int | None
+    texts: Sequence[Text | SelfText], samples: int | str, length: int, seed: int | None
 ) -> dict[str, Any]:
     """What results follow from where there are texts, by argument."""
     if not texts:
         return {}
     return {
-        "text": [f"of SHA-256 {text.digest}..." for text in texts],
+        "text": [text.fact for text in texts],
         "samples": samples, "length": length, "sample_seed": seed,
         "OMP_NUM_THREADS": torch.get_num_threads(), "processes": launched(),
         "torch": str(torch.__version__),
@@ -75,10 +106,11 @@ def text_windows(
 
 def calibration_windows(
     tokenizer: Any,
-    texts: Sequence[Text],
+    texts: Sequence[Text | SelfText],
     samples: int,
     length: int,
     seed: int | None,
+    write: Write | None = None,
     *,
     distilled: int = 0,
     distilled_length: int = 1,
@@ -88,9 +120,19 @@ def calibration_windows(
 
     The second are of what the first leave of each text, as far as it goes; where those are taken at
     random, of the whole text. ``leaving``: the first are fewer if it would not go far enough.
+    ``write`` has the model write what is its own among the texts.
     """
     later = distilled * distilled_length
-    found = _tokens(tokenizer, texts, samples * length + later, seed)
+    read = [text for text in texts if isinstance(text, Text)]
+    tokens = iter(_tokens(tokenizer, read, samples * length + later, seed))
+    found = []
+    for text in texts:
+        if isinstance(text, Text):
+            found.append(next(tokens))
+        else:
+            assert write is not None
+            own = windows_to_write(samples, length, later, len(texts))
+            found.append(write(own).flatten())
     if leaving and seed is None:
         samples = min(samples, max(1, (sum(map(len, found)) - later) // length))
     windows = _windows("Calibrating on", found, samples, length, seed)

@@ -164,20 +164,29 @@ class SharedCodebooks:
         for index in range(len(blocks.layers)):
             if progress is not None:
                 progress("codebook re-estimated", index, len(blocks.layers))
-            hessians = self._hessians(blocks, index, hidden)
-            owners = ranks.owners({linear: units[linear].size for linear in hessians})
-            for linear, hessian in hessians.items():
-                if owners[linear] == ranks.rank:
-                    name = self._names[linear]
-                    codebook, weight = self._codebooks[name], units[linear].weight
-                    points = shared_points(weight, hessian, codebook.d, shares[name])
-                    points.assign(codebook.entries.float(), sums[name], last=True)
+            self._add_layer(sums, shares, units, self._hessians(blocks, index, hidden))
         ranks.add_up(one.sums for one in sums.values())
         for name, codebook in self._codebooks.items():
             entries = sums[name].solve(codebook.entries.float()).half()
             if torch.isfinite(entries).all():
                 self._codebooks[name] = Codebook(entries, name)
         self._share(self._codebooks, windows.device)
+
+    def _add_layer(
+        self,
+        sums: Mapping[str, EntrySums],
+        shares: Mapping[str, float],
+        units: Mapping[str, Unit],
+        hessians: Mapping[str, Tensor],
+    ) -> None:
+        """Adds this rank's linears of a layer, a share of their rows, to what entries suit best."""
+        owners = self._ranks.owners({linear: units[linear].size for linear in hessians})
+        for linear, hessian in hessians.items():
+            if owners[linear] == self._ranks.rank:
+                name = self._names[linear]
+                codebook, weight = self._codebooks[name], units[linear].weight
+                points = shared_points(weight, hessian, codebook.d, shares[name])
+                points.assign(codebook.entries.float(), sums[name], last=True)
 
     def _hessians(self, blocks: Blocks, index: int, hidden: Tensor) -> dict[str, Tensor]:
         """By linear that shares a codebook and reads anything; the layer is run, in place."""

@@ -261,11 +261,11 @@ class _Run:
             self._progress(plan.name, share * plan.unit.size, float(plan.unit.size))
 
     def _layer(self, index: int, dense: Stream, compressed: CompressedStream) -> None:
-        dense.blocks, compressed.blocks = (self._blocks.copied(index) for _ in range(2))
-        weights = compressed.blocks.weights(index)
-        groups = common_groups(self._ranks, dense.blocks, index, dense.hidden)
-        for stream in (dense, compressed):
-            stream.enter(index, groups)
+        copies = [self._blocks.copied(index) for _ in range(2)]
+        weights = copies[1].weights(index)
+        groups = common_groups(self._ranks, copies[0], index, dense.hidden)
+        for stream, blocks in zip((dense, compressed), copies, strict=True):
+            stream.enter(index, blocks, groups)
         for group in groups:
             here = {name: weights[name] for name in group.names if name in self._plan.units}
             if not here:
@@ -278,6 +278,7 @@ class _Run:
                     compressed.look(index, group)
             for name, packed in finished.items():
                 weights[name].copy_(packed.dequantize(torch.float32))
+                self._let_go(name)
             with self._stages("forwards"):
                 compressed.replaced(index, group)
         self._check_reached(weights, groups)
@@ -306,9 +307,6 @@ class _Run:
             packed, seconds = self._exchange(name, made.get(name), owners[name])
             if self._store is not None:
                 self._store.put(name, self._key, packed, seconds)
-                # From the file, whose pages need not stay in memory.
-                stored = self._store.get(name, self._key, self._plan.units[name])
-                packed = packed if stored is None else stored[0]
             self._report(name, packed, seconds)
             finished[name] = packed
         return finished
@@ -355,6 +353,14 @@ class _Run:
             **tensors, **facts["weight"], shape=unit.shape
         )
         return weight.to(unit.device), facts["seconds"]
+
+    def _let_go(self, name: str) -> None:
+        """Keeps a finished weight in its file alone, until it is needed again."""
+        unit = self._plan.units[name]
+        if self._store is not None and unit.device.type == "cpu":
+            stored = self._store.get(name, self._key, unit, check=False)
+            if stored is not None:
+                self.weights[name] = stored[0]
 
     def _finished(self, names: Iterable[str]) -> dict[str, PackedWeight] | None:
         """A group's weights from an interrupted run, if all of them are there."""

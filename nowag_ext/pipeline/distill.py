@@ -147,7 +147,7 @@ def _predictions(
 ) -> tuple[Tensor, Head]:
     """What the dense model's last layer returns for the windows, and what it makes of that."""
     blocks = Blocks(dense, windows.shape[1])
-    head = Head(dense, blocks)
+    head = Head(dense, blocks, like=student.head)
     hidden = embedded(blocks, windows, directory)
     sizes = (
         head(hidden[:1, :1]).shape[-1],

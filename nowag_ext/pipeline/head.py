@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from nowag_ext.offload import equal_bits
 from nowag_ext.packed import PackedModule
 from nowag_ext.pipeline.blocks import Blocks
 from nowag_ext.pipeline.capture import Stop, evaluating, replaced_forwards
@@ -26,15 +27,22 @@ class Head:
         model: a Hugging Face causal LM, whose layers may be on disk.
         blocks: its layers.
         logits: False: it is to be asked for ``inputs`` alone.
+        like: of another model; what is equal in both is held once.
     """
 
-    def __init__(self, model: Any, blocks: Blocks, *, logits: bool = True) -> None:
+    def __init__(
+        self, model: Any, blocks: Blocks, *, logits: bool = True, like: Head | None = None
+    ) -> None:
         self._model, self._blocks = model, blocks
         self._embedding = model.get_input_embeddings()
-        as_they_are = [part for part in model.modules() if isinstance(part, PackedModule)]
-        if not logits:  # the largest of all: what is not run needs no copy
-            as_they_are += [model.get_output_embeddings(), self._embedding]
-        left_out = {id(parameter) for part in as_they_are for parameter in part.parameters()}
+        output = model.get_output_embeddings()
+        # What is not run needs no copy, and these are the largest of all.
+        idle = [part for part in model.modules() if isinstance(part, PackedModule)]
+        if output is not None:
+            idle += [self._embedding] if logits else [self._embedding, output]
+        left_out = {id(parameter) for part in idle for parameter in part.parameters()}
+        if logits and output not in (None, *idle):  # it may be tied to the embedding
+            left_out -= {id(parameter) for parameter in output.parameters()}
         within = tuple(f"{name}." for name in blocks.layers)
         parameters = {
             name: parameter.detach()
@@ -48,7 +56,13 @@ class Head:
             raise ValueError(
                 f"{on_disk[0]} is on disk: all but the decoder layers must be in memory."
             )
-        self._parameters = {name: _ordinary(one.float()) for name, one in parameters.items()}
+        self._own = parameters
+        self._parameters: dict[str, Tensor] = {
+            name: like._parameters[name]
+            if like is not None and name in like._own and equal_bits(one, like._own[name])
+            else _ordinary(one.float())
+            for name, one in parameters.items()
+        }
 
     def tensors(self) -> Iterable[Tensor]:
         """All that the logits follow from beside the hidden states."""

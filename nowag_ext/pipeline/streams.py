@@ -62,14 +62,13 @@ class Stream:
     with are not: what they return is kept, for as many windows as there is room for.
     """
 
-    blocks: Blocks
-
     def __init__(self, hidden: Tensor) -> None:
         self.hidden = hidden  # fp32 [windows, length, hidden_size]
         self._given: list[dict[str, Any]] = []  # by window, what modules return
 
-    def enter(self, index: int, groups: Sequence[Group]) -> None:
-        """Prepares for a layer."""
+    def enter(self, index: int, blocks: Blocks, groups: Sequence[Group]) -> None:
+        """Prepares for a layer, which the stream holds until it has advanced through it."""
+        self.blocks = blocks
         self._given = [{} for _ in self.hidden]
         size = self._kept_features(groups) * self.hidden[0, :, 0].numel()
         self._room = _SEEN_BYTES // max(1, size * self.hidden.element_size())
@@ -96,6 +95,7 @@ class Stream:
         for window, given in zip(self.hidden.split(1), self._given, strict=True):
             window.copy_(self.blocks.run(index, window, given=given))
         self._given = []
+        del self.blocks
 
 
 class CompressedStream(Stream):
@@ -104,8 +104,8 @@ class CompressedStream(Stream):
     What a group adds to is shown without what its own linears add: that is about to change.
     """
 
-    def enter(self, index: int, groups: Sequence[Group]) -> None:
-        super().enter(index, groups)
+    def enter(self, index: int, blocks: Blocks, groups: Sequence[Group]) -> None:
+        super().enter(index, blocks, groups)
         self._inputs: dict[int, Tensor] = {}  # by window, of the group that is looked at
 
     def _kept_features(self, groups: Sequence[Group]) -> int:
