@@ -68,10 +68,11 @@ def compress(
 
     "windows=16" among the settings is for block by block, with feedback, on so many windows of the
     calibration text, "head=2:4" with that for a packed head of d=2 at 4 bits; "distill=64" for
-    distillation on so many windows of 512 tokens after those.
+    distillation on so many windows of 512 tokens after those; "dtype=bfloat16" for a model that is
+    so before it is compressed.
     """
     method, settings = parse_method(text)
-    model, tokenizer = open_dense_model(dense)
+    model, tokenizer = open_dense_model(dense, settings.pop("dtype", "auto"))
     learnt = settings.pop("distill", 0)
     if "head" in settings:
         d, _, bits = settings["head"].partition(":")
