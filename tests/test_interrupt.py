@@ -196,7 +196,6 @@ _WORK: dict[str, Callable[..., int]] = {
     "addmm": lambda _, a, b: a[0] * a[1] * b[1],
     "linalg_cholesky_ex": lambda a: a[0] ** 3 // 3,
     "linalg_solve_triangular": lambda a, b: a[0] ** 2 * b[1],
-    "cholesky_solve": lambda b, a: 2 * a[0] ** 2 * b[1],
 }
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.linalg import solve_triangular
 
 from nowag_ext.hessian import cholesky_
 from nowag_ext.pipeline.ranks import Ranks
@@ -141,8 +142,9 @@ class GroupStatistics:
             for first in range(0, len(weight), step):
                 here = slice(first, first + step)
                 lack = self._lack(name, here, weight[here].float().T)
-                # LAPACK's matrices are column by column: it reads the factor as it lies.
-                correction[here] = torch.cholesky_solve(lack, lower.mT, upper=True).T
+                # cholesky_solve, which would copy the factor.
+                half = solve_triangular(lower, lack, upper=False)
+                correction[here] = solve_triangular(lower.mT, half, upper=True).T
         return corrections
 
     def _lack(self, name: str, outputs: slice, weight: Tensor) -> Tensor:
