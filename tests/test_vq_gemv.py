@@ -68,7 +68,9 @@ def integer_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
         error = error[:, None]
     elif one_token_is_apart(d) and x.shape[0] == 1 and not looked_up(vq):
         largest = codebook.double().abs().max()
-        error = scaled.amax(2).sum(1, keepdim=True) * d * largest / 32000
+        runs = scaled.amax(2).split(16, dim=1)
+        most = sum((run.amax(1) * run.shape[1] for run in runs), torch.zeros(()))
+        error = most[:, None] * d * largest / 8000
     else:
         return torch.zeros(())
     return error * row_norms.double()

@@ -113,16 +113,13 @@ Buffer<float> decode_inputs(const Problem& problem, int lanes, int64_t stride) {
     return inputs;
 }
 
-// All tiles by `multiply_tile`, whose codebook and inputs are these.
-void multiply_tiles(const Problem& problem, void (*multiply_tile)(const VqDecodeTile&),
-                    const float* codebook, const float* inputs, int lanes, int64_t stride) {
-    const int64_t positions = problem.positions(), codes = problem.rows * positions;
-    const int threads = codes < kCodesForThreads ? 1 : problem.threads;
+// All rows, a tile at a time: multiply(tile, sums) gives its sums for all tokens, [tokens, 32].
+template <class Multiply>
+void multiply_tiles(const Problem& problem, const Multiply& multiply) {
+    const int threads = problem.rows * problem.positions() < kCodesForThreads ? 1 : problem.threads;
     parallel_for(problem.tiles(), threads, [&](int64_t tile) {
         float sums[kVqGemvMaxTokens * kTileRows];
-        multiply_tile({problem.packed + tile * problem.stride(), codebook, inputs, positions,
-                       problem.code_bits, lanes, static_cast<int>(problem.tokens), stride,
-                       problem.codes_end(), sums});
+        multiply(problem.packed + tile * problem.stride(), sums);
         finish_tile(problem, tile, sums);
     });
 }
@@ -136,20 +133,26 @@ void decode(const Problem& problem) {
     const Buffer<float> inputs = decode_inputs(problem, lanes, stride);
     const Buffer<float> codebook = buffer<float>(problem.entries() * lanes);
     kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, lanes, codebook.get());
-    multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), lanes, stride);
+    multiply_tiles(problem, [&](const uint8_t* codes, float* sums) {
+        kernel.multiply_tile({codes, codebook.get(), inputs.get(), problem.positions(),
+                              problem.code_bits, lanes, static_cast<int>(problem.tokens), stride,
+                              problem.codes_end(), sums});
+    });
 }
 
 void decode_integers(const Problem& problem, const VqIntegerTable& kernel) {
-    constexpr int kLanes = 8;
     const int64_t positions = problem.positions();
-    const Buffer<float> codebook = buffer<float>(problem.entries() * kLanes);
+    const Buffer<int16_t> codebook = buffer<int16_t>(problem.entries() * kVqIntegerLanes);
     const float unit =
         kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, codebook.get());
     const Buffer<float> scaled = buffer<float>(positions * problem.d);
     scaled_inputs(problem, 0, scaled.get());
-    const Buffer<float> inputs = buffer<float>(positions * kLanes);
-    kernel.arrange_inputs(scaled.get(), problem.d, positions, unit, inputs.get());
-    multiply_tiles(problem, kernel.multiply_tile, codebook.get(), inputs.get(), kLanes, 1);
+    const Buffer<VqIntegerRun> runs = buffer<VqIntegerRun>(ceil_div(positions, kVqIntegerRun));
+    kernel.arrange_inputs(scaled.get(), problem.d, positions, unit, runs.get());
+    multiply_tiles(problem, [&](const uint8_t* codes, float* sums) {
+        kernel.multiply_tile({codes, codebook.get(), runs.get(), positions, problem.code_bits,
+                              problem.codes_end(), sums});
+    });
 }
 
 // --- lookup: see vq_gemv.h ---

@@ -1,10 +1,9 @@
 // The integer kernel of vq_gemv.h for AVX2: one token, d of 5 to 8.
 //
 // Decode with entries and inputs of 16-bit integers, 8 of them to a vector of 128 bits: one
-// instruction multiplies an entry from memory with a position's inputs and adds neighbours up, two
-// more add the four sums, times the position's unit, to the row's. Floats, 8 of which are twice as
-// wide, have to be made of float16 first. (On a Zen 1, whose vectors are 128 bits wide, that takes
-// 4.1 cycles a code, this 2.3.)
+// instruction multiplies an entry from memory with a position's inputs and adds neighbours up, one
+// more adds the four sums to the row's. A run of positions is added up so before it is multiplied
+// by its unit. Floats, 8 of which are twice as wide, have to be made of float16 first.
 //
 // In an anonymous namespace: each instruction set compiles its own copy.
 #pragma once
@@ -18,35 +17,14 @@
 namespace nowag::cpu {
 namespace {
 
-// Both magnitudes at most this: the sum of two products fits in 32 bits.
-constexpr float kLargestInteger = 32767.0f;
+// Of both integers: a run adds up in 32 bits, two products at a time.
+constexpr int kLargestInteger = 8191;
+static_assert(2 * kVqIntegerRun * kLargestInteger * kLargestInteger <= 0x7fffffff);
 // Smallest unit: inputs this small have no need of more precision, and 1 / unit stays finite.
 constexpr float kSmallestUnit = 0x1p-100f;
 
-// What decode's loops want of a vector. A position's inputs are 8 integers and their unit four
-// times over, in the room of 8 floats; a row's sums are 4 floats in such a room.
-struct Integers8 {
-    struct Input {
-        __m128i integers;
-        __m128 unit;
-    };
-    using Entry = __m128i;
-    using Sum = __m128;
-    static constexpr int kFloats = 8;
-    static Input input(const float* p) {
-        return {_mm_load_si128(reinterpret_cast<const __m128i*>(p)), _mm_load_ps(p + 4)};
-    }
-    static Entry entry(const void* p) { return _mm_load_si128(static_cast<const __m128i*>(p)); }
-    static Sum load(const float* p) { return _mm_load_ps(p); }
-    static void store(float* p, Sum v) { _mm_store_ps(p, v); }
-    static Sum fma(Entry entry, Input x, Sum sum) {
-        const __m128 products = _mm_cvtepi32_ps(_mm_madd_epi16(entry, x.integers));
-        return _mm_fmadd_ps(products, x.unit, sum);
-    }
-};
-
 float unit_for(float largest) {
-    const float wanted = largest / kLargestInteger;
+    const float wanted = largest / static_cast<float>(kLargestInteger);
     return wanted < kSmallestUnit ? kSmallestUnit : wanted;  // NaN stays
 }
 
@@ -56,7 +34,7 @@ __m128i to_integers(__m256 values) {
     return _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 }
 
-float arrange_integer_codebook(const uint16_t* codebook, int64_t entries, int d, void* out) {
+float arrange_integer_codebook(const uint16_t* codebook, int64_t entries, int d, int16_t* out) {
     // Magnitudes of float16 are ordered as their bits are.
     const __m256i magnitude = _mm256_set1_epi16(0x7fff);
     __m256i most = _mm256_setzero_si256();
@@ -82,7 +60,7 @@ float arrange_integer_codebook(const uint16_t* codebook, int64_t entries, int d,
     const auto write = [&](const uint16_t* entry) {
         const __m256 values = load_eight(entry, 0, DType::float16);
         const __m128i integers = to_integers(_mm256_mul_ps(values, scale));
-        _mm_store_si128(static_cast<__m128i*>(out) + k, _mm_and_si128(integers, used));
+        _mm_store_si128(reinterpret_cast<__m128i*>(out) + k, _mm_and_si128(integers, used));
     };
     for (; k * d + 8 <= entries * d; ++k) write(codebook + k * d);
     // 8 numbers would reach past the codebook's end.
@@ -94,30 +72,155 @@ float arrange_integer_codebook(const uint16_t* codebook, int64_t entries, int d,
     return unit;
 }
 
+void arrange_run(const float* inputs, int d, int64_t positions, float codebook_unit,
+                 VqIntegerRun& run) {
+    const __m256 sign = _mm256_set1_ps(-0.0f), most = _mm256_set1_ps(__FLT_MAX__);
+    alignas(32) float own[kVqIntegerRun][kVqIntegerLanes] = {};
+    __m256 largest = _mm256_setzero_ps();
+    __m256 finite = _mm256_cmp_ps(largest, most, _CMP_LE_OQ);
+    for (int64_t p = 0; p < positions; ++p) {
+        for (int j = 0; j < d; ++j) own[p][j] = inputs[p * d + j];
+        const __m256 size = _mm256_andnot_ps(sign, _mm256_load_ps(own[p]));
+        finite = _mm256_and_ps(finite, _mm256_cmp_ps(size, most, _CMP_LE_OQ));
+        largest = _mm256_max_ps(largest, size);
+    }
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    four = _mm_max_ss(four, _mm_movehdup_ps(four));
+    const float unit = unit_for(_mm_cvtss_f32(four));
+    const __m256 scale = _mm256_set1_ps(1.0f / unit);
+    for (int64_t p = 0; p < kVqIntegerRun; ++p) {
+        _mm_store_si128(reinterpret_cast<__m128i*>(run.inputs[p]),
+                        to_integers(_mm256_mul_ps(_mm256_load_ps(own[p]), scale)));
+    }
+    // Integers cannot say that an input is not finite: the unit does, to all rows.
+    const bool all_finite = _mm256_movemask_ps(finite) == 0xff;
+    run.unit = all_finite ? unit * codebook_unit : __builtin_nanf("");
+}
+
 void arrange_integer_inputs(const float* inputs, int d, int64_t positions, float codebook_unit,
-                            float* out) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    for (int64_t p = 0; p < positions; ++p, out += Integers8::kFloats) {
-        alignas(32) float own[8] = {};
-        for (int j = 0; j < d; ++j) own[j] = inputs[p * d + j];
-        const __m256 values = _mm256_load_ps(own), sizes = _mm256_andnot_ps(sign, values);
-        __m128 most = _mm_max_ps(_mm256_castps256_ps128(sizes), _mm256_extractf128_ps(sizes, 1));
-        most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-        most = _mm_max_ss(most, _mm_movehdup_ps(most));
-        float unit = unit_for(_mm_cvtss_f32(most));
-        const __m256 scaled = _mm256_mul_ps(values, _mm256_set1_ps(1.0f / unit));
-        _mm_store_si128(reinterpret_cast<__m128i*>(out), to_integers(scaled));
-        // Integers cannot say that an input is not finite: the unit does, to all rows.
-        const __m256 finite = _mm256_cmp_ps(sizes, _mm256_set1_ps(__FLT_MAX__), _CMP_LE_OQ);
-        if (_mm256_movemask_ps(finite) != 0xff) unit = __builtin_nanf("");
-        _mm_store_ps(out + 4, _mm_set1_ps(unit * codebook_unit));
+                            VqIntegerRun* runs) {
+    for (int64_t first = 0; first < positions; first += kVqIntegerRun, ++runs) {
+        const int64_t left = positions - first;
+        arrange_run(inputs + first * d, d, left < kVqIntegerRun ? left : kVqIntegerRun,
+                    codebook_unit, *runs);
     }
 }
 
-void multiply_integer_tile(const VqDecodeTile& tile) {
-    VqDecodeTile one = tile;
-    one.token_stride = 1;  // to the next position
-    multiply_tile_as<Integers8, 8, 2>(one);
+// Codes of 12 bits, as offsets of entries in 16: twice as many to a register as Unpacker has.
+class Unpacker12 {
+  public:
+    using Offset = uint16_t;
+
+    void unpack_positions(const uint8_t* streams, int64_t count, const uint8_t*,
+                          Offset* offsets) const {
+        // A code begins at a byte, or half a byte later. The last 8 codes' bytes are loaded with
+        // those before them: none past the position's are read.
+        const __m256i first = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11, 0,
+                                               1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11);
+        const __m256i last = _mm256_add_epi8(
+            first, _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi8(4), 1));
+        for (int64_t p = 0; p < count; ++p, streams += kBytes, offsets += kTileRows) {
+            store(offsets, load(streams, streams + 12), first);
+            store(offsets + 16, load(streams + 24, streams + 32), last);
+        }
+    }
+
+    int bytes() const { return kBytes; }
+
+  private:
+    static constexpr int kBytes = 4 * 12;
+
+    static __m256i load(const uint8_t* low, const uint8_t* high) {
+        const __m128i one = _mm_loadu_si128(reinterpret_cast<const __m128i*>(low));
+        const __m128i two = _mm_loadu_si128(reinterpret_cast<const __m128i*>(high));
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(one), two, 1);
+    }
+
+    // 16 codes times an entry's 16 bytes.
+    static void store(Offset* offsets, __m256i raw, __m256i shuffle) {
+        const __m256i up = _mm256_set1_epi32(1 << 16 | 16), mask = _mm256_set1_epi16(-16);
+        const __m256i codes = _mm256_mullo_epi16(_mm256_shuffle_epi8(raw, shuffle), up);
+        _mm256_store_si256(reinterpret_cast<__m256i*>(offsets), _mm256_and_si256(codes, mask));
+    }
+};
+
+class Unpacker32 {
+  public:
+    using Offset = uint32_t;
+
+    explicit Unpacker32(int code_bits) : unpacker_(code_bits, 4) {}
+    void unpack_positions(const uint8_t* streams, int64_t count, const uint8_t* end,
+                          Offset* offsets) const {
+        unpacker_.unpack_positions(streams, count, end, offsets);
+    }
+    int bytes() const { return unpacker_.bytes(); }
+
+  private:
+    Unpacker unpacker_;
+};
+
+// sum += products, in its own register: GCC 12 would move each sum to another and back.
+void add_to(__m128i& sum, __m128i products) {
+    asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+}
+
+// sums [kRows][4] += unit * what `count` positions of a run add to kRows rows.
+template <int kRows, class Offset>
+void add_run_to(const Offset* offsets, int64_t count, const int16_t* entries,
+                const VqIntegerRun& run, float* sums, const uint8_t* ahead, int64_t ahead_step) {
+    const char* base = reinterpret_cast<const char*>(entries);
+    __m128i acc[kRows];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) acc[r] = _mm_setzero_si128();
+    for (int64_t p = 0; p < count; ++p) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + p * ahead_step), _MM_HINT_T0);
+        const __m128i x = _mm_load_si128(reinterpret_cast<const __m128i*>(run.inputs[p]));
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            const __m128i entry =
+                _mm_load_si128(reinterpret_cast<const __m128i*>(base + offsets[p * kTileRows + r]));
+            add_to(acc[r], _mm_madd_epi16(entry, x));
+        }
+    }
+    const __m128 unit = _mm_set1_ps(run.unit);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+        const __m128 sum = _mm_load_ps(sums + 4 * r);
+        _mm_store_ps(sums + 4 * r, _mm_fmadd_ps(_mm_cvtepi32_ps(acc[r]), unit, sum));
+    }
+}
+
+template <class U>
+void multiply_integer_tile_of(const VqIntegerTile& tile, const U& unpacker) {
+    constexpr int kRows = 8;
+    static_assert(kDecodeBlock % kVqIntegerRun == 0);
+    alignas(64) typename U::Offset offsets[kDecodeBlock * kTileRows];
+    alignas(64) float sums[kTileRows * 4] = {};
+    for (int64_t begin = 0; begin < tile.positions; begin += kDecodeBlock) {
+        const int64_t left = tile.positions - begin;
+        const int64_t count = left < kDecodeBlock ? left : kDecodeBlock;
+        const uint8_t* streams = tile.codes + begin * unpacker.bytes();
+        unpacker.unpack_positions(streams, count, tile.codes_end, offsets);
+        // While these codes are in use, the next block's arrive: a share with each run and pass.
+        const uint8_t* next = streams + count * unpacker.bytes();
+        const int64_t share = unpacker.bytes() * kRows / kTileRows;
+        for (int64_t p = 0; p < count; p += kVqIntegerRun) {
+            const int64_t here = count - p < kVqIntegerRun ? count - p : kVqIntegerRun;
+            for (int r = 0; r < kTileRows; r += kRows) {
+                add_run_to<kRows>(offsets + p * kTileRows + r, here, tile.entries,
+                                  tile.runs[(begin + p) / kVqIntegerRun], sums + 4 * r, next,
+                                  share);
+                next += here * share;
+            }
+        }
+    }
+    for (int r = 0; r < kTileRows; ++r) tile.sums[r] = add_lanes(sums + 4 * r, 4);
+}
+
+void multiply_integer_tile(const VqIntegerTile& tile) {
+    if (tile.code_bits == 12) return multiply_integer_tile_of(tile, Unpacker12());
+    multiply_integer_tile_of(tile, Unpacker32(tile.code_bits));
 }
 
 }  // namespace

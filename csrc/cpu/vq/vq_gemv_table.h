@@ -23,15 +23,34 @@ struct VqDecodeTile {
     float* sums;               // out: [tokens, 32], sum_p of entry . input
 };
 
-// Decode in 16-bit integers, inputs and the codebook in units of their own.
+// Decode in 16-bit integers, the codebook in one unit: an entry is padded with zeros to so many.
+constexpr int kVqIntegerLanes = 8;
+// Positions whose inputs have one unit.
+constexpr int64_t kVqIntegerRun = 16;
+
+struct alignas(64) VqIntegerRun {
+    int16_t inputs[kVqIntegerRun][kVqIntegerLanes];  // zeros in all padding
+    float unit;                                      // times the codebook's
+};
+
+// One tile of 32 rows.
+struct VqIntegerTile {
+    const uint8_t* codes;  // [positions, 4 * code_bits]
+    const int16_t* entries;
+    const VqIntegerRun* runs;
+    int64_t positions;
+    int code_bits;
+    const uint8_t* codes_end;  // of all tiles: nothing may be read from here on
+    float* sums;               // out: [32], sum_p of entry . input
+};
+
 struct VqIntegerTable {
-    // float16 [entries, d] -> what multiply_tile wants, in room for floats [entries, 8]; its unit
-    float (*arrange_codebook)(const uint16_t* codebook, int64_t entries, int d, void* out);
-    // Scaled inputs [positions, d] and the codebook's unit -> what multiply_tile wants, in room for
-    // floats [positions, 8]
+    // float16 [entries, d] -> integers [entries, kVqIntegerLanes]; their unit
+    float (*arrange_codebook)(const uint16_t* codebook, int64_t entries, int d, int16_t* out);
+    // Scaled inputs [positions, d] and the codebook's unit -> a run for each 16 positions
     void (*arrange_inputs)(const float* inputs, int d, int64_t positions, float codebook_unit,
-                           float* out);
-    void (*multiply_tile)(const VqDecodeTile& tile);
+                           VqIntegerRun* runs);
+    void (*multiply_tile)(const VqIntegerTile& tile);
 };
 
 struct VqDecodeTable {

@@ -8,8 +8,8 @@
 // Which algorithm runs depends on the instruction set and the layer's shape, on a GPU on the number
 // of tokens too.
 //   decode: fetches the codebook entry of each code and multiplies. float32 throughout, but for one
-//           token and d > 4 on AVX2: entries are 16-bit integers in one unit for the codebook,
-//           x_j col_norms_j in one for each position; each pair of products is summed exactly.
+//           token and d > 4 on AVX2: entries are 14-bit integers in one unit for the codebook,
+//           x_j col_norms_j in one for each run of 16 positions, whose products are summed exactly.
 //   lookup: computes T_p once for every position and adds T_p[code] for every row.
 //           Codes of 8 bits, 512 rows or more, on AVX2 and AVX-512: T_p is float32.
 //           The same on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are
@@ -32,9 +32,9 @@
 // Error bound, y64 being the same product in float64:
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
 //                and, for decode in integers,
-//                + row_norms[i] * sum over positions of d * M * max |c_kj| / 32000,
-//                M = the position's largest |x_j col_norms_j| (an M or max |c_k| below 2^-85 counts
-//                as that);
+//                + row_norms[i] * sum over positions of d * M * max |c_kj| / 8000,
+//                M = the largest |x_j col_norms_j| of the position's run (an M or max |c_k| below
+//                2^-85 counts as that);
 //                or, for lookup of 16-bit integers,
 //                + row_norms[i] * sum over groups and scales of (their positions) * L / 62000,
 //                L = their largest  sum_j |x_j col_norms_j| max_k |c_kj|,  a bound of |T_p[k]|;
