@@ -12,6 +12,7 @@ from transformers import StaticCache
 from nowag_ext.decoder import check_tokens
 from nowag_ext.decoding import decodes_under_graph
 from nowag_ext.grad_mode import ordinary_tensors
+from nowag_ext.pipeline.capture import evaluating
 from nowag_ext.report import Progress
 from nowag_ext.resume import LayerStore, open_store, state_key
 
@@ -56,7 +57,10 @@ def self_text(
             raise ValueError(f"{name} must be an integer from {least} to 2^62 - 1, not {value!r}.")
     begin = torch.full((1, 1), _first_token(model), dtype=torch.int64)
     check_tokens(model, begin, length)
-    with open_store(work_dir) as store:
+    on_disk = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if on_disk:
+        raise ValueError(f"to write text the model must be in memory, but {on_disk[0]} is not.")
+    with open_store(work_dir) as store, evaluating(model):
         key = ""
         if store is not None:
             key = state_key(model.state_dict().values(), [windows, length, seed])

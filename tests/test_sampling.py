@@ -115,6 +115,10 @@ def broken() -> Any:
     return model
 
 
+def on_disk() -> Any:
+    return tiny_llama().to("meta")
+
+
 def learnt() -> Any:
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, n_positions=8, vocab_size=20,
                         bos_token_id=1, eos_token_id=1)  # fmt: skip
@@ -128,6 +132,7 @@ def learnt() -> Any:
         (tiny_llama, {"length": 2.5}, "length must be an integer from 1 to .*, not 2.5"),
         (tiny_llama, {"seed": -1}, "seed must be an integer from 0"),
         (broken, {}, "logits are not finite after 0 tokens of its own: it is damaged"),
+        (on_disk, {}, "must be in memory, but model.embed_tokens.weight is not"),
         (learnt, {"length": 9}, "a prompt of 1 tokens and 9 new ones are more than the 8 posi"),
     ],
 )

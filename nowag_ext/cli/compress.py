@@ -28,7 +28,12 @@ from nowag_ext.model import compress_model
 from nowag_ext.offload import twin
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
-from nowag_ext.pipeline.ranks import launched, launched_rank, process_group
+from nowag_ext.pipeline.ranks import (
+    launched,
+    launched_rank,
+    process_group,
+    threads_of_all,
+)
 from nowag_ext.plan import plan_compression
 from nowag_ext.render import forecast_tables, loading, progress_bar, report_table, stages_text
 from nowag_ext.report import distillation_text
@@ -200,7 +205,7 @@ def compress(
             if wrote:
                 add_stage(loaded, "writing text", wrote)
             if more:
-                with progress_bar(err) as progress:
+                with threads_of_all(), progress_bar(err) as progress:
                     distill_compressed(loaded, dense, torch.cat(more), store, offload, progress)
 
         return compress_loaded

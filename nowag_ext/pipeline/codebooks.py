@@ -102,7 +102,7 @@ class SharedCodebooks:
         """Trains the codebooks on the weights, under the activation norms."""
         trained = {}
         if self._ranks.first:
-            with threads_of_all(self._ranks):
+            with threads_of_all():
                 trained = self._trained(units, progress)
         self._share(trained, device)
 

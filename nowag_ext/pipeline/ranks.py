@@ -151,13 +151,13 @@ def _as_tuple(value: Any) -> Any:
 
 
 @contextmanager
-def threads_of_all(ranks: Ranks) -> Iterator[None]:
+def threads_of_all() -> Iterator[None]:
     """For this rank the threads of all that are on its host, while they wait for it.
 
-    For kernels alone, which give the same bits at any number of threads.
+    What kernels give does not depend on that; torch's operations round otherwise.
     """
     before = torch.get_num_threads()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if ranks.count > 1 else 1
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if launched() > 1 else 1
     torch.set_num_threads(before * here)
     try:
         yield
