@@ -9,7 +9,6 @@ where the last, if it gives hidden states, writes to the residual stream.
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +22,7 @@ from nowag_ext.methods import LayerSettings, Settings, VQSettings
 from nowag_ext.pipeline import blocks, codebooks, distill, streams
 from nowag_ext.pipeline import compress as pipeline
 from nowag_ext.plan_head import plan_head
+from nowag_ext.report import peak_memory
 from nowag_ext.sampling import AT_ONCE, windows_to_write
 from nowag_ext.speeds import Speeds, measure_search, measure_speeds
 
@@ -158,7 +158,7 @@ def affordable_samples(
 def _costs(
     model: Any, settings: LayerSettings, ignore: Sequence[str], codebook_scope: str, work: Work
 ) -> _Costs:
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    base = peak_memory()
     hidden = model.get_input_embeddings().weight.shape[1]
     layers = [_layer(name, layer, ignore, hidden) for name, layer in decoder_layers(model).items()]
     linears = decoder_linears(model).items()
@@ -305,7 +305,6 @@ def _memory(
     seen = _seen(most, work, hidden)
     last = max((_group_bytes(group, method) for group in most.groups), default=0)
     through = {
-        "what is compressed": sizes.compressed,
         "hidden states": 0 if work.offload else 2 * work.samples * window,
         "what windows show of a layer": seen,
         "layers in fp32, and statistics": 2 * block + last,
@@ -321,10 +320,12 @@ def _memory(
         "hidden states": windows * window,
         "layers in fp32, and statistics": hessians + max(block, _FLOAT * one),
     }
-    stages: list[dict[str, int]] = [through, training, estimating if trained else {}]
+    # What is compressed stays in its files until it is tuned, or written.
+    written = {"what is compressed": sizes.compressed}
+    stages: list[dict[str, int]] = [through, training, estimating if trained else {}, written]
     if head is not None:
-        states = {name: through[name] for name in ("what is compressed", "hidden states")}
-        stages.append({**states, "the head, in fp32": head.memory})
+        states = through["hidden states"]
+        stages.append({"hidden states": states, "the head, in fp32": head.memory})
     if work.writes:
         stages.append({
             "the layers, dense": inside, "keys and values": _cached(model, work.length)
@@ -343,7 +344,7 @@ def _memory(
             and not (untied and parameter is embedding.weight)
         )
         stages.append({
-            "what is compressed": sizes.compressed,
+            **written,
             "hidden states": 0 if work.offload else work.distilled * length * hidden * _FLOAT,
             "the head in fp32": copied,
             "what is recorded of the layers": min(recorded, distill._RECORD_BYTES) + 3 * block,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from nowag_ext.methods import packed_linear
 from nowag_ext.offload import bias_of, take_hooks
 from nowag_ext.plan import Plan, Unit, plan_compression
 from nowag_ext.plan_head import HeadPlan
-from nowag_ext.report import LayerReport, ModelReport, Progress
+from nowag_ext.report import LayerReport, ModelReport, Progress, peak_memory
 from nowag_ext.resume import LayerStore, layer_key, open_store
 from nowag_ext.version import __version__
 from nowag_ext.vq import VQWeight
@@ -210,7 +209,7 @@ def layer_report(
         bits_per_weight=weight.bits_per_weight,
         bytes=weight.nbytes,
         seconds=seconds,
-        peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_memory=peak_memory(),
         resumed=resumed,
         dead_inputs=int((unit.act_norms == 0).sum()),
         damping=weight.damping,

@@ -144,11 +144,12 @@ def _otherwise(layer: LayerReport, report: ModelReport) -> str:
 
 
 def stages_text(report: ModelReport) -> str:
-    """Where the time of a run went, in one line; "" if it had no stages."""
+    """Where the time of a run went, and its memory, in one line; "" if it had no stages."""
     if not report.stages:
         return ""
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in report.stages.items())
-    return f"{report.seconds:.1f} seconds in all: {parts}."
+    memory = f"{megabytes(report.peak_memory)} MB of memory at most"
+    return f"{report.seconds:.1f} seconds in all: {parts}. {memory}."
 
 
 def _kind_row(kind: str, layers: Sequence[LayerReport], shared: int = 0) -> tuple[str, ...]:

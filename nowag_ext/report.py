@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import resource
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -75,6 +76,7 @@ class Distillation:
         divergences: of each pass, the mean KL(dense || compressed) in nats, of each window just
             before its step.
         seconds: wall time of this run.
+        peak_memory: the process's largest resident size so far, in bytes.
     """
 
     passes: int
@@ -83,6 +85,12 @@ class Distillation:
     seed: int
     divergences: tuple[float, ...]
     seconds: float
+    peak_memory: int = 0
+
+
+def peak_memory() -> int:
+    """This process's largest resident size so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def distillation_text(learnt: Distillation) -> str:
@@ -171,7 +179,9 @@ class ModelReport:
 
     @property
     def peak_memory(self) -> int:
-        return max(layer.peak_memory for layer in self.layers)
+        """The largest resident size of all that has been done, in bytes."""
+        parts = [*self.layers, self.head, self.distillation]
+        return max(part.peak_memory for part in parts if part is not None)
 
     def to_json(self) -> str:
         """Totals, settings, versions and layers as a JSON object."""
@@ -219,7 +229,7 @@ class ModelReport:
             learnt = report.distillation
             if learnt is not None:
                 numbers += [learnt.passes, learnt.tokens, learnt.learning_rate, learnt.seed]
-                numbers += [*learnt.divergences, learnt.seconds]
+                numbers += [*learnt.divergences, learnt.seconds, learnt.peak_memory]
             versions = all(re.fullmatch(r"[\w.+-]{1,80}", one) for one in report.versions.values())
             sound = versions and all(math.isfinite(number) for number in numbers)
         except Exception:  # whatever stands there

@@ -139,6 +139,7 @@ def test_compress_block_by_block(work: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["stages"]["forwards"] > 0
     assert "seconds in all: activation norms" in one_line(result.output)
+    assert re.search(r"\. \d+\.\d MB of memory at most\.", one_line(result.output))
     assert report["calibration_tokens"] == 6 * 64
     assert "384 tokens, 4.0 for each input of the widest layer" in one_line(result.stderr)
     assert re.search(r"shared\s.*0\.0", result.output)

@@ -162,7 +162,9 @@ def test_is_nearer_to_the_dense_model(form: str) -> None:
     assert not any(name.endswith(continuous) for name in still)
     assert (learnt.passes, learnt.tokens, len(learnt.divergences)) == (3, 16 * LENGTH, 3)
     assert learnt.divergences[-1] < learnt.divergences[0]
-    assert nowag_ext.ModelReport.from_json(model.nowag_report.to_json()).distillation == learnt
+    report = model.nowag_report
+    assert nowag_ext.ModelReport.from_json(report.to_json()).distillation == learnt
+    assert report.peak_memory == learnt.peak_memory >= max(one.peak_memory for one in report.layers)
 
 
 def test_layers_are_run_again_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from nowag_ext.pipeline.blocks import Blocks
 from nowag_ext.pipeline.head import Head
 from nowag_ext.pipeline.streams import embedded
 from nowag_ext.pipeline.tuned import TunedTensors
-from nowag_ext.report import Distillation, Progress
+from nowag_ext.report import Distillation, Progress, peak_memory
 from nowag_ext.resume import LayerStore, open_store, state_key
 from nowag_ext.side_files import report_of
 
@@ -121,6 +121,7 @@ def distill(
     learnt = Distillation(
         passes=passes, tokens=windows.numel(), learning_rate=learning_rate, seed=seed,
         divergences=tuple(divergences), seconds=time.perf_counter() - start,
+        peak_memory=peak_memory(),
     )  # fmt: skip
     report = report_of(model)
     if report is not None:
