@@ -250,19 +250,21 @@ def vq_compress(
         points = Points([w], [importance], d)
         if given is not None:
             return points.finish(given, [])
-        _check_count(points, 1 << code_bits, weight.shape)
+        _check_count(points, 1 << code_bits, w.shape)
         return _best_of(points, 1 << code_bits, iters, n_init, init, seed, progress)
 
+    shape = weight.shape[0], weight.shape[1]
     if hessian is None:
         found = search(wn if unit == 1 else wn * unit)
     else:
-        del normalized, wn  # as large as W each, and not needed for what follows
-        found = _feed_back(normalized_by(weight, norms), hessian, norms[1], d, given, search)
+        held = [weight]
+        del normalized, wn, weight  # as large as W each, and not needed for what follows
+        found = _feed_back(normalized_by(held.pop(), norms), hessian, norms[1], d, given, search)
     return VQWeight(
         ops.pack_codes(found.codes[0], code_bits),
         codebook.entries if shared else found.codebook,
         *norms,
-        shape=(weight.shape[0], weight.shape[1]),
+        shape=shape,
         relative_objective=found.relative_objective,
         history=found.history,
         codebook_name=codebook.name if shared else None,

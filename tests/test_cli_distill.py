@@ -75,6 +75,7 @@ def test_is_what_python_does(work: Path, tmp_path: Path) -> None:
     kept = after.pop("distillation")
     assert kept["divergences"] == list(learnt.divergences)
     assert before.pop("distillation") is None
+    assert after.pop("peak_memory") == kept["peak_memory"] >= before.pop("peak_memory")
     assert before == after
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (work / "vq", output)]
     assert sizes[0] == sizes[1]
