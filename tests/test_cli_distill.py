@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_cli import VQ, fails_with, one_line, run
 from test_distill import keep_every_step
-from tiny_model import TEXT, save_tiny, tiny_llama, tiny_tokenizer
+from tiny_model import TEXT, save_work, tiny_llama, tiny_tokenizer
 
 import nowag_ext
 from nowag_ext.evaluate import tokenize
@@ -26,9 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """A directory with a model, a text, and what the model was compressed to."""
-    directory = tmp_path_factory.mktemp("work")
-    save_tiny(directory / "model")
-    (directory / "text.txt").write_text(TEXT)
+    directory = save_work(tmp_path_factory.mktemp("work"))
     result = run("compress", directory / "model", "-o", directory / "vq", *VQ, "--length", 64,
                  "--text", directory / "text.txt", "--samples", 4)  # fmt: skip
     assert result.exit_code == 0, result.output

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from test_cli import VQ, fails_with, one_line, run
-from tiny_model import TEXT, save_tiny, tiny_llama, tiny_tokenizer
+from tiny_model import TEXT, save_work, tiny_llama, tiny_tokenizer
 
 import nowag_ext
 from nowag_ext.embedding import VQEmbedding
@@ -20,10 +20,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
-    directory = tmp_path_factory.mktemp("work")
-    save_tiny(directory / "model")
-    (directory / "text.txt").write_text(TEXT)
-    return directory
+    return save_work(tmp_path_factory.mktemp("work"))
 
 
 def arguments(work: Path, output: Path, head: str) -> list[Any]:

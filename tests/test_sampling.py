@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import families, make_model
 from test_cli import VQ, fails_with, one_line, run
-from tiny_model import TEXT, save_tiny, tiny_llama, tiny_tokenizer
+from tiny_model import TEXT, save_work, tiny_llama, tiny_tokenizer
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -27,11 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
-    """A directory with a model and a text."""
-    directory = tmp_path_factory.mktemp("work")
-    save_tiny(directory / "model")
-    (directory / "text.txt").write_text(TEXT)
-    return directory
+    return save_work(tmp_path_factory.mktemp("work"))
 
 
 def arguments(work: Path, output: Path, *texts: object, distill: int = 2) -> list[Any]:

@@ -54,3 +54,10 @@ def save_tiny(directory: Path, seed: int = 0) -> Path:
     tiny_llama(seed).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
     return directory
+
+
+def save_work(directory: Path) -> Path:
+    """A directory with the tiny model and a text, for the commands."""
+    save_tiny(directory / "model")
+    (directory / "text.txt").write_text(TEXT)
+    return directory

@@ -14,14 +14,11 @@ struct LaneTable {
     alignas(32) int32_t source[256][8];
 };
 
-// The same for pshufb on 8 values of 16 bits; it writes 0 where an index is negative.
+// The same for byte shuffles of 8 values of 16 bits, each the upper end of so many bytes; they write
+// 0 where an index is negative.
+template <int kBytes>
 struct HalfTable {
-    alignas(16) int8_t source[256][16];
-};
-
-// The same for both lanes of vpshufb, whose 32-bit numbers get a value each as their upper half.
-struct HighHalfTable {
-    alignas(32) int8_t source[256][32];
+    alignas(8 * kBytes) int8_t source[256][8 * kBytes];
 };
 
 constexpr LaneTable make_lane_table() {
@@ -35,37 +32,22 @@ constexpr LaneTable make_lane_table() {
     return table;
 }
 
-constexpr HalfTable make_half_table() {
-    HalfTable table{};
+template <int kBytes>
+constexpr HalfTable<kBytes> make_half_table() {
+    HalfTable<kBytes> table{};
     for (int mask = 0; mask < 256; ++mask) {
         int8_t next = 0;
-        for (int lane = 0; lane < 8; ++lane) {
-            const bool set = (mask >> lane) & 1;
-            table.source[mask][2 * lane] = set ? next++ : int8_t{-1};
-            table.source[mask][2 * lane + 1] = set ? next++ : int8_t{-1};
-        }
-    }
-    return table;
-}
-
-constexpr HighHalfTable make_high_half_table() {
-    HighHalfTable table{};
-    for (int mask = 0; mask < 256; ++mask) {
-        int8_t next = 0;
-        for (int lane = 0; lane < 8; ++lane) {
-            const bool set = (mask >> lane) & 1;
-            int8_t* bytes = table.source[mask] + 4 * lane;
-            bytes[0] = bytes[1] = -1;
-            bytes[2] = set ? next++ : int8_t{-1};
-            bytes[3] = set ? next++ : int8_t{-1};
+        for (int byte = 0; byte < 8 * kBytes; ++byte) {
+            const bool set = (mask >> byte / kBytes) & 1, upper = byte % kBytes >= kBytes - 2;
+            table.source[mask][byte] = set && upper ? next++ : int8_t{-1};
         }
     }
     return table;
 }
 
 constexpr LaneTable kLaneTable = make_lane_table();
-constexpr HalfTable kHalfTable = make_half_table();
-constexpr HighHalfTable kHighHalfTable = make_high_half_table();
+constexpr HalfTable<2> kHalfTable = make_half_table<2>();
+constexpr HalfTable<4> kHighHalfTable = make_half_table<4>();
 
 inline __m256i expand_lanes(const void* values, uint64_t mask) {
     const __m256i source =
