@@ -14,8 +14,8 @@ struct LaneTable {
     alignas(32) int32_t source[256][8];
 };
 
-// The same for byte shuffles of 8 values of 16 bits, each the upper end of so many bytes; they write
-// 0 where an index is negative.
+// The same for byte shuffles of 8 values of 16 bits, each the upper end of so many bytes; a shuffle
+// writes 0 where its index is negative.
 template <int kBytes>
 struct HalfTable {
     alignas(8 * kBytes) int8_t source[256][8 * kBytes];
