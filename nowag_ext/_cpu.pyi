@@ -40,6 +40,7 @@ tape_tanh: int
 tape_words: int
 tile_rows: int
 vq_gemv_max_tokens: int
+vq_max_members: int
 
 def simd_level() -> str: ...
 def simd_best() -> str: ...
@@ -273,6 +274,16 @@ def vq_gemv(
     d: int,
     code_bits: int,
     y: int,
+    threads: int,
+    /,
+) -> None: ...
+def vq_gemv_group(
+    x: int,
+    dtype: int,
+    tokens: int,
+    cols: int,
+    members: int,
+    count: int,
     threads: int,
     /,
 ) -> None: ...
@@ -557,6 +568,17 @@ class Kernels(Protocol):
         d: int,
         code_bits: int,
         y: int,
+        queue: int,
+        /,
+    ) -> None: ...
+    def vq_gemv_group(
+        self,
+        x: int,
+        dtype: int,
+        tokens: int,
+        cols: int,
+        members: int,
+        count: int,
         queue: int,
         /,
     ) -> None: ...

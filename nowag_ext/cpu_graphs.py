@@ -19,10 +19,11 @@ from nowag_ext import ops
 from nowag_ext.graphs import Call, Captured
 from nowag_ext.ops.tape import Step, tape, tape_steps
 
-# Operations of which each call is one of a kernel, and what makes that call.
-_KERNELS = {
-    torch.ops.nowag.vq_linear.default: ops.vq_linear_call,
-    torch.ops.nowag.sparse_linear.default: ops.sparse_linear_call,
+# Operations of which some calls with one x, so many at most, are one call of a kernel, and what
+# makes that call.
+_KERNELS: dict[Any, tuple[Any, int]] = {
+    torch.ops.nowag.vq_linear.default: (ops.vq_linears_call, ops.VQ_MAX_MEMBERS),
+    torch.ops.nowag.sparse_linear.default: (ops.sparse_linear_call, 1),
 }
 
 
@@ -166,6 +167,8 @@ def _calls(operations: Sequence[_Operation]) -> list[Call]:
     }
     calls: list[Call] = []
     steps: list[Step] = []
+    siblings = _siblings(operations)
+    done = {index for others in siblings.values() for index in others}
 
     def end_tape() -> None:
         if steps:
@@ -179,20 +182,49 @@ def _calls(operations: Sequence[_Operation]) -> list[Call]:
             continue
         if operation.is_view() or (operation.is_constant() and not operation.makes & written):
             continue
+        if index in done:
+            continue
         more = tape_steps(operation.func, operation.args, operation.kwargs, operation.output)
         beside = _storages(operation.outputs[1:])  # which tapes do not write
         if more is not None and all(last_read.get(place, -1) <= index for place in beside):
             steps += more
         else:
             end_tape()
-            calls.append(_kernel_call(operation) or _torch_call(operation))
+            others = [operations[other] for other in siblings.get(index, ())]
+            calls.append(_kernel_call([operation, *others]) or _torch_call(operation))
     end_tape()
     return calls
 
 
-def _kernel_call(operation: _Operation) -> Call | None:
-    bind: Any = _KERNELS.get(operation.func)
-    return bind and bind(operation.output, *operation.args, **operation.kwargs)
+def _siblings(operations: Sequence[_Operation]) -> dict[int, list[int]]:
+    """Linears that read the same input: by the place of the first, those of the others.
+
+    They are done with the first, so that nothing may write, in between, what they read.
+    """
+    found: dict[int, list[int]] = {}
+    first: dict[Any, int] = {}
+    for index, operation in enumerate(operations):
+        _, most = _KERNELS.get(operation.func, (None, 1))
+        if most == 1 or _kernel_call([operation]) is None:
+            continue
+        x = operation.args[0]
+        read = (operation.func, x.data_ptr(), x.shape, x.dtype)
+        start = first.setdefault(read, index)
+        others = found.setdefault(start, [])
+        between = operations[start:index]
+        if len(others) == most - 1 or any(one.writes & operation.reads for one in between):
+            first[read] = index
+        elif start != index:
+            others.append(index)
+    return found
+
+
+def _kernel_call(operations: Sequence[_Operation]) -> Call | None:
+    """One call of the kernel that does some calls of one operation, with the same first operand."""
+    bind, _ = _KERNELS.get(operations[0].func, (None, 1))
+    if bind is None or any(operation.kwargs for operation in operations):
+        return None
+    return bind([(operation.output, operation.args) for operation in operations])
 
 
 def _torch_call(operation: _Operation) -> Call:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from compare import assert_same_bits
 from families import CONFIGS, make_model
 from tiny_models import ARCHITECTURES, random_act_norms, tiny_model, tiny_tokens
 from torch import Tensor, nn
 from transformers import AutoConfig, GemmaConfig, MistralConfig, StaticCache
 
-from nowag_ext import compress_model, decode_graph
+from nowag_ext import compress_model, cpu_graphs, decode_graph, ops
 from nowag_ext.cpu_graphs import CpuGraphs
 from nowag_ext.decoding import decodes_under_graph, has_plain_cache
 from nowag_ext.generate import generate
@@ -245,6 +246,56 @@ def test_more_tokens_at_once_than_the_kernel_takes() -> None:
     want, got = forced(model, ids, None), forced(model, ids, captures)
     assert captures.replays == 4
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])  # that norms queries before keys
+def test_linears_that_read_the_same_are_one_call(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = model_of(architecture, packed=True), tiny_tokens(1, 12)
+    alone: list[int] = []
+    linear = torch.ops.nowag.vq_linear.default
+
+    def each(calls: Any) -> Any:
+        alone.append(len(calls))
+        return ops.vq_linears_call(calls)
+
+    want = forced(model, ids, Captures())
+    monkeypatch.setitem(cpu_graphs._KERNELS, linear, (each, ops.VQ_MAX_MEMBERS))
+    assert_same_bits(forced(model, ids, Captures()), want)
+    layers = len(model.model.layers)
+    assert [size for size in alone if size > 1] == [3, 2] * layers
+    monkeypatch.setitem(cpu_graphs._KERNELS, linear, (each, 2))
+    alone.clear()
+    assert_same_bits(forced(model, ids, Captures()), want)
+    assert [size for size in alone if size > 1] == [2, 2] * layers
+    monkeypatch.setitem(cpu_graphs._KERNELS, linear, (each, 1))
+    assert_same_bits(forced(model, ids, Captures()), want)
+
+
+class Halving(nn.Module):
+    """A layer that leaves half of what it reads."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        x.mul_(0.5)
+        return y
+
+
+@pytest.mark.parametrize("part", ["gate_proj", "up_proj"])
+def test_what_linears_read_may_change_between_them(part: str) -> None:
+    model, ids, captures = model_of("llama", packed=True), tiny_tokens(1, 8), Captures()
+    plain = forced(model, ids, None)
+    mlp = model.model.layers[1].mlp
+    setattr(mlp, part, Halving(getattr(mlp, part)))
+    want, got = forced(model, ids, None), forced(model, ids, captures)
+    assert captures.replays == 6
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert torch.allclose(got, plain, rtol=1e-4, atol=1e-5) == (part == "up_proj")
 
 
 def test_weights_may_change_in_place() -> None:

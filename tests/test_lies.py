@@ -296,6 +296,9 @@ def operands_of_everything() -> dict[str, tuple[Callable[..., Any], list[Any]]]:
 
     return {
         "vq_gemv": (ops.vq_gemv, [x, *vq, bias]),
+        "vq_gemv_group": (
+            lambda x, *t: ops.vq_gemv_group(x, *([one] for one in t)), [x, *vq, bias]
+        ),
         "vq_linear": (ops.vq_linear, [x, *vq, bias]),
         "vq_linear of many": (lambda *t: ops.vq_linear(x.repeat(400, 1), *t), [*vq, bias]),
         "vq_dequantize": (lambda *t: ops.vq_dequantize(*t, torch.bfloat16), [*vq]),

@@ -152,6 +152,62 @@ def test_same_bits_for_any_threads_and_company(layer: tuple[int, int, int, int])
     torch.set_num_threads(before)
 
 
+# Forms of siblings: rows, d, code_bits.
+GROUPS = [
+    [(64, 6, 12)],
+    [(600, 4, 8), (513, 4, 8), (70, 4, 8)],
+    [(300, 6, 12), (33, 6, 12), (1, 6, 12)],
+    [(100, 1, 4), (33, 2, 4), (520, 4, 8), (70, 3, 7), (33, 6, 12)],
+    [(40, 2, 4)] * ops.VQ_MAX_MEMBERS,
+]
+
+
+def siblings(
+    forms: list[tuple[int, int, int]], cols: int, dtype: torch.dtype
+) -> tuple[list[tuple[Tensor, ...]], list[Tensor | None]]:
+    """(their weights, their biases); every other one has a bias."""
+    vqs = [random_vq(rows, cols, d, bits, seed=i) for i, (rows, d, bits) in enumerate(forms)]
+    biases = [torch.randn(form[0]).to(dtype) if i % 2 else None for i, form in enumerate(forms)]
+    return vqs, biases
+
+
+@pytest.mark.parametrize("cols", [7, 1301])
+@pytest.mark.parametrize("forms", GROUPS)
+def test_a_group_has_the_bits_of_each(forms: list[tuple[int, int, int]], cols: int) -> None:
+    before = torch.get_num_threads()
+    for dtype in DTYPES:
+        vqs, biases = siblings(forms, cols, dtype)
+        for tokens in (1, 3, 16):
+            x = activations(tokens, cols, dtype)
+            wanted = [ops.vq_gemv(x, *vq, bias) for vq, bias in zip(vqs, biases, strict=True)]
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                found = ops.vq_gemv_group(x, *map(list, zip(*vqs, strict=True)), biases)
+                for one, other in zip(found, wanted, strict=True):
+                    assert_same_bits(one, other)
+            torch.set_num_threads(before)
+
+
+def test_groups_that_are_none() -> None:
+    vqs, biases = siblings([(70, 4, 8), (40, 6, 12)], 50, torch.float32)
+    lists = [list(each) for each in zip(*vqs, strict=True)]
+    x = torch.randn(2, 50)
+    assert [y.shape for y in ops.vq_gemv_group(x[:0], *lists, biases)] == [(0, 70), (0, 40)]
+    with pytest.raises(ValueError, match="must have one length from 1 to 8, not 1 and 2"):
+        ops.vq_gemv_group(x, *lists, biases[:1])
+    with pytest.raises(ValueError, match="must have one length from 1 to 8, not 9"):
+        ops.vq_gemv_group(x, *([each[0]] * 9 for each in lists), [None] * 9)
+    narrow = [list(each) for each in zip(vqs[0], random_vq(40, 49, 4, 8), strict=True)]
+    with pytest.raises(ValueError, match="x must have 49 features"):
+        ops.vq_gemv_group(x, *narrow, biases)
+    with pytest.raises(ValueError, match="vq_gemv_group takes at most 16 tokens, not 17"):
+        ops.vq_gemv_group(torch.randn(17, 50), *lists, biases)
+    words = torch.zeros(9, dtype=torch.int64)
+    for count in (0, 1, 9):
+        with pytest.raises(ValueError, match="vq_gemv_group: an argument is outside the contract"):
+            _cpu.vq_gemv_group(x.data_ptr(), 0, 2, 50, words.data_ptr(), count, 1)
+
+
 @pytest.mark.parametrize("outlier", [1.0, 40.0, 1000.0])
 @pytest.mark.parametrize(
     "layer",
@@ -318,3 +374,5 @@ def test_opcheck(tokens: int) -> None:
     torch.library.opcheck(ops.vq_linear, (x, *vq, None))
     torch.library.opcheck(ops.vq_linear_grad, (torch.randn(tokens, 70, requires_grad=True), *vq))
     torch.library.opcheck(ops.vq_gemv, (torch.randn(5, 50), *vq, None))
+    group = ([one, one] for one in vq)
+    torch.library.opcheck(ops.vq_gemv_group, (torch.randn(5, 50), *group, [bias.detach(), None]))

@@ -36,6 +36,7 @@ void add_constants(py::module_& module) {
     module.attr("max_group") = kMaxGroup;
     module.attr("norm_eps") = kNormEps;
     module.attr("vq_gemv_max_tokens") = kVqGemvMaxTokens;
+    module.attr("vq_max_members") = kVqMaxMembers;
     module.attr("sparse_gemv_max_tokens") = kSparseGemvMaxTokens;
     module.attr("float32") = static_cast<int>(DType::float32);
     module.attr("float16") = static_cast<int>(DType::float16);

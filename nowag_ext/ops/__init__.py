@@ -40,7 +40,7 @@ from nowag_ext.ops.kmeans import (
     kmeans_update,
 )
 from nowag_ext.ops.kmeans_feedback import feedback_sums_columns, kmeans_feedback
-from nowag_ext.ops.linear import GEMV_MAX_TOKENS
+from nowag_ext.ops.linear import GEMV_MAX_TOKENS, VQ_MAX_MEMBERS
 from nowag_ext.ops.normalize import normalize
 from nowag_ext.ops.prune import prune_objective, prune_select, prune_select_nm
 from nowag_ext.ops.registry import needs_dispatcher
@@ -55,9 +55,10 @@ from nowag_ext.ops.sparse_pack import sparse_dequantize, sparse_offsets, sparse_
 from nowag_ext.ops.vq_gemv import (
     run_vq_gemv,
     vq_gemv,
+    vq_gemv_group,
     vq_linear,
-    vq_linear_call,
     vq_linear_grad,
+    vq_linears_call,
 )
 from nowag_ext.ops.vq_pack import pack_codes, unpack_codes, vq_dequantize, vq_gather
 
@@ -68,6 +69,7 @@ __all__ = [
     "MAX_GROUP",
     "MAX_SUBVECTOR",
     "TILE_ROWS",
+    "VQ_MAX_MEMBERS",
     "bitmap_shape",
     "code_positions",
     "feedback_sums_columns",
@@ -101,7 +103,8 @@ __all__ = [
     "vq_dequantize",
     "vq_gather",
     "vq_gemv",
+    "vq_gemv_group",
     "vq_linear",
-    "vq_linear_call",
     "vq_linear_grad",
+    "vq_linears_call",
 ]

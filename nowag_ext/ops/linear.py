@@ -13,6 +13,7 @@ from nowag_ext.ops.checks import DTYPES, check, check_features, dtype_code, same
 from nowag_ext.ops.format import TILE_ROWS
 
 GEMV_MAX_TOKENS: int = _cpu.vq_gemv_max_tokens
+VQ_MAX_MEMBERS: int = _cpu.vq_max_members
 
 # Dense rows made at a time when many tokens come. On a CPU enough for the GEMM to run at full
 # speed, small beside a layer; on a GPU about what its L2 cache has room for: each launch more costs

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -60,15 +61,10 @@ def run_sparse_gemv(
     return _launch(x, tokens, (bitmap, values, row_offsets), rows, bias)
 
 
-def sparse_linear_call(
-    y: Tensor,
-    x: Tensor,
-    bitmap: Tensor,
-    values: Tensor,
-    row_offsets: Tensor,
-    bias: Tensor | None = None,
-) -> Callable[[], None] | None:
-    """As ``vq_linear_call``, of sparse_linear."""
+def sparse_linear_call(calls: Sequence[tuple[Tensor, Sequence[Any]]]) -> KernelCall | None:
+    """As ``vq_linears_call``, of one call of sparse_linear."""
+    ((y, (x, bitmap, values, row_offsets, *biases)),) = calls
+    bias = biases[0] if biases else None
     cols, rows = x.shape[-1], row_offsets.shape[0] - 1
     tokens = x.numel() // cols
     tensors = [x, bitmap, values, row_offsets, *([] if bias is None else [bias])]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from nowag_ext.ops.checks import (
 )
 from nowag_ext.ops.linear import (
     GEMV_MAX_TOKENS,
+    VQ_MAX_MEMBERS,
     check_linear,
     tiled_linear,
     tiled_linear_grad,
@@ -99,30 +101,103 @@ def run_vq_gemv(
     return _launch(x, tokens, vq, sizes, bias)
 
 
-def vq_linear_call(
+def _member(
     y: Tensor,
-    x: Tensor,
     codes: Tensor,
     codebook: Tensor,
     row_norms: Tensor,
     col_norms: Tensor,
     bias: Tensor | None = None,
-) -> Callable[[], None] | None:
-    """What writes vq_linear of the same tensors, on a CPU, to ``y``, and checks nothing again.
+) -> list[int]:
+    """The words of a VqMember of vq_gemv.h."""
+    rows, _, d, code_bits = vq_sizes(codes, codebook, row_norms, col_norms)
+    weight_at = (one.data_ptr() for one in (codes, codebook, row_norms, col_norms))
+    return [*weight_at, 0 if bias is None else bias.data_ptr(), rows, d, code_bits, y.data_ptr()]
 
-    None where that is not one call of the kernel. ``y`` is what vq_linear returned.
+
+def vq_linears_call(calls: Sequence[tuple[Tensor, Sequence[Any]]]) -> KernelCall | None:
+    """What does some calls of vq_linear with one x again, on a CPU, and checks nothing again.
+
+    None where that is not one call of the kernel.
+
+    Args:
+        calls: for each what it returned, which is written to, and its arguments.
     """
-    rows, cols, d, code_bits = vq_sizes(codes, codebook, row_norms, col_norms)
-    tokens = x.numel() // cols
-    tensors = [x, codes, codebook, row_norms, col_norms, *([] if bias is None else [bias])]
+    x = calls[0][1][0]
+    tokens = x.numel() // x.shape[-1]
+    words, tensors = [], [x]
+    for y, (_, *weight) in calls:
+        words.append(_member(y, *weight))
+        tensors += [y, *(one for one in weight if one is not None)]
     if not 0 < tokens <= GEMV_MAX_TOKENS or not all(one.is_contiguous() for one in tensors):
         return None
-    x_at, *weight_at = (one.data_ptr() for one in tensors[:5])
-    bias_at = 0 if bias is None else bias.data_ptr()
+    members = torch.tensor(words, dtype=torch.int64)
     arguments = (
-        x_at, DTYPES[x.dtype], tokens, *weight_at, bias_at, rows, cols, d, code_bits, y.data_ptr()
+        x.data_ptr(), DTYPES[x.dtype], tokens, x.shape[-1], members.data_ptr(), len(words)
     )  # fmt: skip
-    return KernelCall(_cpu.vq_gemv, arguments, [*tensors, y])
+    return KernelCall(_cpu.vq_gemv_group, arguments, [*tensors, members])
+
+
+def _vq_gemv_group_fake(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    row_norms: Sequence[Tensor],
+    col_norms: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    members = _members(codes, codebooks, row_norms, col_norms, biases)
+    return [_vq_linear_fake(x, *vq, bias) for vq, bias in members]
+
+
+_Vq = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _members(*lists: Sequence[Any]) -> list[tuple[_Vq, Tensor | None]]:
+    """Lists of codes, codebooks, norms and biases as a list of (weight, bias)."""
+    counts = sorted({len(one) for one in lists})
+    require(
+        len(counts) == 1 and 0 < counts[0] <= VQ_MAX_MEMBERS,
+        f"codes, codebooks, row_norms, col_norms and biases must have one length from 1 to "
+        f"{VQ_MAX_MEMBERS}, not {' and '.join(map(str, counts))}.",
+    )
+    return [((c, b, r, n), bias) for c, b, r, n, bias in zip(*lists, strict=True)]
+
+
+@operation(
+    "vq_gemv_group(Tensor x, Tensor[] codes, Tensor[] codebooks, Tensor[] row_norms, "
+    "Tensor[] col_norms, Tensor?[] biases) -> Tensor[]",
+    _vq_gemv_group_fake,
+)
+def vq_gemv_group(
+    x: Tensor,
+    codes: Sequence[Tensor],
+    codebooks: Sequence[Tensor],
+    row_norms: Sequence[Tensor],
+    col_norms: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """[x W^T + bias] of some W: x [..., in_features], at most 16 tokens."""
+    words, outputs, kept = [], [], []
+    for vq, bias in _members(codes, codebooks, row_norms, col_norms, biases):
+        rows, cols, _, _ = vq_sizes(*vq)
+        given, tokens, whole = check_linear(x, bias, rows, cols, vq[0])
+        require(
+            tokens <= GEMV_MAX_TOKENS,
+            f"vq_gemv_group takes at most {GEMV_MAX_TOKENS} tokens, not {tokens}.",
+        )
+        check_vq_aligned(*vq)
+        outputs.append(x.new_empty((*x.shape[:-1], rows)))
+        words.append(_member(outputs[-1], *vq, whole))
+        kept.append(whole)  # a copy, perhaps
+    check_aligned(given, "x")
+    if tokens > 0:
+        members = torch.tensor(words, dtype=torch.int64)
+        backend, queue = backend_for(x)
+        backend.vq_gemv_group(
+            given.data_ptr(), DTYPES[x.dtype], tokens, cols, members.data_ptr(), len(words), queue
+        )
+    return outputs
 
 
 vq_gemv = operation(f"vq_gemv(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _vq_linear_fake)(

@@ -1,6 +1,8 @@
 #include "nowag/vq_gemv.h"
 
 #include <algorithm>
+#include <memory>
+#include <vector>
 
 #include "cpu/base/buffer.h"
 #include "cpu/base/failure.h"
@@ -49,19 +51,19 @@ struct Problem {
     const void* x;
     DType dtype;
     int64_t tokens;
+    int64_t cols;
     const uint8_t* packed;
     const uint16_t* codebook;
     const uint16_t* row_norms;
     const uint16_t* col_norms;
     const void* bias;
     int64_t rows;
-    int64_t cols;
     int d;
     int code_bits;
     void* y;
-    int threads;
 
     int64_t positions() const { return code_positions(cols, d); }
+    int64_t codes() const { return rows * positions(); }
     int64_t tiles() const { return row_tiles(rows); }
     int64_t entries() const { return int64_t{1} << code_bits; }
     // Bytes of a tile's codes, and where all codes end.
@@ -78,7 +80,8 @@ void scaled_inputs(const Problem& problem, int64_t token, float* out) {
 }
 
 // Rows [first, first + rows) of a token's y from their sums.
-void finish(const Problem& problem, int64_t token, int64_t first, int64_t rows, const float* sums) {
+void finish_rows(const Problem& problem, int64_t token, int64_t first, int64_t rows,
+                 const float* sums) {
     const int64_t size = dtype_size(problem.dtype);
     const char* bias = static_cast<const char*>(problem.bias);
     decode_table()->finish(sums, problem.row_norms + first,
@@ -91,69 +94,107 @@ void finish_tile(const Problem& problem, int64_t tile, const float* sums) {
     const int64_t first = tile * kTileRows;
     const int64_t height = std::min<int64_t>(kTileRows, problem.rows - first);
     for (int64_t t = 0; t < problem.tokens; ++t) {
-        finish(problem, t, first, height, sums + t * kTileRows);
+        finish_rows(problem, t, first, height, sums + t * kTileRows);
     }
 }
+
+// One product: parts of what is made of its inputs, then parts of the product, each in any order and
+// on any thread; then what is left.
+class Product {
+  public:
+    explicit Product(const Problem& problem) : problem_(problem) {}
+    Product(const Product&) = delete;
+    Product& operator=(const Product&) = delete;
+    virtual ~Product() = default;
+
+    virtual int64_t preparations() const { return 1; }
+    virtual void prepare(int64_t index) = 0;
+    virtual int64_t parts() const = 0;
+    virtual void multiply(int64_t part) = 0;
+    virtual void finish() {}
+
+  protected:
+    const Problem problem_;
+};
 
 // --- decode: see vq_gemv.h ---
 
-// Inputs as VqDecodeTile wants them: [positions, stride, lanes], zeros in all padding.
-Buffer<float> decode_inputs(const Problem& problem, int lanes, int64_t stride) {
-    const int64_t positions = problem.positions();
-    Buffer<float> inputs = buffer<float>(positions * stride * lanes);
-    std::fill(inputs.get(), inputs.get() + positions * stride * lanes, 0.0f);
-    Buffer<float> scaled = buffer<float>(positions * problem.d);
-    for (int64_t t = 0; t < problem.tokens; ++t) {
-        scaled_inputs(problem, t, scaled.get());
-        for (int64_t p = 0; p < positions; ++p) {
-            std::copy_n(&scaled[static_cast<size_t>(p * problem.d)], problem.d,
-                        &inputs[static_cast<size_t>((p * stride + t) * lanes)]);
+// A tile of 32 rows is a part.
+class Decode : public Product {
+  public:
+    explicit Decode(const Problem& problem)
+        : Product(problem),
+          lanes_(problem.d <= 4 ? 4 : 8),
+          // With company, tokens fill whole vectors of 16 floats.
+          together_(problem.tokens == 1 ? 1 : 16 / lanes_),
+          stride_(ceil_div(problem.tokens, together_) * together_),
+          inputs_(buffer<float>(problem.positions() * stride_ * lanes_)),
+          codebook_(buffer<float>(problem.entries() * lanes_)) {}
+
+    // The inputs as VqDecodeTile wants them: [positions, stride, lanes], zeros in all padding.
+    void prepare(int64_t) override {
+        const int64_t positions = problem_.positions(), d = problem_.d;
+        std::fill_n(inputs_.get(), positions * stride_ * lanes_, 0.0f);
+        const Buffer<float> scaled = buffer<float>(positions * d);
+        for (int64_t t = 0; t < problem_.tokens; ++t) {
+            scaled_inputs(problem_, t, scaled.get());
+            for (int64_t p = 0; p < positions; ++p) {
+                std::copy_n(&scaled[p * d], d, &inputs_[(p * stride_ + t) * lanes_]);
+            }
         }
+        decode_table()->arrange_codebook(problem_.codebook, problem_.entries(), problem_.d, lanes_,
+                                         codebook_.get());
     }
-    return inputs;
-}
 
-// All rows, a tile at a time: multiply(tile, sums) gives its sums for all tokens, [tokens, 32].
-template <class Multiply>
-void multiply_tiles(const Problem& problem, const Multiply& multiply) {
-    const int threads = problem.rows * problem.positions() < kCodesForThreads ? 1 : problem.threads;
-    parallel_for(problem.tiles(), threads, [&](int64_t tile) {
+    int64_t parts() const override { return problem_.tiles(); }
+
+    void multiply(int64_t tile) override {
         float sums[kVqGemvMaxTokens * kTileRows];
-        multiply(problem.packed + tile * problem.stride(), sums);
-        finish_tile(problem, tile, sums);
-    });
-}
+        decode_table()->multiply_tile({problem_.packed + tile * problem_.stride(), codebook_.get(),
+                                       inputs_.get(), problem_.positions(), problem_.code_bits,
+                                       lanes_, static_cast<int>(problem_.tokens), stride_,
+                                       problem_.codes_end(), sums});
+        finish_tile(problem_, tile, sums);
+    }
 
-void decode(const Problem& problem) {
-    const VqDecodeTable& kernel = *decode_table();
-    const int lanes = problem.d <= 4 ? 4 : 8;
-    // With company, tokens fill whole vectors of 16 floats.
-    const int64_t together = problem.tokens == 1 ? 1 : 16 / lanes;
-    const int64_t stride = ceil_div(problem.tokens, together) * together;
-    const Buffer<float> inputs = decode_inputs(problem, lanes, stride);
-    const Buffer<float> codebook = buffer<float>(problem.entries() * lanes);
-    kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, lanes, codebook.get());
-    multiply_tiles(problem, [&](const uint8_t* codes, float* sums) {
-        kernel.multiply_tile({codes, codebook.get(), inputs.get(), problem.positions(),
-                              problem.code_bits, lanes, static_cast<int>(problem.tokens), stride,
-                              problem.codes_end(), sums});
-    });
-}
+  private:
+    const int lanes_;
+    const int64_t together_, stride_;
+    const Buffer<float> inputs_;
+    const Buffer<float> codebook_;
+};
 
-void decode_integers(const Problem& problem, const VqIntegerTable& kernel) {
-    const int64_t positions = problem.positions();
-    const Buffer<int16_t> codebook = buffer<int16_t>(problem.entries() * kVqIntegerLanes);
-    const float unit =
-        kernel.arrange_codebook(problem.codebook, problem.entries(), problem.d, codebook.get());
-    const Buffer<float> scaled = buffer<float>(positions * problem.d);
-    scaled_inputs(problem, 0, scaled.get());
-    const Buffer<VqIntegerRun> runs = buffer<VqIntegerRun>(ceil_div(positions, kVqIntegerRun));
-    kernel.arrange_inputs(scaled.get(), problem.d, positions, unit, runs.get());
-    multiply_tiles(problem, [&](const uint8_t* codes, float* sums) {
-        kernel.multiply_tile({codes, codebook.get(), runs.get(), positions, problem.code_bits,
-                              problem.codes_end(), sums});
-    });
-}
+class DecodeIntegers : public Product {
+  public:
+    DecodeIntegers(const Problem& problem, const VqIntegerTable& kernel)
+        : Product(problem),
+          kernel_(kernel),
+          codebook_(buffer<int16_t>(problem.entries() * kVqIntegerLanes)),
+          runs_(buffer<VqIntegerRun>(ceil_div(problem.positions(), kVqIntegerRun))) {}
+
+    void prepare(int64_t) override {
+        const float unit = kernel_.arrange_codebook(problem_.codebook, problem_.entries(),
+                                                    problem_.d, codebook_.get());
+        const Buffer<float> scaled = buffer<float>(problem_.positions() * problem_.d);
+        scaled_inputs(problem_, 0, scaled.get());
+        kernel_.arrange_inputs(scaled.get(), problem_.d, problem_.positions(), unit, runs_.get());
+    }
+
+    int64_t parts() const override { return problem_.tiles(); }
+
+    void multiply(int64_t tile) override {
+        float sums[kTileRows];
+        kernel_.multiply_tile({problem_.packed + tile * problem_.stride(), codebook_.get(),
+                               runs_.get(), problem_.positions(), problem_.code_bits,
+                               problem_.codes_end(), sums});
+        finish_tile(problem_, tile, sums);
+    }
+
+  private:
+    const VqIntegerTable& kernel_;
+    const Buffer<int16_t> codebook_;
+    const Buffer<VqIntegerRun> runs_;
+};
 
 // --- lookup: see vq_gemv.h ---
 
@@ -163,111 +204,200 @@ int64_t group_count(int64_t positions) {
     return positions < kVqLookupGroup / 4 ? 1 : 2 * ceil_div(positions, 2 * kVqLookupGroup);
 }
 
-// The inputs of `together` tokens a chunk, [chunks, positions, d, together], zeros in all padding.
-Buffer<float> lookup_inputs(const Problem& problem, int64_t chunks, int64_t together) {
-    const int64_t size = problem.positions() * problem.d;
-    Buffer<float> inputs = buffer<float>(chunks * size * together);
-    if (together == 1) {
-        for (int64_t t = 0; t < problem.tokens; ++t) scaled_inputs(problem, t, &inputs[t * size]);
-        return inputs;
-    }
-    std::fill(inputs.get(), inputs.get() + chunks * size * together, 0.0f);
-    const Buffer<float> scaled = buffer<float>(size);
-    for (int64_t t = 0; t < problem.tokens; ++t) {
-        scaled_inputs(problem, t, scaled.get());
-        float* out = &inputs[t / together * size * together + t % together];
-        for (int64_t i = 0; i < size; ++i) out[i * together] = scaled[i];
-    }
-    return inputs;
-}
+// A group of positions is a part; or of some rows where there are more threads than groups, for
+// every part builds the tables.
+class LookUp : public Product {
+  public:
+    LookUp(const Problem& problem, const VqLookupTable& kernel, int threads)
+        : Product(problem),
+          kernel_(kernel),
+          together_(problem.tokens == 1 ? 1 : kernel.together),
+          chunks_(ceil_div(problem.tokens, together_)),
+          groups_(group_count(problem.positions())),
+          shares_(std::min(problem.tiles(), ceil_div(threads, groups_))),
+          chunk_sums_(problem.tiles() * kTileRows * together_),
+          codebook_(buffer<float>(problem.d * kVqLookupEntries)),
+          inputs_(buffer<float>(chunks_ * size() * together_)),
+          sums_(buffer<float>(groups_ * chunks_ * chunk_sums_)) {}
 
-void look_up(const Problem& problem) {
-    const VqLookupTable& kernel = *lookup_table();
-    const int64_t positions = problem.positions(), tiles = problem.tiles();
-    const Buffer<float> codebook = buffer<float>(problem.d * kVqLookupEntries);
-    float largest[kMaxSubvector];
-    kernel.arrange_codebook(problem.codebook, problem.d, codebook.get(), largest);
-    const int64_t together = problem.tokens == 1 ? 1 : kernel.together;
-    const int64_t chunks = ceil_div(problem.tokens, together);
-    const Buffer<float> inputs = lookup_inputs(problem, chunks, together);
+    // The inputs of `together` tokens a chunk, [chunks, positions, d, together], zeros in all
+    // padding.
+    void prepare(int64_t) override {
+        kernel_.arrange_codebook(problem_.codebook, problem_.d, codebook_.get(), largest_);
+        if (together_ == 1) {
+            for (int64_t t = 0; t < problem_.tokens; ++t) {
+                scaled_inputs(problem_, t, &inputs_[t * size()]);
+            }
+            return;
+        }
+        std::fill_n(inputs_.get(), chunks_ * size() * together_, 0.0f);
+        const Buffer<float> scaled = buffer<float>(size());
+        for (int64_t t = 0; t < problem_.tokens; ++t) {
+            scaled_inputs(problem_, t, scaled.get());
+            float* out = &inputs_[t / together_ * size() * together_ + t % together_];
+            for (int64_t i = 0; i < size(); ++i) out[i * together_] = scaled[i];
+        }
+    }
 
-    // [groups, chunks, rows of all tiles, together]
-    const int64_t groups = group_count(positions), chunk_sums = tiles * kTileRows * together;
-    const Buffer<float> sums = buffer<float>(groups * chunks * chunk_sums);
-    const int threads = problem.rows * positions < kCodesForThreads ? 1 : problem.threads;
-    // Rows are divided only where there are more threads than groups: every part builds the tables.
-    const int64_t parts = std::min(tiles, ceil_div(threads, groups));
-    parallel_for(groups * parts, threads, [&](int64_t index) {
-        const int64_t group = index / parts, part = index % parts;
-        const int64_t begin = positions * group / groups, end = positions * (group + 1) / groups;
-        const int64_t tile = tiles * part / parts, tile_end = tiles * (part + 1) / parts;
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            kernel.add_group(
-                {codebook.get(), largest,
-                 &inputs[(chunk * positions + begin) * problem.d * together], problem.d,
-                 static_cast<int>(together), end - begin,
-                 problem.packed + (tile * positions + begin) * kTileRows, positions * kTileRows,
+    int64_t parts() const override { return groups_ * shares_; }
+
+    void multiply(int64_t index) override {
+        const int64_t positions = problem_.positions(), tiles = problem_.tiles();
+        const int64_t group = index / shares_, share = index % shares_;
+        const int64_t begin = positions * group / groups_, end = positions * (group + 1) / groups_;
+        const int64_t tile = tiles * share / shares_, tile_end = tiles * (share + 1) / shares_;
+        for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+            kernel_.add_group(
+                {codebook_.get(), largest_,
+                 &inputs_[(chunk * positions + begin) * problem_.d * together_], problem_.d,
+                 static_cast<int>(together_), end - begin,
+                 problem_.packed + (tile * positions + begin) * kTileRows, positions * kTileRows,
                  tile_end - tile,
-                 &sums[(group * chunks + chunk) * chunk_sums + tile * kTileRows * together]});
+                 &sums_[(group * chunks_ + chunk) * chunk_sums_ + tile * kTileRows * together_]});
         }
-    });
-    for (int64_t group = 1; group < groups; ++group) {
-        const float* more = &sums[group * chunks * chunk_sums];
-        for (int64_t i = 0; i < chunks * chunk_sums; ++i) sums[i] += more[i];
     }
-    if (together == 1) {
-        for (int64_t t = 0; t < problem.tokens; ++t) {
-            finish(problem, t, 0, problem.rows, &sums[t * chunk_sums]);
+
+    void finish() override {
+        const int64_t rows = problem_.rows;
+        for (int64_t group = 1; group < groups_; ++group) {
+            const float* more = &sums_[group * chunks_ * chunk_sums_];
+            for (int64_t i = 0; i < chunks_ * chunk_sums_; ++i) sums_[i] += more[i];
         }
-        return;
+        if (together_ == 1) {
+            for (int64_t t = 0; t < problem_.tokens; ++t) {
+                finish_rows(problem_, t, 0, rows, &sums_[t * chunk_sums_]);
+            }
+            return;
+        }
+        const Buffer<float> own = buffer<float>(rows);
+        for (int64_t t = 0; t < problem_.tokens; ++t) {
+            const float* chunk = &sums_[t / together_ * chunk_sums_ + t % together_];
+            for (int64_t i = 0; i < rows; ++i) own[i] = chunk[i * together_];
+            finish_rows(problem_, t, 0, rows, own.get());
+        }
     }
-    const Buffer<float> own = buffer<float>(problem.rows);
-    for (int64_t t = 0; t < problem.tokens; ++t) {
-        const float* chunk = &sums[t / together * chunk_sums + t % together];
-        for (int64_t i = 0; i < problem.rows; ++i) own[i] = chunk[i * together];
-        finish(problem, t, 0, problem.rows, own.get());
-    }
-}
+
+  private:
+    int64_t size() const { return problem_.positions() * problem_.d; }
+
+    const VqLookupTable& kernel_;
+    const int64_t together_, chunks_, groups_, shares_, chunk_sums_;
+    float largest_[kMaxSubvector];
+    const Buffer<float> codebook_;
+    const Buffer<float> inputs_;
+    const Buffer<float> sums_;  // [groups, chunks, rows of all tiles, together]
+};
 
 // Tables of fewer positions are built sooner than a second thread starts.
 constexpr int64_t kPositionsForThreads = 512;
 
-// Codes of 4 bits. A pair of tiles is the unit of work: they share the loads of the tables.
-void look_up_nibbles(const Problem& problem, const VqNibbleTable& kernel) {
-    constexpr int64_t kTiles = 2;
-    const int64_t positions = problem.positions(), runs = ceil_div(positions, kVqNibbleRun);
-    float codebook[kMaxSubvector * kVqNibbleEntries];
-    for (int k = 0; k < kVqNibbleEntries; ++k) {
-        for (int j = 0; j < problem.d; ++j) {
-            codebook[j * kVqNibbleEntries + k] =
-                float16_to_float(problem.codebook[k * problem.d + j]);
+// Codes of 4 bits. A pair of tiles is a part: they share the loads of the tables.
+class LookUpNibbles : public Product {
+  public:
+    LookUpNibbles(const Problem& problem, const VqNibbleTable& kernel)
+        : Product(problem),
+          kernel_(kernel),
+          runs_(ceil_div(problem.positions(), kVqNibbleRun)),
+          shares_(ceil_div(problem.positions(), kPositionsForThreads)),
+          scaled_(buffer<float>(problem.tokens * size())),
+          tables_(buffer<VqNibbleRun>(problem.tokens * runs_)) {
+        for (int k = 0; k < kVqNibbleEntries; ++k) {
+            for (int j = 0; j < problem.d; ++j) {
+                codebook_[j * kVqNibbleEntries + k] =
+                    float16_to_float(problem.codebook[k * problem.d + j]);
+            }
+        }
+        for (int64_t t = 0; t < problem.tokens; ++t) {
+            scaled_inputs(problem, t, &scaled_[t * size()]);
         }
     }
-    const int threads = problem.rows * positions < kCodesForThreads ? 1 : problem.threads;
-    const int64_t size = positions * problem.d;
-    const Buffer<float> scaled = buffer<float>(problem.tokens * size);
-    for (int64_t t = 0; t < problem.tokens; ++t) scaled_inputs(problem, t, &scaled[t * size]);
-    const Buffer<VqNibbleRun> tables = buffer<VqNibbleRun>(problem.tokens * runs);
-    const int64_t parts = ceil_div(positions, kPositionsForThreads);
-    const int builders = problem.tokens * positions <= kPositionsForThreads ? 1 : threads;
-    parallel_for(problem.tokens * parts, builders, [&](int64_t index) {
-        const int64_t token = index / parts, part = index % parts;
-        const int64_t first = runs * part / parts, end = runs * (part + 1) / parts;
+
+    int64_t preparations() const override { return problem_.tokens * shares_; }
+
+    void prepare(int64_t index) override {
+        const int64_t token = index / shares_, share = index % shares_;
+        const int64_t first = runs_ * share / shares_, end = runs_ * (share + 1) / shares_;
         const int64_t begin = first * kVqNibbleRun;
-        const int64_t count = std::min(end * kVqNibbleRun, positions) - begin;
-        kernel.build_tables(codebook, &scaled[token * size + begin * problem.d], problem.d, count,
-                            &tables[token * runs + first]);
-    });
-    parallel_for(ceil_div(problem.tiles(), kTiles), threads, [&](int64_t index) {
-        const int64_t first = index * kTiles, tiles = std::min(kTiles, problem.tiles() - first);
-        const int64_t rows = std::min(tiles * kTileRows, problem.rows - first * kTileRows);
+        const int64_t count = std::min(end * kVqNibbleRun, problem_.positions()) - begin;
+        kernel_.build_tables(codebook_, &scaled_[token * size() + begin * problem_.d], problem_.d,
+                             count, &tables_[token * runs_ + first]);
+    }
+
+    int64_t parts() const override { return ceil_div(problem_.tiles(), kTiles); }
+
+    void multiply(int64_t part) override {
+        const int64_t first = part * kTiles, tiles = std::min(kTiles, problem_.tiles() - first);
+        const int64_t rows = std::min(tiles * kTileRows, problem_.rows - first * kTileRows);
         float sums[kTiles * kTileRows];
-        for (int64_t t = 0; t < problem.tokens; ++t) {
-            kernel.multiply(problem.packed + first * problem.stride(), problem.stride(), positions,
-                            tiles, &tables[t * runs], sums);
-            finish(problem, t, first * kTileRows, rows, sums);
+        for (int64_t t = 0; t < problem_.tokens; ++t) {
+            kernel_.multiply(problem_.packed + first * problem_.stride(), problem_.stride(),
+                             problem_.positions(), tiles, &tables_[t * runs_], sums);
+            finish_rows(problem_, t, first * kTileRows, rows, sums);
+        }
+    }
+
+  private:
+    static constexpr int64_t kTiles = 2;
+    int64_t size() const { return problem_.positions() * problem_.d; }
+
+    const VqNibbleTable& kernel_;
+    const int64_t runs_, shares_;
+    float codebook_[kMaxSubvector * kVqNibbleEntries];
+    const Buffer<float> scaled_;
+    const Buffer<VqNibbleRun> tables_;
+};
+
+using Products = std::vector<std::unique_ptr<Product>>;
+
+bool is_valid(const Problem& problem) {
+    return problem.tokens >= 1 && problem.tokens <= kVqGemvMaxTokens && problem.rows >= 1 &&
+           problem.cols >= 1 && valid_vq(problem.d, problem.code_bits);
+}
+
+std::unique_ptr<Product> product_of(const Problem& problem, int threads) {
+    if (lookup_table() != nullptr && problem.code_bits == 8 && problem.rows >= kLookupRows) {
+        return std::make_unique<LookUp>(problem, *lookup_table(), threads);
+    }
+    if (nibble_table() != nullptr && problem.code_bits == 4) {
+        return std::make_unique<LookUpNibbles>(problem, *nibble_table());
+    }
+    if (problem.tokens == 1 && problem.d > 4 && decode_table()->integers != nullptr) {
+        return std::make_unique<DecodeIntegers>(problem, *decode_table()->integers);
+    }
+    return std::make_unique<Decode>(problem);
+}
+
+// One region of threads for all products: body(product, index) for every index below its count.
+template <class Count, class Body>
+void for_each(const Products& products, int threads, const Count& count, const Body& body) {
+    int64_t total = 0;
+    for (const auto& product : products) total += count(*product);
+    parallel_for(total, threads, [&](int64_t index) {
+        for (const auto& product : products) {
+            const int64_t own = count(*product);
+            if (index < own) return body(*product, index);
+            index -= own;
         }
     });
+}
+
+void multiply(const std::vector<Problem>& problems, int threads) {
+    int64_t codes = 0, inputs = 0;  // a code's position, for each token
+    for (const Problem& problem : problems) {
+        codes += problem.codes();
+        inputs += problem.tokens * problem.positions();
+    }
+    if (codes < kCodesForThreads) threads = 1;
+    Products products;
+    for (const Problem& problem : problems) products.push_back(product_of(problem, threads));
+    for_each(
+        products, inputs <= kPositionsForThreads ? 1 : threads,
+        [](const Product& product) { return product.preparations(); },
+        [](Product& product, int64_t index) { product.prepare(index); });
+    for_each(
+        products, threads, [](const Product& product) { return product.parts(); },
+        [](Product& product, int64_t part) { product.multiply(part); });
+    for (const auto& product : products) product->finish();
 }
 
 }  // namespace
@@ -276,21 +406,27 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
                const uint16_t* codebook, const uint16_t* row_norms, const uint16_t* col_norms,
                const void* bias, int64_t rows, int64_t cols, int d, int code_bits, void* y,
                int threads) try {
-    if (tokens < 1 || tokens > kVqGemvMaxTokens || rows < 1 || cols < 1 ||
-        !valid_vq(d, code_bits) || threads < 1) {
-        return Status::invalid_argument;
+    const Problem problem{x,         dtype, tokens, cols, packed,    codebook, row_norms,
+                          col_norms, bias,  rows,   d,    code_bits, y};
+    if (!is_valid(problem) || threads < 1) return Status::invalid_argument;
+    multiply({problem}, threads);
+    return Status::ok;
+} catch (...) {
+    return failure();
+}
+
+Status vq_gemv_group(const void* x, DType dtype, int64_t tokens, int64_t cols,
+                     const int64_t* members, int64_t count, int threads) try {
+    if (count < 1 || count > kVqMaxMembers || threads < 1) return Status::invalid_argument;
+    std::vector<Problem> problems;
+    for (int64_t m = 0; m < count; ++m) {
+        const VqMember member = vq_member(members, m);
+        problems.push_back({x, dtype, tokens, cols, member.packed, member.codebook,
+                            member.row_norms, member.col_norms, member.bias, member.rows, member.d,
+                            member.code_bits, member.y});
+        if (!is_valid(problems.back())) return Status::invalid_argument;
     }
-    const Problem problem{x,    dtype, tokens, packed, codebook,  row_norms, col_norms,
-                          bias, rows,  cols,   d,      code_bits, y,         threads};
-    if (lookup_table() != nullptr && code_bits == 8 && rows >= kLookupRows) {
-        look_up(problem);
-    } else if (nibble_table() != nullptr && code_bits == 4) {
-        look_up_nibbles(problem, *nibble_table());
-    } else if (tokens == 1 && d > 4 && decode_table()->integers != nullptr) {
-        decode_integers(problem, *decode_table()->integers);
-    } else {
-        decode(problem);
-    }
+    multiply(problems, threads);
     return Status::ok;
 } catch (...) {
     return failure();

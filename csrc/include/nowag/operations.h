@@ -37,6 +37,7 @@
     EACH(sparse_pack, sparse_pack)         \
     EACH(sparse_pack, sparse_dequantize)   \
     EACH(vq_gemv, vq_gemv)                 \
+    EACH(vq_gemv, vq_gemv_group)           \
     EACH(sparse_gemv, sparse_gemv)
 
 #define NOWAG_CPU_OPERATIONS(ALONE)         \

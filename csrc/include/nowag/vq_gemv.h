@@ -84,4 +84,42 @@ NOWAG_DECLARE(vq_gemv, const void* x, DType dtype, int64_t tokens, const uint8_t
               const uint16_t* codebook, const uint16_t* row_norms, const uint16_t* col_norms,
               const void* bias, int64_t rows, int64_t cols, int d, int code_bits, void* y);
 
+// Several products of the same x at once: linears that read the same input. On a CPU the bits are
+// those of vq_gemv; on a GPU sums are cut elsewhere, and the bound is the same.
+//
+// A member is kVqMemberWords integers of 64 bits in the host's memory: its addresses and sizes, in
+// the order of VqMember.
+constexpr int64_t kVqMaxMembers = 8;
+
+struct VqMember {
+    const uint8_t* packed;
+    const uint16_t* codebook;
+    const uint16_t* row_norms;
+    const uint16_t* col_norms;
+    const void* bias;  // or null
+    int64_t rows;
+    int d;
+    int code_bits;
+    void* y;
+};
+
+constexpr int64_t kVqMemberWords = 9;
+
+inline VqMember vq_member(const int64_t* members, int64_t index) {
+    const int64_t* words = members + index * kVqMemberWords;
+    const auto at = [&](int word) { return reinterpret_cast<void*>(words[word]); };
+    return {static_cast<const uint8_t*>(at(0)),
+            static_cast<const uint16_t*>(at(1)),
+            static_cast<const uint16_t*>(at(2)),
+            static_cast<const uint16_t*>(at(3)),
+            at(4),
+            words[5],
+            static_cast<int>(words[6]),
+            static_cast<int>(words[7]),
+            at(8)};
+}
+
+NOWAG_DECLARE(vq_gemv_group, const void* x, DType dtype, int64_t tokens, int64_t cols,
+              const int64_t* members, int64_t count);
+
 }  // namespace nowag
