@@ -347,7 +347,7 @@ def _memory(
             **written,
             "hidden states": 0 if work.offload else work.distilled * length * hidden * _FLOAT,
             "the head in fp32": copied,
-            "what is recorded of the layers": min(recorded, distill._RECORD_BYTES) + 3 * block,
+            "what is recorded of the layers": min(recorded, distill._RECORD_BYTES) + 2 * block,
             "logits": _LOGITS_COPIES * min(length, distill._HEAD_TOKENS) * vocabulary * _FLOAT,
         })  # fmt: skip
     largest = max(stages, key=lambda stage: sum(stage.values()))

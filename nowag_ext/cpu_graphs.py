@@ -7,7 +7,7 @@ tapes (``ops/tape.py``), linears calls of their kernels; others go on through to
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nowag_ext import ops
+from nowag_ext.dispatched import storages, tensors_in, written
 from nowag_ext.graphs import Call, Captured
 from nowag_ext.ops.tape import Step, tape, tape_steps
 
@@ -72,7 +73,7 @@ class _Reads(TorchFunctionMode):
 
 def _has_tensors_in_lists(values: Iterable[Any]) -> bool:
     lists = [value for value in values if isinstance(value, (list, tuple))]
-    return bool(_tensors(lists))
+    return bool(tensors_in(lists))
 
 
 class _Operation:
@@ -82,11 +83,11 @@ class _Operation:
         self.func, self.args, self.kwargs, self.output = func, args, kwargs, output
         # Of what Python has made of numbers, before somebody writes to it.
         self.made = args[0].clone() if func is torch.ops.aten.lift_fresh.default else None
-        self.outputs = _tensors((output,))
+        self.outputs = tensors_in((output,))
         # Where they are in memory: who writes there what another reads.
-        self.reads = _storages(_tensors((*args, *kwargs.values())))
-        self.writes = _storages(_tensors(_written(func, args, kwargs)))
-        self.makes = _storages(self.outputs)
+        self.reads = storages(tensors_in((*args, *kwargs.values())))
+        self.writes = storages(tensors_in(written(func, args, kwargs)))
+        self.makes = storages(self.outputs)
 
     def is_view(self) -> bool:
         """Whether it gave nothing but other views of its inputs, which stay what they are."""
@@ -96,33 +97,6 @@ class _Operation:
         """Whether it returns the same whenever it is called."""
         drawn = torch.Tag.nondeterministic_seeded in self.func.tags
         return not self.reads and not drawn
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Those among values, and in lists of them."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-    return found
-
-
-def _storages(tensors: Iterable[Tensor]) -> set[int]:
-    return {tensor.untyped_storage()._cdata for tensor in tensors}
-
-
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """The arguments that an operation writes to in place."""
-    if not func._schema.is_mutable:
-        return
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            if place < len(args):
-                yield args[place]
-            elif argument.name in kwargs:
-                yield kwargs[argument.name]
 
 
 class _Recorder(TorchDispatchMode):
@@ -161,7 +135,7 @@ def _gives_tensors(func: Any) -> bool:
 
 def _calls(operations: Sequence[_Operation]) -> list[Call]:
     """Calls that do again what the operations did, to the same tensors."""
-    written = {place for operation in operations for place in operation.writes}
+    changing = {place for operation in operations for place in operation.writes}
     last_read = {
         place: index for index, operation in enumerate(operations) for place in operation.reads
     }
@@ -176,16 +150,16 @@ def _calls(operations: Sequence[_Operation]) -> list[Call]:
             steps.clear()
 
     for index, operation in enumerate(operations):
-        if operation.made is not None and operation.makes & written:
+        if operation.made is not None and operation.makes & changing:
             end_tape()
             calls.append(functools.partial(operation.output.copy_, operation.made))
             continue
-        if operation.is_view() or (operation.is_constant() and not operation.makes & written):
+        if operation.is_view() or (operation.is_constant() and not operation.makes & changing):
             continue
         if index in done:
             continue
         more = tape_steps(operation.func, operation.args, operation.kwargs, operation.output)
-        beside = _storages(operation.outputs[1:])  # which tapes do not write
+        beside = storages(operation.outputs[1:])  # which tapes do not write
         if more is not None and all(last_read.get(place, -1) <= index for place in beside):
             steps += more
         else:
@@ -199,7 +173,7 @@ def _calls(operations: Sequence[_Operation]) -> list[Call]:
 def _siblings(operations: Sequence[_Operation]) -> dict[int, list[int]]:
     """Linears that read the same input: by the place of the first, those of the others.
 
-    They are done with the first, so that nothing may write, in between, what they read.
+    They are done with the first, so that what they read must have been there, and stay.
     """
     found: dict[int, list[int]] = {}
     first: dict[Any, int] = {}
@@ -211,8 +185,10 @@ def _siblings(operations: Sequence[_Operation]) -> dict[int, list[int]]:
         read = (operation.func, x.data_ptr(), x.shape, x.dtype)
         start = first.setdefault(read, index)
         others = found.setdefault(start, [])
-        between = operations[start:index]
-        if len(others) == most - 1 or any(one.writes & operation.reads for one in between):
+        between = (one for one in operations[start:index] if not one.is_view())
+        if len(others) == most - 1 or any(
+            (one.writes | one.makes) & operation.reads for one in between
+        ):
             first[read] = index
         elif start != index:
             others.append(index)
@@ -238,7 +214,7 @@ def _torch_call(operation: _Operation) -> Call:
         return functools.partial(variant, *args, **kwargs, **outputs)
 
     def call() -> None:
-        for old, new in zip(operation.outputs, _tensors((func(*args, **kwargs),)), strict=True):
+        for old, new in zip(operation.outputs, tensors_in((func(*args, **kwargs),)), strict=True):
             if old.data_ptr() != new.data_ptr():  # not what it has written in place
                 old.copy_(new)
 

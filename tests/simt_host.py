@@ -3,7 +3,7 @@
 ``build()`` compiles the launchers, the executor and its driver once for the sources at hand, and
 ``Driver.run`` calls a launcher by name with the arguments of its contract in
 ``csrc/include/nowag``: numbers, tensors (written in place), None for a null pointer, a list of
-problems, each a list of its fields.
+problems, each a list of its fields, or a list of the words of an array, tensors for addresses.
 """
 
 from __future__ import annotations

@@ -298,8 +298,12 @@ def test_what_linears_read_may_change_between_them(part: str) -> None:
     assert torch.allclose(got, plain, rtol=1e-4, atol=1e-5) == (part == "up_proj")
 
 
-def test_weights_may_change_in_place() -> None:
+@pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16])  # the other is made for each call
+def test_weights_may_change_in_place(bias: torch.dtype) -> None:
     model, captures, ids = model_of("llama", packed=True), Captures(), tiny_tokens(1, 16)
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            linear.bias = nn.Parameter(torch.randn(linear.out_features, dtype=bias))
     cache = StaticCache(model.config, max_cache_len=16)
     with torch.no_grad(), decode_graph(model, captures):
         for place in range(8):

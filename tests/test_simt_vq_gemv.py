@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from compare import assert_same_bits
@@ -179,6 +181,100 @@ def test_vq_gemv_of_inputs_that_are_not_finite(
     assert not y[1].isfinite().any()
     others = torch.arange(tokens) != 1
     assert_same_bits(y[others], want[others])
+
+
+# One launch's: rows that differ in tiles, chunks and sets of sums, more items than blocks, one row;
+# where codebooks may differ, and where they must not.
+TOGETHER = [
+    (6, 12, 1, [300, 33, 1], False),
+    (6, 12, 1, [128] * 8, True),
+    pytest.param(6, 12, 1, [4130, 70], False, marks=pytest.mark.slow),
+    (4, 8, 1, [300, 33, 1, 192], True),
+    (4, 8, 8, [64, 300], True),
+    (6, 12, 2, [300, 33, 1], True),
+    (4, 12, 7, [70, 130], True),
+]
+# Not: other codebooks, more than an octet, no tensor cores; two forms.
+APART = [
+    (4, 8, 2, [70, 33], False),
+    (6, 12, 11, [70, 33], True),
+    (3, 9, 2, [70, 33, 40], True),
+]
+
+
+def run_group(
+    driver: Driver, x: Tensor, members: list[tuple[Any, ...]], seed: int
+) -> tuple[int, list[Tensor]]:
+    """(status, outputs) for members of (vq, bias, d, code_bits)."""
+    words: list[Any] = []
+    outputs = []
+    for vq, bias, d, code_bits in members:
+        outputs.append(poisoned(len(x), len(vq[2]), dtype=x.dtype))
+        words += [*vq, bias, len(vq[2]), d, code_bits, outputs[-1]]
+    arguments = [x, CODES[x.dtype], len(x), x.shape[1], words, len(members)]
+    return driver.run("vq_gemv_group", *arguments, seed=seed), outputs
+
+
+def members_of(
+    rows: list[int], cols: int, d: int, code_bits: int, shared: bool, dtype: torch.dtype
+) -> list[tuple[Any, ...]]:
+    members = []
+    for index, height in enumerate(rows):
+        codes, codebook, *norms = vq_weight(height, cols, d, code_bits, seed=230 + index)
+        if shared and members:
+            codebook = members[0][0][1]
+        bias = randn(height, seed=240 + index).to(dtype) if index % 2 else None
+        members.append(((codes, codebook, *norms), bias, d, code_bits))
+    return members
+
+
+@pytest.mark.parametrize("cols", [50, 803])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits", "tokens", "rows", "shared"), TOGETHER)
+def test_vq_gemv_group(
+    roomy_driver: Driver,
+    d: int,
+    code_bits: int,
+    tokens: int,
+    rows: list[int],
+    shared: bool,
+    cols: int,
+    dtype: torch.dtype,
+) -> None:
+    if sum(rows) > 600 and cols > 100 and dtype != torch.float16:
+        pytest.skip("the large cases in one dtype are enough")
+    members = members_of(rows, cols, d, code_bits, shared, dtype)
+    x = randn(tokens, cols, seed=250).to(dtype)
+    status, outputs = run_group(roomy_driver, x, members, seed=1)
+    assert status == 0
+    for y, (vq, bias, *_) in zip(outputs, members, strict=True):
+        assert_within_bound(y, x, reference.vq_dequantize(*vq, torch.float32).double(), bias)
+    _, again = run_group(roomy_driver, x, members, seed=2)
+    for one, other in zip(outputs, again, strict=True):
+        assert_same_bits(one, other)
+
+
+@pytest.mark.parametrize(("d", "code_bits", "tokens", "rows", "shared"), APART)
+def test_vq_gemv_group_of_launches_of_their_own(
+    driver: Driver, d: int, code_bits: int, tokens: int, rows: list[int], shared: bool
+) -> None:
+    members = members_of(rows, 205, d, code_bits, shared, torch.float16)
+    members.append(members_of([45], 205, 2, 6, False, torch.float16)[0])
+    x = randn(tokens, 205, seed=260).half()
+    status, outputs = run_group(driver, x, members, seed=1)
+    assert status == 0
+    for y, (vq, bias, *form) in zip(outputs, members, strict=True):
+        assert_same_bits(y, run_vq_gemv(driver, x, vq, *form, bias, seed=2))
+
+
+def test_vq_gemv_group_outside_the_contract(driver: Driver) -> None:
+    members = members_of([33, 40], 50, 4, 8, True, torch.float16)
+    x = randn(2, 50, seed=270).half()
+    wrong = [(*members[0][:2], 9, 8), members[1]]
+    for group, tokens in ((wrong, x), ([], x), (members * 5, x), (members, x.repeat(9, 1))):
+        status, outputs = run_group(driver, tokens, group, seed=1)
+        assert status != 0
+        assert all(y.isnan().all() for y in outputs)
 
 
 def lost_by_batch(x: Tensor, vq: tuple[Tensor, ...], weight: Tensor, d: int) -> Tensor:

@@ -29,6 +29,7 @@ struct Argument {
     std::unique_ptr<unsigned char[]> bytes;
     std::vector<Argument> list;
     std::vector<KmeansProblem> problems;
+    std::vector<int64_t> words;
 };
 
 template <typename T>
@@ -81,10 +82,23 @@ const KmeansProblem* problems_of(Argument& argument) {
     return argument.problems.data();
 }
 
+// A list of integers and addresses.
+const int64_t* words_of(Argument& argument) {
+    argument.words.clear();
+    for (const Argument& item : argument.list) {
+        argument.words.push_back(item.kind == 'b' ? reinterpret_cast<int64_t>(item.bytes.get())
+                                                  : item.integer);
+    }
+    return argument.words.data();
+}
+
 template <typename T>
 T convert(Argument& argument) {
     if constexpr (std::is_same_v<T, const KmeansProblem*>) {
         return problems_of(argument);
+    } else if constexpr (std::is_same_v<T, const int64_t*>) {
+        return argument.kind == 'l' ? words_of(argument)
+                                    : reinterpret_cast<T>(argument.bytes.get());
     } else if constexpr (std::is_pointer_v<T>) {
         return reinterpret_cast<T>(argument.bytes.get());
     } else if constexpr (std::is_floating_point_v<T>) {

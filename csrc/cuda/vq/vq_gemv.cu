@@ -21,17 +21,35 @@ constexpr size_t kSharedEverywhere = 99 << 10;
 // code, would take 27 for 1 token: 3.5 cycles for 32 codes, and 1.1 for the codes.
 enum class Path { decode, look_up, multiply, batch };
 
-Path choose_path(int64_t tokens, int d, int code_bits) {
-    if (!vq_gemv_on_tensor_cores(d, code_bits)) return Path::decode;
-    if (tokens > kVqGemvMaxTokens) return Path::batch;
-    return d == kLutD && tokens == 1 ? Path::look_up : Path::multiply;
+struct Product {
+    VqWeight weight;
+    VqActivations io;
+    int d;
+};
+
+struct Products {
+    Product each[kVqMaxMembers];
+    int64_t count;
+};
+
+Path choose_path(const Product& product) {
+    if (!vq_gemv_on_tensor_cores(product.d, product.weight.code_bits)) return Path::decode;
+    if (product.io.tokens > kVqGemvMaxTokens) return Path::batch;
+    return product.d == kLutD && product.io.tokens == 1 ? Path::look_up : Path::multiply;
 }
 
 // The cuts depend on the shape and the device; the number of tokens must not enter here.
 
+// Sets of sums, where the largest has that many rows.
+int64_t look_up_sets(const Product* products, int64_t count) {
+    const bool small = std::all_of(products, products + count, [](const Product& product) {
+        return row_tiles(product.weight.rows) <= kSetTiles;
+    });
+    return small ? 1 : kMaxSets;
+}
+
 // Of positions: segments and the chunks of rows fill the device once.
-Segments cut_for_look_up(int64_t rows, int64_t positions) {
-    const int64_t chunks = ceil_div(row_tiles(rows), kMaxSets * kSetTiles);
+Segments cut_for_look_up(int64_t chunks, int64_t positions) {
     const int64_t wanted = std::max<int64_t>(1, device_limits().multiprocessors / chunks);
     const int64_t length = std::min<int64_t>(kMaxSegment, ceil_div(positions, wanted));
     return {static_cast<int>(ceil_div(positions, length)), static_cast<int>(length)};
@@ -39,17 +57,16 @@ Segments cut_for_look_up(int64_t rows, int64_t positions) {
 
 // Of steps: the first block, which has most to do, has as little as can be. The unit is a turn: a
 // step of each of its slices, at most max_turns in a segment.
-Segments cut_steps(int64_t rows, int64_t positions, int64_t slices, int64_t max_turns,
+Segments cut_steps(int64_t pieces, int64_t positions, int64_t slices, int64_t max_turns,
                    double item_end) {
     const int64_t steps = ceil_div(positions, kStep), blocks = device_limits().multiprocessors;
-    const int64_t bands = ceil_div(rows, kBlockRows);
     Segments best{};
     double least = 0.0;
     for (int64_t turns = 1; turns <= max_turns; ++turns) {
         const int64_t length = turns * slices, count = ceil_div(steps, length);
         const int64_t last_turns = ceil_div(steps - (count - 1) * length, slices);
-        const int64_t items = ceil_div(bands * count, blocks);
-        const int64_t long_items = ceil_div(bands * (count - 1), blocks);
+        const int64_t items = ceil_div(pieces * count, blocks);
+        const int64_t long_items = ceil_div(pieces * (count - 1), blocks);
         const double work = static_cast<double>(long_items * turns) +
                             static_cast<double>((items - long_items) * last_turns) +
                             item_end * static_cast<double>(items);
@@ -60,32 +77,47 @@ Segments cut_steps(int64_t rows, int64_t positions, int64_t slices, int64_t max_
     return best;
 }
 
-Segments cut_for_multiply(int64_t rows, int64_t positions, int d) {
-    return cut_steps(rows, positions, kSlices, kMaxWarpSteps,
+Segments cut_for_multiply(const VqGroup& group, int d) {
+    return cut_steps(group.pieces, group.positions(), kSlices, kMaxWarpSteps,
                      d == 4 ? kItemEndTurns<4> : kItemEndTurns<6>);
 }
 
 Segments cut_for_batch(int64_t rows, int64_t positions) {
-    return cut_steps(rows, positions, kBatchSlices, kBatchWarpSteps, kBatchItemEndTurns);
+    return cut_steps(ceil_div(rows, kBlockRows), positions, kBatchSlices, kBatchWarpSteps,
+                     kBatchItemEndTurns);
 }
 
-int64_t partial_bytes(int64_t tokens, int64_t rows, Segments segments) {
-    return static_cast<int64_t>(sizeof(float)) * segments.count * tokens * row_tiles(rows) *
-           kTileRows;
+int64_t partial_bytes(int64_t tokens, int64_t padded_rows, Segments segments) {
+    return static_cast<int64_t>(sizeof(float)) * segments.count * tokens * padded_rows;
+}
+
+// The group of some products, each in pieces of so many tiles.
+VqGroup group_of(const Product* products, int64_t count, int64_t piece_tiles) {
+    VqGroup group{};
+    for (int64_t m = 0; m < count; ++m) {
+        const int64_t tiles = row_tiles(products[m].weight.rows);
+        group.members[m] = {products[m].weight, products[m].io, tiles * kTileRows,
+                            group.padded_rows, group.pieces};
+        group.padded_rows += tiles * kTileRows;
+        group.pieces += static_cast<int>(ceil_div(tiles, piece_tiles));
+    }
+    group.count = static_cast<int>(count);
+    return group;
 }
 
 // What vq_gemv_prepare writes for vq_gemv_mma, at the start of the scratch memory.
 struct Prepared {
-    int64_t octets;
+    int64_t octets;  // of each member
     int64_t steps;
-    int64_t operands;  // their bytes
+    int64_t operands;  // their bytes, of all members
     int64_t scales;
 
-    Prepared(int64_t tokens, int64_t positions, int d)
-        : octets(ceil_div(tokens, kOctet)),
-          steps(ceil_div(positions, kStep)),
-          operands(static_cast<int64_t>(sizeof(uint4)) * octets * steps * (d / 2) * kWarpSize),
-          scales(static_cast<int64_t>(sizeof(float)) * octets * steps * kOctet) {}
+    Prepared(const VqGroup& group, int d)
+        : octets(ceil_div(group.tokens(), kOctet)),
+          steps(ceil_div(group.positions(), kStep)),
+          operands(static_cast<int64_t>(sizeof(uint4)) * group.count * octets * steps * (d / 2) *
+                   kWarpSize),
+          scales(static_cast<int64_t>(sizeof(float)) * group.count * octets * steps * kOctet) {}
 };
 
 // What vq_gemv_prepare_batch writes for vq_gemv_batch, likewise.
@@ -103,13 +135,11 @@ struct PreparedBatch {
 };
 
 template <DType kType, int kResidues>
-Status finish(const VqWeight& weight, const VqActivations& io, Segments segments,
-              const float* partial, Stream stream) {
-    const int64_t tiles = row_tiles(weight.rows);
-    const dim3 grid(blocks_for(tiles, kFinishWarps / kResidues), static_cast<unsigned>(io.tokens));
+Status finish(const VqGroup& group, Segments segments, const float* partial, Stream stream) {
+    const dim3 grid(blocks_for(group.padded_rows / kTileRows, kFinishWarps / kResidues),
+                    static_cast<unsigned>(group.tokens()));
     return launch_after(vq_gemv_finish<kType, kResidues>, grid, kFinishThreads,
-                        sizeof(float) * kFinishThreads, stream, weight, io, segments.count,
-                        tiles * kTileRows, partial);
+                        sizeof(float) * kFinishThreads, stream, group, segments.count, partial);
 }
 
 template <int kD, DType kType>
@@ -122,45 +152,36 @@ Status decode(const VqWeight& weight, const VqActivations& io, Stream stream) {
 }
 
 template <DType kType, int kSets, int kStages>
-Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
+Status look_up(const VqGroup& group, float* partial, Stream stream) {
     using Memory = LutMemory<kSets, kStages>;
-    const Segments segments = cut_for_look_up(weight.rows, weight.positions);
-    const int64_t tiles = row_tiles(weight.rows);
-    const dim3 grid(static_cast<unsigned>(segments.count), blocks_for(tiles, kSets * kSetTiles));
+    const Segments segments = cut_for_look_up(group.pieces, group.positions());
+    const dim3 grid(static_cast<unsigned>(segments.count), static_cast<unsigned>(group.pieces));
     return in_order(
         [&] {
             return launch(vq_gemv_lut<kType, kSets, kStages>, grid, kLutThreads,
-                          Memory::bytes(segments.length), stream, weight, io, segments,
-                          tiles * kTileRows, partial);
+                          Memory::bytes(segments.length), stream, group, segments, partial);
         },
-        [&] { return finish<kType, kLutResidues>(weight, io, segments, partial, stream); });
+        [&] { return finish<kType, kLutResidues>(group, segments, partial, stream); });
 }
 
 template <DType kType, int kSets>
-Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
+Status look_up(const VqGroup& group, float* partial, Stream stream) {
     static_assert(LutMemory<kSets, 2>::bytes(kMaxSegment) <= kSharedEverywhere, "runs anywhere");
     constexpr size_t kDeep = LutMemory<kSets, kDeepStages>::bytes(kMaxSegment);
     return static_cast<size_t>(device_limits().shared_bytes) < kDeep
-               ? look_up<kType, kSets, 2>(weight, io, partial, stream)
-               : look_up<kType, kSets, kDeepStages>(weight, io, partial, stream);
-}
-
-template <DType kType>
-Status look_up(const VqWeight& weight, const VqActivations& io, float* partial, Stream stream) {
-    if (row_tiles(weight.rows) <= kSetTiles) return look_up<kType, 1>(weight, io, partial, stream);
-    return look_up<kType, kMaxSets>(weight, io, partial, stream);
+               ? look_up<kType, kSets, 2>(group, partial, stream)
+               : look_up<kType, kSets, kDeepStages>(group, partial, stream);
 }
 
 template <int kD, int kBits, DType kType>
-Status multiply(const VqWeight& weight, const VqActivations& io, unsigned char* scratch,
-                Stream stream) {
-    const Prepared prepared(io.tokens, weight.positions, kD);
-    const Segments segments = cut_for_multiply(weight.rows, weight.positions, kD);
+Status multiply(const VqGroup& group, unsigned char* scratch, Stream stream) {
+    const Prepared prepared(group, kD);
+    const Segments segments = cut_for_multiply(group, kD);
     const MmaInputs inputs{reinterpret_cast<uint4*>(scratch),
                            reinterpret_cast<float*>(scratch + prepared.operands),
                            static_cast<int>(prepared.steps)};
     float* partial = reinterpret_cast<float*>(scratch + prepared.operands + prepared.scales);
-    const int64_t items = ceil_div(weight.rows, kBlockRows) * segments.count;
+    const int64_t items = static_cast<int64_t>(group.pieces) * segments.count;
     const auto blocks = std::min<int64_t>(items, device_limits().multiprocessors);
     auto kernel = vq_gemv_mma<kD, kBits, 1>;
     if constexpr (kMmaOctets<kD, kBits> == 2) {
@@ -169,16 +190,16 @@ Status multiply(const VqWeight& weight, const VqActivations& io, unsigned char* 
     return in_order(
         [&] {
             const dim3 grid(blocks_for(prepared.steps, kPrepareWarps),
-                            static_cast<unsigned>(prepared.octets));
-            return launch(vq_gemv_prepare<kD, kType>, grid, kPrepareThreads, 0, stream, weight, io,
+                            static_cast<unsigned>(prepared.octets),
+                            static_cast<unsigned>(group.count));
+            return launch(vq_gemv_prepare<kD, kType>, grid, kPrepareThreads, 0, stream, group,
                           inputs);
         },
         [&] {
             return launch_after(kernel, static_cast<unsigned>(blocks), kMmaThreads,
-                                kMmaShared<kD, kBits>, stream, weight, io.tokens, inputs, segments,
-                                row_tiles(weight.rows) * kTileRows, partial);
+                                kMmaShared<kD, kBits>, stream, group, inputs, segments, partial);
         },
-        [&] { return finish<kType, kMmaResidues>(weight, io, segments, partial, stream); });
+        [&] { return finish<kType, kMmaResidues>(group, segments, partial, stream); });
 }
 
 // Tokens [begin, end) of some.
@@ -222,21 +243,28 @@ Status batch(const VqWeight& weight, const VqActivations& io, const PreparedBatc
 
 // By tensor cores, however many tokens.
 template <int kD, int kBits, DType kType>
-Status on_tensor_cores(const VqWeight& weight, const VqActivations& io, unsigned char* scratch,
+Status on_tensor_cores(const Product* products, int64_t count, unsigned char* scratch,
                        Stream stream) {
     constexpr int kAtOnce = kMmaOctets<kD, kBits> * kOctet;
-    if (io.tokens <= kAtOnce) return multiply<kD, kBits, kType>(weight, io, scratch, stream);
-    if (io.tokens <= kVqGemvMaxTokens) {
+    const VqGroup group = group_of(products, count, kBlockRows / kTileRows);
+    const int tokens = group.tokens();
+    if (tokens <= kAtOnce) return multiply<kD, kBits, kType>(group, scratch, stream);
+    if (tokens <= kVqGemvMaxTokens) {
         const auto part = [&](int begin, int end) {
-            return multiply<kD, kBits, kType>(weight, tokens_of<kType>(io, weight, begin, end),
-                                              scratch, stream);
+            VqGroup some = group;
+            for (VqGroup::Member& member : some.members) {
+                member.io = tokens_of<kType>(member.io, member.weight, begin, end);
+            }
+            return multiply<kD, kBits, kType>(some, scratch, stream);
         };
-        return in_order([&] { return part(0, kAtOnce); }, [&] { return part(kAtOnce, io.tokens); });
+        return in_order([&] { return part(0, kAtOnce); }, [&] { return part(kAtOnce, tokens); });
     }
     if constexpr (kType == DType::float32) {
         return Status::invalid_argument;
     } else {
-        const PreparedBatch prepared(io.tokens, weight.positions, kD);
+        const VqWeight& weight = products[0].weight;
+        const VqActivations& io = products[0].io;
+        const PreparedBatch prepared(tokens, weight.positions, kD);
         switch (prepared.tiles) {
             case 2:
                 return batch<kD, kBits, kType, 2>(weight, io, prepared, scratch, stream);
@@ -248,64 +276,150 @@ Status on_tensor_cores(const VqWeight& weight, const VqActivations& io, unsigned
     }
 }
 
-}  // namespace
+// Products that one chain of launches computes, or one alone.
+template <DType kType>
+Status multiply(const Product* products, int64_t count, void* workspace, Stream stream) {
+    auto* scratch = static_cast<unsigned char*>(workspace);
+    const int d = products[0].d, code_bits = products[0].weight.code_bits;
+    switch (choose_path(products[0])) {
+        case Path::look_up: {
+            auto* partial = static_cast<float*>(workspace);
+            const int64_t sets = look_up_sets(products, count);
+            const VqGroup group = group_of(products, count, sets * kSetTiles);
+            return sets == 1 ? look_up<kType, 1>(group, partial, stream)
+                             : look_up<kType, kMaxSets>(group, partial, stream);
+        }
+        case Path::multiply:
+        case Path::batch:
+            if (d == 6) return on_tensor_cores<6, 12, kType>(products, count, scratch, stream);
+            if (code_bits == 8) {
+                return on_tensor_cores<4, 8, kType>(products, count, scratch, stream);
+            }
+            return on_tensor_cores<4, 12, kType>(products, count, scratch, stream);
+        default:
+            return with_subvector(d, [&](auto subvector) {
+                return decode<subvector.value, kType>(products[0].weight, products[0].io, stream);
+            });
+    }
+}
 
-int64_t vq_gemv_workspace(const void*, DType, int64_t tokens, const uint8_t*, const uint16_t*,
-                          const uint16_t*, const uint16_t*, const void*, int64_t rows, int64_t cols,
-                          int d, int code_bits, void*) {
-    const int64_t positions = code_positions(cols, d);
-    switch (choose_path(tokens, d, code_bits)) {
-        case Path::look_up:
-            return partial_bytes(tokens, rows, cut_for_look_up(rows, positions));
+int64_t workspace_for(const Product* products, int64_t count) {
+    const VqWeight& weight = products[0].weight;
+    const int64_t tokens = products[0].io.tokens;
+    const int d = products[0].d;
+    switch (choose_path(products[0])) {
+        case Path::look_up: {
+            const int64_t sets = look_up_sets(products, count);
+            const VqGroup group = group_of(products, count, sets * kSetTiles);
+            return partial_bytes(tokens, group.padded_rows,
+                                 cut_for_look_up(group.pieces, weight.positions));
+        }
         case Path::multiply: {
-            const Prepared prepared(tokens, positions, d);
+            const VqGroup group = group_of(products, count, kBlockRows / kTileRows);
+            const Prepared prepared(group, d);
             return prepared.operands + prepared.scales +
-                   partial_bytes(tokens, rows, cut_for_multiply(rows, positions, d));
+                   partial_bytes(tokens, group.padded_rows, cut_for_multiply(group, d));
         }
         case Path::batch: {
-            const PreparedBatch prepared(tokens, positions, d);
+            const PreparedBatch prepared(tokens, weight.positions, d);
             return prepared.operands + prepared.scales +
-                   partial_bytes(tokens, rows, cut_for_batch(rows, positions));
+                   partial_bytes(tokens, row_tiles(weight.rows) * kTileRows,
+                                 cut_for_batch(weight.rows, weight.positions));
         }
         default:
             return 0;
     }
 }
 
+// Whether one chain of launches computes them all: they take one path, and where that keeps a
+// codebook in shared memory from one item to the next, and an octet's sums in registers, have one
+// codebook and no more tokens.
+bool are_one_chain(const Products& products) {
+    const Product& first = products.each[0];
+    const Path path = choose_path(first);
+    if (products.count == 1) return true;
+    if (path == Path::multiply && first.io.tokens > kOctet) return false;
+    if (path != Path::look_up && path != Path::multiply) return false;
+    return std::all_of(products.each, products.each + products.count, [&](const Product& other) {
+        return other.d == first.d && other.weight.code_bits == first.weight.code_bits &&
+               (path == Path::look_up || other.weight.codebook == first.weight.codebook);
+    });
+}
+
+Product product_of(const void* x, int64_t tokens, int64_t cols, const VqMember& member) {
+    return {{reinterpret_cast<const uint32_t*>(member.packed), member.codebook, member.row_norms,
+             member.col_norms, member.rows, cols, code_positions(cols, member.d), member.code_bits},
+            {x, member.bias, member.y, static_cast<int>(tokens)},
+            member.d};
+}
+
+bool is_valid(int64_t tokens, int64_t most, int64_t cols, const VqMember& member) {
+    return valid_vq(member.d, member.code_bits) && member.rows >= 1 && cols >= 1 && tokens >= 1 &&
+           tokens <= most;
+}
+
+// None if they are outside the contract.
+Products products_of(const void* x, int64_t tokens, int64_t cols, const int64_t* members,
+                     int64_t count) {
+    Products products{};
+    if (count > kVqMaxMembers) return products;
+    for (int64_t m = 0; m < count; ++m) {
+        const VqMember member = vq_member(members, m);
+        if (!is_valid(tokens, kVqGemvMaxTokens, cols, member)) return {};
+        products.each[products.count++] = product_of(x, tokens, cols, member);
+    }
+    return products;
+}
+
+}  // namespace
+
+int64_t vq_gemv_workspace(const void* x, DType, int64_t tokens, const uint8_t* packed,
+                          const uint16_t* codebook, const uint16_t* row_norms,
+                          const uint16_t* col_norms, const void* bias, int64_t rows, int64_t cols,
+                          int d, int code_bits, void* y) {
+    const Product product = product_of(
+        x, tokens, cols, {packed, codebook, row_norms, col_norms, bias, rows, d, code_bits, y});
+    return workspace_for(&product, 1);
+}
+
 Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed,
                const uint16_t* codebook, const uint16_t* row_norms, const uint16_t* col_norms,
                const void* bias, int64_t rows, int64_t cols, int d, int code_bits, void* y,
                void* workspace, Stream stream) {
-    if (!valid_vq(d, code_bits) || rows < 1 || cols < 1 || tokens < 1 ||
-        tokens > vq_gemv_device_tokens(dtype, d, code_bits)) {
+    const VqMember member{packed, codebook, row_norms, col_norms, bias, rows, d, code_bits, y};
+    if (!is_valid(tokens, vq_gemv_device_tokens(dtype, d, code_bits), cols, member)) {
         return Status::invalid_argument;
     }
-    const VqWeight weight{reinterpret_cast<const uint32_t*>(packed),
-                          codebook,
-                          row_norms,
-                          col_norms,
-                          rows,
-                          cols,
-                          code_positions(cols, d),
-                          code_bits};
-    const VqActivations io{x, bias, y, static_cast<int>(tokens)};
+    const Product product = product_of(x, tokens, cols, member);
+    return with_dtype(
+        dtype, [&](auto type) { return multiply<type.value>(&product, 1, workspace, stream); });
+}
+
+int64_t vq_gemv_group_workspace(const void* x, DType, int64_t tokens, int64_t cols,
+                                const int64_t* members, int64_t count) {
+    const Products products = products_of(x, tokens, cols, members, count);
+    if (products.count == 0) return 0;
+    if (are_one_chain(products)) return workspace_for(products.each, products.count);
+    int64_t most = 0;
+    for (int64_t m = 0; m < products.count; ++m) {
+        most = std::max(most, workspace_for(products.each + m, 1));
+    }
+    return most;
+}
+
+Status vq_gemv_group(const void* x, DType dtype, int64_t tokens, int64_t cols,
+                     const int64_t* members, int64_t count, void* workspace, Stream stream) {
+    const Products products = products_of(x, tokens, cols, members, count);
+    if (products.count == 0) return Status::invalid_argument;
     return with_dtype(dtype, [&](auto type) {
-        switch (choose_path(tokens, d, code_bits)) {
-            case Path::look_up:
-                return look_up<type.value>(weight, io, static_cast<float*>(workspace), stream);
-            case Path::multiply:
-            case Path::batch: {
-                auto* scratch = static_cast<unsigned char*>(workspace);
-                if (d == 6) return on_tensor_cores<6, 12, type.value>(weight, io, scratch, stream);
-                if (code_bits == 8)
-                    return on_tensor_cores<4, 8, type.value>(weight, io, scratch, stream);
-                return on_tensor_cores<4, 12, type.value>(weight, io, scratch, stream);
-            }
-            default:
-                return with_subvector(d, [&](auto subvector) {
-                    return decode<subvector.value, type.value>(weight, io, stream);
-                });
+        if (are_one_chain(products)) {
+            return multiply<type.value>(products.each, products.count, workspace, stream);
         }
+        Status status = Status::ok;
+        for (int64_t m = 0; m < products.count && status == Status::ok; ++m) {
+            status = multiply<type.value>(products.each + m, 1, workspace, stream);
+        }
+        return status;
     });
 }
 

@@ -131,19 +131,19 @@ __global__ void __launch_bounds__(kBatchThreads, 1)
     let_next_kernel_start();
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int band = warp % kBands, slice = warp / kBands;
-    const MmaItems items(segments, padded_rows);
-    const auto place_of = [&](int item) {
-        return items.place<kBits>(weight, segments, inputs.steps, padded_rows, item, band, 0);
+    const int pieces = static_cast<int>((padded_rows + kBlockRows - 1) / kBlockRows);
+    const auto place_of = [&](const MmaItem& i) {
+        return i.place<kBits>(weight, segments, inputs.steps, padded_rows, i.piece * kBlockRows,
+                              band, 0);
     };
-
-    int item = blockIdx.x;
+    MmaItem item(pieces);
     MmaPlace place = place_of(item);
     StepCodes<kBits> ahead;
     ahead.load(place, place.step + slice);
     fill_table<kD, kBits, kBatchThreads>(weight.codebook, table);
     wait_for_previous_kernel();
 
-    while (item < items.count) {
+    while (item.segment < segments.count) {
         int stage = 0;
         const auto start_copying = [&](int step) {
             const int count = min(kBatchSlices, place.end - step) * kOperands;
@@ -187,9 +187,9 @@ __global__ void __launch_bounds__(kBatchThreads, 1)
             }
         }
 
-        const int segment = items.segment(item);
-        const int64_t first_row = items.first_row(item);
-        item += gridDim.x;
+        const int segment = item.segment;
+        const int first_row = item.piece * kBlockRows;
+        item.advance(pieces);
         place = place_of(item);
         ahead.load(place, place.step + slice);
 #pragma unroll
@@ -213,6 +213,7 @@ __global__ void __launch_bounds__(kBatchThreads, 1)
                 const int token = m * kTokenTile + half * kOctet;
                 add_slices<kBatchThreads, kBatchSlices>(
                     sums + half * kBlockSums, kTileSums, first_row, tokens - token, padded_rows,
+                    padded_rows,
                     partial + (static_cast<int64_t>(segment) * tokens + token) * padded_rows);
             }
         }

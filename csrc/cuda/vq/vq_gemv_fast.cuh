@@ -18,6 +18,36 @@ struct Segments {
     int length;
 };
 
+// Products of one x that a launch computes together, or one alone. What blocks take, tiles or more,
+// is counted through all members.
+struct VqGroup {
+    struct Member {
+        VqWeight weight;
+        VqActivations io;
+        int64_t padded_rows;  // to whole tiles
+        int64_t first_row;    // those of the members before it
+        int first_piece;      // likewise, of what a block takes
+    };
+    Member members[kVqMaxMembers];
+    int count;
+    int pieces;
+    int64_t padded_rows;
+
+    int64_t positions() const { return members[0].weight.positions; }
+    int tokens() const { return members[0].io.tokens; }
+
+    __device__ __forceinline__ int of_row(int64_t row) const {
+        int member = 0;
+        while (member + 1 < count && row >= members[member + 1].first_row) ++member;
+        return member;
+    }
+    __device__ __forceinline__ int of_piece(int piece) const {
+        int member = 0;
+        while (member + 1 < count && piece >= members[member + 1].first_piece) ++member;
+        return member;
+    }
+};
+
 template <int kBits>
 struct LaneCodes {
     static constexpr int kWords = kLaneRows * kBits / 32;
@@ -61,33 +91,35 @@ __device__ __forceinline__ LaneCodes<kBits> load_codes(const uint32_t* words) {
 //   kType      of bias and y
 //   kResidues  warps that share 32 rows: warp r of them adds up segments r mod kResidues,
 //              ascending, and one of them the residues r, ascending
-//   partial    [segment, token, padded_rows], of vq_gemv_lut or vq_gemv_mma
+//   partial    [segment, token, row of all members], of vq_gemv_lut or vq_gemv_mma
 // Block (x, y): kFinishWarps / kResidues tiles of token y. Bound by latency: a chain of loads, a
 // barrier, one store. Measured on an H100 at 11008 x 4096: 7 us on its own for 1 token.
 template <DType kType, int kResidues>
 __global__ void __launch_bounds__(kFinishThreads)
-    vq_gemv_finish(VqWeight weight, VqActivations io, int segments, int64_t padded_rows,
-                   const float* partial) {
+    vq_gemv_finish(const __grid_constant__ VqGroup group, int segments, const float* partial) {
     float* sums = reinterpret_cast<float*>(shared_memory());
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int residue = warp % kResidues, token = blockIdx.y;
     const int64_t tile =
         static_cast<int64_t>(blockIdx.x) * (kFinishWarps / kResidues) + warp / kResidues;
-    const int64_t row = tile * kTileRows + lane;
+    const int64_t row_of_all = tile * kTileRows + lane;
+    const VqGroup::Member& member = group.members[group.of_row(row_of_all)];
+    const int64_t row = row_of_all - member.first_row;
     wait_for_previous_kernel();
     float sum = 0.0f;
-    if (row < padded_rows) {
+    if (row_of_all < group.padded_rows) {
 #pragma unroll 9
         for (int s = residue; s < segments; s += kResidues) {
-            sum += partial[(static_cast<int64_t>(s) * io.tokens + token) * padded_rows + row];
+            sum += partial[(static_cast<int64_t>(s) * gridDim.y + token) * group.padded_rows +
+                           row_of_all];
         }
     }
     sums[threadIdx.x] = sum;
     __syncthreads();
-    if (residue != 0 || row >= weight.rows) return;
+    if (residue != 0 || row >= member.weight.rows) return;
     float total = 0.0f;
     for (int r = 0; r < kResidues; ++r) total += sums[threadIdx.x + r * kWarpSize];
-    store_output<kType>(io, weight, token, row, total);
+    store_output<kType>(member.io, member.weight, token, row, total);
 }
 
 }  // namespace nowag::cuda

@@ -162,27 +162,30 @@ struct TableBuilder {
 //   kType    of x
 //   kSets    sets of sums in a thread's registers, a set being kSetTiles tiles of the block's
 //   kStages  of codes
-//   partial  out, [segment, padded_rows]: sums of each segment, padded rows included
-// Block (x, y): segment x, chunk y of kSets * kSetTiles tiles; a warp: kWarpTiles tiles of each
+//   partial  out, [segment, row of all members]: sums of each segment, padded rows included
+// Block (x, y): segment x, chunk y of kSets * kSetTiles tiles of one member; a warp: kWarpTiles tiles of each
 // set; a lane: kLaneRows rows of one tile of each set, and kTable / kLutThreads entries of each
 // table.
 template <DType kType, int kSets, int kStages>
 __global__ void __launch_bounds__(kLutThreads, 1)
-    vq_gemv_lut(VqWeight weight, VqActivations io, Segments segments, int64_t padded_rows,
-                float* partial) {
+    vq_gemv_lut(const __grid_constant__ VqGroup group, Segments segments, float* partial) {
     using Memory = LutMemory<kSets, kStages>;
     using Stage = typename Memory::Stage;
     constexpr int kRun = Memory::kRun;
     constexpr int kScale = 2;  // log2 of an entry's bytes
     let_next_kernel_start();
+    const int chunk = blockIdx.y;
+    const VqGroup::Member& member = group.members[group.of_piece(chunk)];
+    const VqWeight& weight = member.weight;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * segments.length;
     const int64_t left = weight.positions - begin;
     const int length = static_cast<int>(left < segments.length ? left : segments.length);
 
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-    const int64_t tile = static_cast<int64_t>(blockIdx.y) * kSets * kSetTiles + warp * kWarpTiles;
+    const int64_t tile =
+        static_cast<int64_t>(chunk - member.first_piece) * kSets * kSetTiles + warp * kWarpTiles;
     const int64_t lane_tile = tile + lane / kLanesPerTile;  // of the first set
-    const int64_t tiles_left = padded_rows / kTileRows - lane_tile;
+    const int64_t tiles_left = member.padded_rows / kTileRows - lane_tile;
 
     // Places in shared memory, in bytes. Which of the two tables, which of the warp's stages.
     unsigned char* memory = shared_memory();
@@ -197,7 +200,7 @@ __global__ void __launch_bounds__(kLutThreads, 1)
     float* inputs = reinterpret_cast<float*>(memory + Memory::kInputs);
     for (int i = threadIdx.x; i < length; i += kLutThreads) {
         float x[kLutD];
-        load_scaled<kLutD, kType>(io, weight, 0, begin + i, x);
+        load_scaled<kLutD, kType>(member.io, weight, 0, begin + i, x);
 #pragma unroll
         for (int j = 0; j < kLutD; ++j) inputs[i * kInputStride + j] = x[j];
     }
@@ -237,8 +240,8 @@ __global__ void __launch_bounds__(kLutThreads, 1)
         run = 0;
     }
 
-    float* sums = partial + static_cast<int64_t>(blockIdx.x) * padded_rows + lane_tile * kTileRows +
-                  lane % kLanesPerTile * kLaneRows;
+    float* sums = partial + static_cast<int64_t>(blockIdx.x) * group.padded_rows +
+                  member.first_row + lane_tile * kTileRows + lane % kLanesPerTile * kLaneRows;
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
         if (s * kSetTiles >= tiles_left) continue;

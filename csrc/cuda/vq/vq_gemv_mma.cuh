@@ -73,13 +73,22 @@ constexpr size_t kTableBytes = kFours<kD, kBits> + (kD == 4 ? 0 : sizeof(uint32_
 template <int kD, int kBits>
 constexpr int kMmaOctets = kD == 4 && kBits == 12 ? 1 : 2;
 
+// Of an item, what its end alone asks for: it waits in shared memory, for registers are full.
+struct ItemEnd {
+    int segment;
+    int member;
+    int first_row;
+};
+
 template <int kD, int kBits>
-constexpr size_t kMmaShared = kTableBytes<kD, kBits> + sizeof(float4) * kSlices * kBlockSums;
+constexpr size_t kItemEnd = kTableBytes<kD, kBits> + sizeof(float4) * kSlices * kBlockSums;
+template <int kD, int kBits>
+constexpr size_t kMmaShared = kItemEnd<kD, kBits> + sizeof(ItemEnd);
 
 // Scratch memory of vq_gemv_prepare.
 struct MmaInputs {
-    uint4* operands;  // [octet, step, kD / 2, lane]: the lane's part of each first operand
-    float* scales;    // [octet, step, kOctet]: what takes a step's sums back
+    uint4* operands;  // [member, octet, step, kD / 2, lane]: the lane's part of each first operand
+    float* scales;    // [member, octet, step, kOctet]: what takes a step's sums back
     int steps;
 };
 
@@ -119,12 +128,14 @@ __device__ __forceinline__ uint4 first_operand(const Parts& left, const Parts& r
 //   kD      4 or 6
 //   kType   of x
 //   inputs  out; absent tokens are 0
-// Block (x, y): kPrepareWarps steps of octet y; a warp: one step; lane 4 g + t: token g, positions
+// Block (x, y, z): kPrepareWarps steps of octet y of member z; a warp: one step; lane 4 g + t: token g, positions
 // t and t + 4. Bound by latency: measured on an H100, 4 to 5.5 us on 4 to 8 blocks.
 template <int kD, DType kType>
 __global__ void __launch_bounds__(kPrepareThreads)
-    vq_gemv_prepare(VqWeight weight, VqActivations io, MmaInputs inputs) {
+    vq_gemv_prepare(const __grid_constant__ VqGroup group, MmaInputs inputs) {
     let_next_kernel_start();
+    const VqWeight& weight = group.members[blockIdx.z].weight;
+    const VqActivations& io = group.members[blockIdx.z].io;
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
     const int step = blockIdx.x * kPrepareWarps + threadIdx.x / kWarpSize;
     const int token = blockIdx.y * kOctet + g;
@@ -144,7 +155,8 @@ __global__ void __launch_bounds__(kPrepareThreads)
     largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
 
     const PowerOfTwo scale(largest);
-    const int64_t place = static_cast<int64_t>(blockIdx.y) * inputs.steps + step;
+    const int64_t octet = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
+    const int64_t place = octet * inputs.steps + step;
     if (t == 0) inputs.scales[place * kOctet + g] = scale.inverse;
 
     uint4* operands = inputs.operands + place * (kD / 2) * kWarpSize + lane;
@@ -182,33 +194,33 @@ struct MmaPlace {
     int end;
 };
 
-// The items of a launch, each kBlockRows rows of one segment; blocks take them in turn.
-struct MmaItems {
-    int rows_of_blocks;
-    int count;
+// A block's items in turn, each kBlockRows rows (a piece of all) of one segment.
+struct MmaItem {
+    int segment;
+    int piece;
 
-    __device__ __forceinline__ MmaItems(const Segments& segments, int64_t padded_rows)
-        : rows_of_blocks(static_cast<int>((padded_rows + kBlockRows - 1) / kBlockRows)),
-          count(rows_of_blocks * segments.count) {}
+    __device__ __forceinline__ explicit MmaItem(unsigned pieces)
+        : segment(static_cast<int>(blockIdx.x / pieces)),
+          piece(static_cast<int>(blockIdx.x % pieces)) {}
 
-    __device__ __forceinline__ int segment(int item) const { return item / rows_of_blocks; }
-    __device__ __forceinline__ int64_t first_row(int item) const {
-        return static_cast<int64_t>(item % rows_of_blocks) * kBlockRows;
+    __device__ __forceinline__ void advance(int pieces) {
+        piece += static_cast<int>(gridDim.x);
+        for (; piece >= pieces; piece -= pieces) ++segment;
     }
 
     // Of the lane's rows in a band, from step `first` of the item on; an item that does not exist
     // has no codes.
     template <int kBits>
     __device__ __forceinline__ MmaPlace place(const VqWeight& weight, const Segments& segments,
-                                              int steps, int64_t padded_rows, int item, int band,
-                                              int first) const {
+                                              int steps, int64_t padded_rows, int first_row,
+                                              int band, int first) const {
         const int lane = threadIdx.x % kWarpSize;
-        const int begin = segment(item) * segments.length;
+        const int begin = segment * segments.length;
         const int end = min(begin + segments.length, steps);
-        const int64_t row = first_row(item) + band * kBandRows + lane / 4 * kLaneRows;
+        const int row = first_row + band * kBandRows + lane / 4 * kLaneRows;
         const int positions = min(end * kStep, static_cast<int>(weight.positions));
         return {lane_words<kBits>(weight, row / kTileRows, lane % 4, row % kTileRows / kLaneRows),
-                item < count && row < padded_rows ? positions : 0, begin + first, end};
+                segment < segments.count && row < padded_rows ? positions : 0, begin + first, end};
     }
 };
 
@@ -235,9 +247,11 @@ struct StepInputs {
     MmaA operands[kD / 2];
     float scale;  // of the lane's token
 
-    __device__ __forceinline__ void load(const MmaInputs& inputs, int octet, int step, int tokens) {
+    // `before`: octets of the members before this one.
+    __device__ __forceinline__ void load(const MmaInputs& inputs, int before, int octet, int step,
+                                         int tokens) {
         const int lane = threadIdx.x % kWarpSize;
-        const int64_t place = static_cast<int64_t>(octet) * inputs.steps + step;
+        const int64_t place = static_cast<int64_t>(before + octet) * inputs.steps + step;
         const bool present = octet * kOctet + lane / 4 < tokens;
         scale = inputs.scales[place * kOctet + lane / 4];
 #pragma unroll
@@ -285,10 +299,10 @@ __device__ __forceinline__ void multiply(const StepInputs<kD>& a, const uint2 (&
 }
 
 // Adds the slices' sums of one octet up, each `apart` quads from the one before, and writes them to
-// partial, of this segment and octet.
+// partial, of this segment, octet and weight, where a token's are `pitch` from the one before.
 template <int kThreads, int kSums>
-__device__ __forceinline__ void add_slices(const float4* sums, int apart, int64_t first_row,
-                                           int tokens, int64_t padded_rows, float* partial) {
+__device__ __forceinline__ void add_slices(const float4* sums, int apart, int first_row, int tokens,
+                                           int64_t padded_rows, int64_t pitch, float* partial) {
     for (int i = threadIdx.x; i < kBlockSums; i += kThreads) {
         float4 sum = sums[i];
 #pragma unroll
@@ -298,55 +312,66 @@ __device__ __forceinline__ void add_slices(const float4* sums, int apart, int64_
         }
         const int lane = i % kWarpSize, quad = i / kWarpSize % kQuads;
         const int band = i / (kWarpSize * kQuads), token = lane / 4;
-        const int64_t row = first_row + band * kBandRows + lane % 4 * 16 + quad * 4;
+        const int row = first_row + band * kBandRows + lane % 4 * 16 + quad * 4;
         if (row < padded_rows && token < tokens) {
-            *reinterpret_cast<float4*>(partial + token * padded_rows + row) = sum;
+            *reinterpret_cast<float4*>(partial + token * pitch + row) = sum;
         }
     }
 }
 
 //   kD, kBits  4 and 8 or 12, or 6 and 12: d and the bits of a code
 //   kOctets    of tokens, up to kMmaOctets
+//   group      members that share a codebook; one alone, where kOctets is 2
 //   inputs     of vq_gemv_prepare
 //   segments   of steps
-//   partial    out, [segment, token, padded_rows]
+//   partial    out, [segment, token, row of all members]
 // A block: items (segment, bands of a block) in turn, the last and perhaps short segment last; a
 // warp: one band of each item, every kSlices-th step; a lane: 8 rows at 2 positions of each step.
 template <int kD, int kBits, int kOctets>
 __global__ void __launch_bounds__(kMmaThreads, 1)
-    vq_gemv_mma(VqWeight weight, int tokens, MmaInputs inputs, Segments segments,
-                int64_t padded_rows, float* partial) {
+    vq_gemv_mma(const __grid_constant__ VqGroup group, MmaInputs inputs, Segments segments,
+                float* partial) {
     // Steps whose codes are on their way from memory: a warp's turn takes 700 cycles at d = 4 and 8
     // tokens, less than memory may, and from 1000 on otherwise.
     constexpr int kAhead = kD == 4 && kOctets == 1 ? 2 : 1;
     unsigned char* table = shared_memory();
     float4* sums = reinterpret_cast<float4*>(table + kTableBytes<kD, kBits>);
+    auto* done = reinterpret_cast<ItemEnd*>(table + kItemEnd<kD, kBits>);
     let_next_kernel_start();
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int band = warp % kBands, slice = warp / kBands;
-    const MmaItems items(segments, padded_rows);
-    const auto place_of = [&](int item) {
-        return items.place<kBits>(weight, segments, inputs.steps, padded_rows, item, band, slice);
+    const int tokens = group.members[0].io.tokens;
+    constexpr bool kAlone = kOctets > 1;  // which leaves no registers for other members
+    const auto member_of = [&](const MmaItem& i) { return kAlone ? 0 : group.of_piece(i.piece); };
+    const auto first_row_of = [&](const MmaItem& i, int m) {
+        return (i.piece - (kAlone ? 0 : group.members[m].first_piece)) * kBlockRows;
     };
-
-    int item = blockIdx.x;
-    MmaPlace place = place_of(item);
+    const auto place_of = [&](const MmaItem& i, int m) {
+        return i.place<kBits>(group.members[m].weight, segments, inputs.steps,
+                              group.members[m].padded_rows, first_row_of(i, m), band, slice);
+    };
+    MmaItem item(group.pieces);
+    int member = member_of(item);
+    MmaPlace place = place_of(item, member);
     StepCodes<kBits> ahead[kAhead];
     const auto start_loading = [&] {
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) ahead[i].load(place, place.step + i * kSlices);
     };
     start_loading();
-    fill_table<kD, kBits, kMmaThreads>(weight.codebook, table);
+    fill_table<kD, kBits, kMmaThreads>(group.members[0].weight.codebook, table);
     __syncthreads();
     wait_for_previous_kernel();
 
-    while (item < items.count) {
+    while (item.segment < segments.count) {
+        if (threadIdx.x == 0) *done = {item.segment, member, first_row_of(item, member)};
         LaneSums total[kOctets] = {};
         for (int step = place.step; step < place.end; step += kSlices) {
             StepInputs<kD> a[kOctets];
 #pragma unroll
-            for (int o = 0; o < kOctets; ++o) a[o].load(inputs, o, step, tokens);
+            for (int o = 0; o < kOctets; ++o) {
+                a[o].load(inputs, member * kOctets, o, step, tokens);
+            }
             const StepCodes<kBits> codes = ahead[0];
 #pragma unroll
             for (int i = 1; i < kAhead; ++i) ahead[i - 1] = ahead[i];
@@ -360,10 +385,9 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
             }
         }
 
-        const int segment = items.segment(item);
-        const int64_t first_row = items.first_row(item);
-        item += gridDim.x;
-        place = place_of(item);
+        item.advance(group.pieces);
+        member = member_of(item);
+        place = place_of(item, member);
         start_loading();
 #pragma unroll
         for (int o = 0; o < kOctets; ++o) {
@@ -374,9 +398,12 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
                     make_float4(x[0], x[1], x[2], x[3]);
             }
             __syncthreads();
-            const int64_t first_token = static_cast<int64_t>(segment) * tokens + o * kOctet;
-            add_slices<kMmaThreads, kSlices>(sums, kBlockSums, first_row, tokens - o * kOctet,
-                                             padded_rows, partial + first_token * padded_rows);
+            const VqGroup::Member& of = group.members[kAlone ? 0 : done->member];
+            const int64_t first_token = static_cast<int64_t>(done->segment) * tokens + o * kOctet;
+            add_slices<kMmaThreads, kSlices>(
+                sums, kBlockSums, done->first_row, tokens - o * kOctet, of.padded_rows,
+                group.padded_rows,
+                partial + first_token * group.padded_rows + (kAlone ? 0 : of.first_row));
             __syncthreads();
         }
     }
