@@ -1,5 +1,7 @@
 """One Llama-2-7B decoder block, its seven linears compressed, at one token; times 32.
 
+"siblings": linears that read the same input in one call, with one codebook, as decode_graph has it.
+
 python benchmarks/bench_gpu_block.py --json out.json
 """
 
@@ -16,10 +18,19 @@ from nowag_ext import ops
 
 HIDDEN, INTERMEDIATE, BLOCKS = 4096, 11008, 32
 LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]
+SIBLINGS = [slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)]  # query, key, value; gate and up
 
 
 def block_bytes(weights: list[list[Tensor]]) -> int:
     return sum(tensor.numel() * tensor.element_size() for weight in weights for tensor in weight)
+
+
+def run_siblings(block: list[list[Tensor]], inputs: dict[int, Tensor]) -> None:
+    for members in SIBLINGS:
+        codes, _, row_norms, col_norms = zip(*block[members], strict=True)
+        codebooks = [block[0][1]] * len(codes)
+        x = inputs[LINEARS[members][0][1]]
+        ops.vq_gemv_group(x, codes, codebooks, row_norms, col_norms, [None] * len(codes))
 
 
 def main() -> None:
@@ -49,6 +60,10 @@ def main() -> None:
                 apply(inputs[cols], *weight)
 
         calls[name] = [lambda block=block, run=run: run(block) for block in blocks]
+        if name.startswith("vq"):
+            siblings = f"{name}, siblings"
+            calls[siblings] = [lambda block=block: run_siblings(block, inputs) for block in blocks]
+            sizes[siblings] = sizes[name]
     timings = gpu.compare(calls)
     results = gpu.lines("block", "Llama-2-7B, 1 token", timings, sizes, "cuBLAS bf16", bandwidth)
     for line in results:
