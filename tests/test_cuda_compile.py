@@ -33,6 +33,7 @@ THREADS = {
     "kmeans_sum_energies": 512,
     "kmeans_scan_energies": 512,
     "kmeans_draw_": 512,
+    "normalize_rows": 1024,
 }
 
 pytestmark = [

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda/base/dispatch.h"
 #include "cuda/base/launch.h"
 #include "cuda/normalize/normalize.cuh"
@@ -17,12 +19,20 @@ __global__ void normalize_column_norms(const double* __restrict__ block_sums, in
 
 namespace {
 
+unsigned row_threads(int64_t cols) {
+    const int64_t warps = ceil_div(cols, kNormalizeRowElements * kWarpSize);
+    return static_cast<unsigned>(
+        std::min(warps * kWarpSize, static_cast<int64_t>(kNormalizeMaxRowThreads)));
+}
+
 template <DType kType>
 Status normalize_typed(const void* weight, int64_t rows, int64_t cols, int64_t row_stride,
                        float* out, float* row_norms, float* col_norms, double* block_sums,
                        Stream stream) {
     const unsigned column_blocks = blocks_for(cols, kNormalizeThreads);
     const unsigned row_blocks = blocks_for(rows, kNormalizeRowBlock);
+    const int64_t room = device_limits().shared_bytes / static_cast<int64_t>(sizeof(float)) - 1;
+    const int kept = static_cast<int>(std::min(cols, room));
     return in_order(
         [&] {
             return launch(normalize_square_columns<kType>, dim3(column_blocks, row_blocks),
@@ -33,9 +43,9 @@ Status normalize_typed(const void* weight, int64_t rows, int64_t cols, int64_t r
                           block_sums, static_cast<int64_t>(row_blocks), cols, col_norms);
         },
         [&] {
-            return launch(normalize_rows<kType>, blocks_for(rows, kNormalizeThreads / kWarpSize),
-                          kNormalizeThreads, 0, stream, weight, rows, cols, row_stride, col_norms,
-                          out, row_norms);
+            return launch(normalize_rows<kType>, static_cast<unsigned>(rows), row_threads(cols),
+                          sizeof(float) * static_cast<size_t>(kept + 1), stream, weight, cols,
+                          row_stride, kept, col_norms, out, row_norms);
         });
 }
 
