@@ -28,7 +28,7 @@ THREADS = {
     "vq_gemv_decode": 512,
     "vq_dequantize_strips": 1024,  # two blocks
     "sparse_gemv_mma": 512,
-    "kmeans_plus_plus": 512,
+    "kmeans_plus_plus": 640,
     "kmeans_largest_energy": 512,
     "kmeans_sum_energies": 512,
     "kmeans_scan_energies": 512,

@@ -254,6 +254,16 @@ def test_kmeans_seed_extremes(driver: Driver, rows: int, kind: str, seed: int) -
     assert_same_seeds(driver, [other_w, w], [other_h, h], 9, 4, "kmeans++", seed)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_kmeans_seed_ends_whatever_the_values(driver: Driver, value: float) -> None:
+    """Blocks wait for each other's messages: somebody must find each drawn point."""
+    w, h, *_ = problem(500, 26, 4, 1, seed=87)
+    w[::7, 3] = value
+    codebook = poisoned(9, 4)
+    arguments = [[as_argument(w, h, None, None, None)], 1, 9, 4, 1, 5, codebook]
+    assert driver.run("kmeans_seed", *arguments) == 0
+
+
 @pytest.mark.slow
 def test_kmeans_seed_of_many_matrices(driver: Driver) -> None:
     """More chunks of points than a block has threads."""

@@ -8,6 +8,16 @@ namespace nowag::cuda {
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % kWarpSize; }
 __device__ __forceinline__ int warp_of_thread() { return threadIdx.x / kWarpSize; }
 
+// The sum over the lanes up to and with this one.
+template <typename T>
+__device__ __forceinline__ T warp_scan(T value) {
+    for (int step = 1; step < kWarpSize; step *= 2) {
+        const T before = __shfl_up_sync(kFullWarp, value, step);
+        if (lane_of_thread() >= step) value += before;
+    }
+    return value;
+}
+
 template <typename T>
 struct BlockScan {
     T upto;   // the sum over the threads up to and with this one
@@ -18,10 +28,7 @@ struct BlockScan {
 // for kThreads / kWarpSize numbers, which may hold what an earlier scan left.
 template <int kThreads, typename T>
 __device__ __forceinline__ BlockScan<T> block_scan(T value, T* warp_sums) {
-    for (int step = 1; step < kWarpSize; step *= 2) {
-        const T before = __shfl_up_sync(kFullWarp, value, step);
-        if (lane_of_thread() >= step) value += before;
-    }
+    value = warp_scan(value);
     __syncthreads();
     if (lane_of_thread() == kWarpSize - 1) warp_sums[warp_of_thread()] = value;
     __syncthreads();

@@ -101,6 +101,26 @@ __device__ __forceinline__ void spin_pause() {
 #endif
 }
 
+// A word that blocks tell each other, written and read whole where all blocks see it. The order of
+// no other access follows from it (relaxed): all that is told must be in the word.
+__device__ __forceinline__ void tell(unsigned long long* word, unsigned long long value) {
+#ifdef NOWAG_SIMT
+    *word = value;
+#else
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(word), "l"(value) : "memory");
+#endif
+}
+
+__device__ __forceinline__ unsigned long long hear(const unsigned long long* word) {
+#ifdef NOWAG_SIMT
+    return *word;
+#else
+    unsigned long long value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(word) : "memory");
+    return value;
+#endif
+}
+
 // Waits until every block of the grid has come here `generation` times. Blocks must all be
 // resident.
 __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned generation) {

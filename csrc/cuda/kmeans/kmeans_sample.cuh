@@ -28,8 +28,12 @@ struct SeedRandom {
         return bits ^ (bits >> 31);
     }
 
+    __device__ uint64_t number(int64_t drawn) const {
+        return mix(start + static_cast<uint64_t>(drawn + 1) * kIncrement);
+    }
+
     __device__ uint64_t below(int64_t drawn, uint64_t n) const {
-        return product_high(mix(start + static_cast<uint64_t>(drawn + 1) * kIncrement), n);
+        return product_high(number(drawn), n);
     }
 };
 

@@ -118,12 +118,14 @@ Status plus_plus(const SeedCall& call, void* workspace) {
                                   &scratch->largest_energy,
                                   reinterpret_cast<unsigned long long*>(scratch + 1)};
     float* x = reinterpret_cast<float*>(energies.before + chunks + 1);
-    const SeedSample sample{x, x + kD * size, x + 2 * kD * size, size};
+    const SeedSample sample{x, x + kD * size, x + 2 * kD * size, static_cast<int>(size)};
     const SeedTarget target{sample.x, sample.h, 1, size};
     const bool all = size == points;
     const int64_t blocks =
         std::min({static_cast<int64_t>(device_limits().multiprocessors),
                   ceil_div(size, kSeedPointsPerBlock), static_cast<int64_t>(kMaxSeedBlocks)});
+    const int64_t warps = std::clamp(ceil_div(ceil_div(size, blocks), kWarpSize),
+                                     int64_t{kCandidates}, int64_t{kMaxSeedWarps});
     return in_order([&] { return clear(scratch, sizeof(SeedScratch), call.stream); },
                     [&] {
                         return all ? draw_strata<kD>(call, points, size, target)
@@ -131,8 +133,9 @@ Status plus_plus(const SeedCall& call, void* workspace) {
                     },
                     [&] {
                         return launch_together(kmeans_plus_plus<kD>, static_cast<unsigned>(blocks),
-                                               kSeedThreads, sizeof(SeedShared), call.stream,
-                                               sample, call.entries, call.random, all ? 0 : size,
+                                               static_cast<unsigned>(warps * kWarpSize),
+                                               sizeof(SeedShared), call.stream, sample,
+                                               call.entries, call.random, all ? 0 : size,
                                                &scratch->board, call.codebook);
                     });
 }
@@ -145,7 +148,7 @@ int64_t kmeans_seed_workspace(const KmeansProblem* problems, int64_t count, int6
     const int64_t size = sample_size(all_points(problems, count, d), entries);
     return static_cast<int64_t>(sizeof(SeedScratch)) +
            static_cast<int64_t>(sizeof(unsigned long long)) * (all_chunks(problems, count, d) + 1) +
-           static_cast<int64_t>(sizeof(float)) * (2 * d + 1) * size;
+           static_cast<int64_t>(sizeof(float)) * (2 * d + 1 + kCandidates) * size;
 }
 
 Status kmeans_seed(const KmeansProblem* problems, int64_t count, int64_t entries, int d,
