@@ -36,6 +36,27 @@ def as_argument(*tensors: Tensor | None) -> list[object]:
     return [*tensors, *w.shape, None, None]
 
 
+def assert_assigns(
+    driver: Driver, operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor], step: float, seed: int
+) -> None:
+    """Cold, then warm with the codebook moved by `step`."""
+    w, h, codebook, codes, sums = operands
+    entries, d = codebook.shape
+    scale = ops.kmeans_scale(float(len(w) * h.double().sum()), float(w.abs().max()))
+    for warm in (False, True):
+        expected_codes, expected_sums = codes.clone(), sums.clone()
+        expected = ops.kmeans_assign(
+            [w], [h], [codebook], [expected_codes], [expected_sums], scale, warm
+        )
+        changed = torch.full((1,), 99, dtype=torch.int64)
+        arguments = [[as_argument(*operands)], 1, entries, d, scale, warm, changed]
+        assert driver.run("kmeans_assign", *arguments, seed=seed) == 0
+        assert_same_bits(codes, expected_codes)
+        assert_same_bits(sums, expected_sums)
+        assert_same_bits(changed, expected)
+        codebook += step * randn(entries, d, seed=20)
+
+
 ASSIGNMENTS = [
     (1, 1, 1, 1),
     (5, 7, 3, 9),
@@ -53,21 +74,7 @@ ASSIGNMENTS = [
 def test_kmeans_assign(
     driver: Driver, rows: int, cols: int, d: int, entries: int, seed: int
 ) -> None:
-    operands = problem(rows, cols, d, entries, seed=10)
-    w, h, codebook, codes, sums = operands
-    scale = ops.kmeans_scale(float(rows * h.double().sum()), float(w.abs().max()))
-    for warm in (False, True):
-        expected_codes, expected_sums = codes.clone(), sums.clone()
-        expected = ops.kmeans_assign(
-            [w], [h], [codebook], [expected_codes], [expected_sums], scale, warm
-        )
-        changed = torch.full((1,), 99, dtype=torch.int64)
-        arguments = [[as_argument(*operands)], 1, entries, d, scale, warm, changed]
-        assert driver.run("kmeans_assign", *arguments, seed=seed) == 0
-        assert_same_bits(codes, expected_codes)
-        assert_same_bits(sums, expected_sums)
-        assert_same_bits(changed, expected)
-        codebook += 0.05 * randn(entries, d, seed=20)
+    assert_assigns(driver, problem(rows, cols, d, entries, seed=10), 0.05, seed)
 
 
 # Codebooks for the kernel with tensor cores: a tail of entries, of rows, two slabs.
@@ -90,7 +97,7 @@ def test_kmeans_assign_large_codebook(
     if kind != "random" and (rows > 1000 or entries > 2000):
         pytest.skip("the large cases with random points are enough")
     operands = problem(rows, cols, d, entries, seed=15)
-    w, h, codebook, codes, sums = operands
+    w, h, codebook = operands[:3]
     if kind == "outliers":
         h[0] *= 1e4
         codebook[::50] *= 30
@@ -102,19 +109,15 @@ def test_kmeans_assign_large_codebook(
     elif kind == "equal points":
         w[:] = 0.25
         codebook[:] = codebook[torch.arange(entries) % 5]
-    scale = ops.kmeans_scale(float(rows * h.double().sum()), float(w.abs().max()))
-    for warm in (False, True):
-        expected_codes, expected_sums = codes.clone(), sums.clone()
-        expected = ops.kmeans_assign(
-            [w], [h], [codebook], [expected_codes], [expected_sums], scale, warm
-        )
-        changed = torch.full((1,), 99, dtype=torch.int64)
-        arguments = [[as_argument(*operands)], 1, entries, d, scale, warm, changed]
-        assert driver.run("kmeans_assign", *arguments, seed=2) == 0
-        assert_same_bits(codes, expected_codes)
-        assert_same_bits(sums, expected_sums)
-        assert_same_bits(changed, expected)
-        codebook += 0.02 * randn(entries, d, seed=20)
+    assert_assigns(driver, operands, 0.02, seed=2)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_kmeans_assign_large_codebook_in_any_order(driver: Driver, seed: int) -> None:
+    """Few distinct rows: many lanes of a warp find better entries for the same points at once."""
+    operands = problem(80, 6, 6, 1030, seed=16)
+    operands[0][:] = operands[0][torch.arange(80) % 3]
+    assert_assigns(driver, operands, 0.1, seed)
 
 
 @pytest.mark.parametrize("repeats", [3, 20])

@@ -209,6 +209,12 @@ T atomicOr(T* address, T value) {
     return before;
 }
 template <typename T>
+T atomicMin(T* address, T value) {
+    const T before = *address;
+    if (value < before) *address = value;
+    return before;
+}
+template <typename T>
 T atomicMax(T* address, T value) {
     const T before = *address;
     if (value > before) *address = value;

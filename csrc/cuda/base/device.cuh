@@ -162,13 +162,13 @@ struct MmaC {
     float x[4];
 };
 
-// d = a b by one warp, a [16, 8] and b [8, 8] in tf32 (the low 13 bits of their floats are not
-// read), d [16, 8] in float32. With g = lane / 4 and t = lane % 4 a lane holds
+// d = a b + c by one warp, a [16, 8] and b [8, 8] in tf32 (the low 13 bits of their floats are not
+// read), c and d [16, 8] in float32. With g = lane / 4 and t = lane % 4 a lane holds
 //   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)     b: (t, g), (t + 4, g)
-//   d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-// How the sum of the eight products is rounded is not specified.
-__device__ __forceinline__ MmaC mma_tf32(const MmaA& a, float b0, float b1) {
-    MmaC d{};
+//   c, d: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
+// How the sum of the eight products and c is rounded is not specified.
+__device__ __forceinline__ MmaC mma_tf32(const MmaA& a, float b0, float b1, const MmaC& c) {
+    MmaC d = c;
 #ifdef NOWAG_SIMT
     struct Mine {
         MmaA a;
@@ -189,10 +189,10 @@ __device__ __forceinline__ MmaC mma_tf32(const MmaA& a, float b0, float b1) {
     }
 #else
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%10, %10, %10, %10};"
+        "{%8, %9}, {%10, %11, %12, %13};"
         : "=f"(d.x[0]), "=f"(d.x[1]), "=f"(d.x[2]), "=f"(d.x[3])
         : "r"(a.x[0]), "r"(a.x[1]), "r"(a.x[2]), "r"(a.x[3]), "r"(__float_as_uint(b0)),
-          "r"(__float_as_uint(b1)), "f"(0.0f));
+          "r"(__float_as_uint(b1)), "f"(c.x[0]), "f"(c.x[1]), "f"(c.x[2]), "f"(c.x[3]));
 #endif
     return d;
 }

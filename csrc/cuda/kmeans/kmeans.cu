@@ -19,15 +19,15 @@ bool valid_problem(const KmeansProblem& problem, int d) {
            problem.w != nullptr && problem.h != nullptr;
 }
 
-// Below, scanning costs no more than the mma kernel's second look at 64 entries.
+// Below, scanning costs no more than the mma kernel does beside its products.
 constexpr int64_t kFewestMmaEntries = 1024;
 
 // Entries of a slab of kmeans_mma on this device, 0 where it cannot run.
 int mma_slab_entries(int64_t entries) {
     const int64_t bytes = device_limits().shared_bytes - static_cast<int64_t>(kMmaPointsShared);
-    const int64_t room = bytes / static_cast<int64_t>(sizeof(MmaEntry)) / kMmaChunk * kMmaChunk;
-    const int64_t wanted = ceil_div(entries, kMmaChunk) * kMmaChunk;
-    return static_cast<int>(std::max<int64_t>(0, std::min({room, wanted, int64_t{kMmaSlab}})));
+    const int64_t room = bytes / static_cast<int64_t>(sizeof(MmaEntry)) / kMmaGroup * kMmaGroup;
+    const int64_t wanted = ceil_div(entries, kMmaGroup) * kMmaGroup;
+    return static_cast<int>(std::max<int64_t>(0, std::min(room, wanted)));
 }
 
 template <int kD>
