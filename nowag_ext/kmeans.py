@@ -145,16 +145,21 @@ class Points:
         moved = True
         for iteration in range(iters):
             changed = self._assign(codebook, sums)
-            if changed == 0 and not moved:
-                break
+            # Where nothing changed, from the same sums to the same entries.
             drop, empty = ops.kmeans_update(sums, self.scale, codebook)
-            objective = self._relative(self.energy - float(drop))
+            # All that the host wants to know at once: a device stands still for each question.
+            changes, fall, vacant = torch.stack(
+                [changed.sum().double(), drop, empty.sum().double()]
+            ).tolist()
+            if changes == 0 and not moved:
+                break
+            objective = self._relative(self.energy - fall)
             if relocations.failed(objective):
                 relocations.undo(codebook)
                 moved, objective = True, last
             else:
                 relocations.accept()
-                moved = self._reseed(codebook, empty)
+                moved = vacant > 0 and self._reseed(codebook, empty)
                 if not moved and relocations.due(iteration):
                     before = codebook.clone()
                     moved = self._relocate(codebook, sums)
@@ -192,8 +197,8 @@ class Points:
         """0 for a weight that is zero wherever h is not: there is nothing to lose."""
         return max(0.0, error / self.energy) if self.energy > 0 else 0.0
 
-    def _assign(self, codebook: Tensor, sums: Tensor) -> int:
-        """Assigns, from the last assignment of this run if there is one; the number of changes."""
+    def _assign(self, codebook: Tensor, sums: Tensor) -> Tensor:
+        """Assigns, from the last assignment of this run if there is one; changes, by matrix."""
         count = len(self.w)
         warm = self.assigned is not None
         previous = None if self.assigned is None else [self.assigned] * count
@@ -202,7 +207,7 @@ class Points:
             previous, self.gaps,
         )  # fmt: skip
         self.assigned = codebook.clone()
-        return int(changed.sum())
+        return changed
 
     def _drop(self, codebook: Tensor, sums: Tensor) -> float:
         """energy - error of the current codes with this codebook, in a fixed order of addition."""
@@ -213,8 +218,6 @@ class Points:
     def _reseed(self, codebook: Tensor, empty: Tensor) -> bool:
         """Moves empty entries to the points of the largest error; whether any was moved."""
         vacant = empty.nonzero().flatten()
-        if vacant.numel() == 0:
-            return False
         candidates = [
             torch.topk(errors, min(vacant.numel(), errors.numel()))
             for errors in self._errors(codebook)
