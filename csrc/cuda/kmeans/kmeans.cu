@@ -40,7 +40,7 @@ Status assign_one(const KmeansProblem& problem, int64_t entries, double scale, b
                                 blocks_for(problem.rows, kMmaRows));
             return launch(kmeans_mma<kD>, mma_grid, kMmaThreads,
                           kMmaPointsShared + sizeof(MmaEntry) * static_cast<size_t>(slab), stream,
-                          problem, entries, slab, scale, warm, changed);
+                          problem, static_cast<int>(entries), slab, scale, warm, changed);
         }
     }
     const dim3 grid(static_cast<unsigned>(code_positions(problem.cols, kD)),

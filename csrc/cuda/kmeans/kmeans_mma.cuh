@@ -12,13 +12,13 @@
 //   warp:  64 points = 4 fragments of 16 rows; lane 4 g + t owns rows g and g + 8 of fragment t.
 //          It looks at 256 entries, 32 tiles, then scores those that are near again
 //
-// Predicted for an H100 at n = 2.8 M, K = 4096, d = 6: 0.85 ms an iteration, 2 the first. A tile is
-// 4 mma, which bound it: 7 clocks a multiprocessor, 0.60 ms in all. ORs and shifts take 5.3, issue
-// 4.2 (17 instructions). Scoring again adds 2300 instructions to a warp's 8500: 27 rounds, whose
-// latencies, 12 k clocks, the other three warps of a scheduler fill. Loading a block's slab and
-// points and adding up what moved is not hidden: 0.1 ms. It took 2.26 ms when minima were searched
-// for (0.73 of FMNMX) and the whole warp scored, for one point after another, the 64 entries again
-// that a minimum stood for; half of the wavefronts of those loads were bank conflicts.
+// Predicted for an H100 at n = 2.8 M, K = 4096, d = 6: 0.85 ms an iteration, the first 1.8. A tile
+// is 4 mma, which bound it: 7 clocks a multiprocessor, 0.60 ms in all. ORs and shifts take 5.3,
+// issue 4.2 (17 instructions). Scoring again adds 2300 instructions to a warp's 8500: 27 rounds,
+// whose latencies, 12 k clocks, the other three warps of a scheduler fill. Loading a block's slab
+// and points and adding up what moved is not hidden: 0.1 ms. It took 2.26 ms when minima were
+// searched for (0.73 of FMNMX) and the whole warp scored, for one point after another, the 64
+// entries again that a minimum stood for; half of the wavefronts of those loads were conflicts.
 #pragma once
 
 #include "cuda/kmeans/kmeans_points.cuh"
@@ -118,8 +118,7 @@ __device__ __forceinline__ float score_to_beat(float score, float energy) {
 
 template <int kD>
 __device__ __forceinline__ void mma_load_slab(const KmeansProblem& problem, int64_t position,
-                                              int64_t first, int count, int64_t entries,
-                                              MmaEntry* slab) {
+                                              int first, int count, int entries, MmaEntry* slab) {
     float h[kD];
     read_metric<kD>(problem, position, h);
     for (int k = threadIdx.x; k < count; k += kMmaThreads) {
@@ -133,7 +132,7 @@ __device__ __forceinline__ void mma_load_slab(const KmeansProblem& problem, int6
     }
 }
 
-// The point of `row`, zeros past the last, with its last assignment if warm. Returns its energy.
+// The point of `row`, with its last assignment if warm. Returns its energy; -1 past the last row.
 template <int kD>
 __device__ __forceinline__ float mma_start_point(const KmeansProblem& problem, int64_t row,
                                                  int64_t position, bool warm, MmaPoint& point) {
@@ -157,7 +156,7 @@ __device__ __forceinline__ float mma_start_point(const KmeansProblem& problem, i
 #pragma unroll
     for (int j = 0; j < kMmaMaxD; ++j) point.a[j] = a[j];
     point.best = ranked(score, best);
-    return energy;
+    return row < problem.rows ? energy : -1.0f;
 }
 
 // The best of the slab's first entries, for a point without a last assignment.
@@ -278,28 +277,27 @@ __device__ __forceinline__ bool mma_settle(const MmaEntry* group, unsigned first
 // their owner, and its part of all fragments. Shared memory: the slab, kMmaPointsShared bytes.
 template <int kD>
 __global__ void __launch_bounds__(kMmaThreads, 1)
-    kmeans_mma(KmeansProblem problem, int64_t entries, int slab_entries, double scale, bool warm,
+    kmeans_mma(KmeansProblem problem, int entries, int slab_entries, double scale, bool warm,
                unsigned long long* changed) {
     MmaEntry* slab = reinterpret_cast<MmaEntry*>(shared_memory());
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     MmaPoint* points = reinterpret_cast<MmaPoint*>(slab + slab_entries) + warp * kMmaWarpPoints;
-    const int64_t position = blockIdx.x;
+    const int position = blockIdx.x;
     const int place = lane % 4 * 16 + lane / 4;  // of the first of the lane's points in the warp
-    const int64_t warp_row = static_cast<int64_t>(blockIdx.y) * kMmaRows + warp * kMmaWarpPoints;
-    const int64_t first_row = warp_row + place;
+    const int warp_row = static_cast<int>(blockIdx.y) * kMmaRows + warp * kMmaWarpPoints;
     float energy[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        energy[i] =
-            mma_start_point<kD>(problem, first_row + 8 * i, position, warm, points[place + 8 * i]);
+        energy[i] = mma_start_point<kD>(problem, warp_row + place + 8 * i, position, warm,
+                                        points[place + 8 * i]);
     }
     __syncwarp();
     MmaOperands operands;
     operands.load(points);
 
-    for (int64_t first = 0; first < entries; first += slab_entries) {
-        const int64_t left = (entries - first + kMmaGroup - 1) / kMmaGroup * kMmaGroup;
-        const int count = static_cast<int>(left < slab_entries ? left : slab_entries);
+    for (int first = 0; first < entries; first += slab_entries) {
+        const int left = (entries - first + kMmaGroup - 1) / kMmaGroup * kMmaGroup;
+        const int count = left < slab_entries ? left : slab_entries;
         __syncthreads();
         mma_load_slab<kD>(problem, position, first, count, entries, slab);
         __syncthreads();
@@ -315,8 +313,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const float score = score_of(points[place + 8 * i].best);
-                    to_beat[i] = first_row + 8 * i < problem.rows ? score_to_beat(score, energy[i])
-                                                                  : -kMmaNeverWins;
+                    to_beat[i] =
+                        energy[i] < 0.0f ? -kMmaNeverWins : score_to_beat(score, energy[i]);
                 }
                 operands.set_scores(to_beat);
             }
@@ -328,15 +326,11 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     }
 
     __syncwarp();
-    float h[kD];
-    read_metric<kD>(problem, position, h);
 #pragma unroll
     for (int i = 0; i < kMmaWarpPoints; i += kWarpSize) {
-        const int64_t row = warp_row + i + lane;
         const unsigned best = static_cast<unsigned>(points[i + lane].best);
-        const bool moved =
-            row < problem.rows && settle_point<kD>(problem, row, position, h, best, scale, warm);
-        count_changed(moved, changed);
+        const int row = warp_row + i + lane;
+        count_changed(settle_point<kD>(problem, row, position, best, scale, warm), changed);
     }
 }
 

@@ -167,9 +167,8 @@ __global__ void __launch_bounds__(kScanThreads, 4)
 
     for (int r = 0; r < kScanPoints; ++r) {
         const int64_t row = first_row + r * kScanThreads;
-        const bool moved = row < problem.rows &&
-                           settle_point<kD>(problem, row, position, h, points.best[r], scale, warm);
-        count_changed(moved, changed);
+        count_changed(settle_point<kD>(problem, row, position, points.best[r], scale, warm),
+                      changed);
     }
 }
 
