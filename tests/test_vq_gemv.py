@@ -66,7 +66,7 @@ def integer_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
         runs = products.amax(2).split(16, dim=1)
         error = sum((run.amax(1) * run.shape[1] for run in runs), torch.zeros(())) / 4000
         error = error[:, None]
-    elif one_token_is_apart(d) and x.shape[0] == 1 and not looked_up(vq):
+    elif d > 4 and _cpu.simd_level() == "avx2" and not looked_up(vq):
         largest = codebook.double().abs().max()
         runs = scaled.amax(2).split(16, dim=1)
         most = sum((run.amax(1) * run.shape[1] for run in runs), torch.zeros(()))
@@ -74,11 +74,6 @@ def integer_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
     else:
         return torch.zeros(())
     return error * row_norms.double()
-
-
-def one_token_is_apart(d: int) -> bool:
-    """Whether a token alone has other bits than in company, if its layer is decoded."""
-    return d > 4 and _cpu.simd_level() == "avx2"
 
 
 def looked_up(vq: tuple[Tensor, ...]) -> bool:
@@ -140,15 +135,13 @@ def test_same_bits_for_any_threads_and_company(layer: tuple[int, int, int, int])
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     together = ops.vq_gemv(x, *vq, None)
-    alone = together
-    if one_token_is_apart(layer[2]) and not looked_up(vq):
-        alone = torch.cat([ops.vq_gemv(token, *vq, None) for token in x.split(1)])
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         for tokens in (2, 3, 4, 7, 8, 15):
             assert_same_bits(ops.vq_gemv(x[:tokens], *vq, None), together[:tokens])
         for token in (0, 5):
-            assert_same_bits(ops.vq_gemv(x[token : token + 1], *vq, None), alone[token : token + 1])
+            alone = ops.vq_gemv(x[token : token + 1], *vq, None)
+            assert_same_bits(alone, together[token : token + 1])
     torch.set_num_threads(before)
 
 
@@ -312,7 +305,8 @@ def test_linear_is_right_on_both_sides_of_the_switch_to_tiles(
         x = activations(tokens, 50, dtype)
         want = reference.vq_linear(x, *vq, None)
         error = (ops.vq_linear(x, *vq, None).double() - want).norm()
-        assert error <= 4 * torch.finfo(dtype).eps * want.norm()
+        rounded = 2e-3 if tokens == limit and integer_error(x, vq).any() else 0.0
+        assert error <= (4 * torch.finfo(dtype).eps + rounded) * want.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -227,7 +227,9 @@ def vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
         return sys.maxsize if avx2 else 16 * GEMV_MAX_TOKENS
     if (narrow and d == 4) or (nibbles and avx2):
         return 16 * GEMV_MAX_TOKENS
-    return 4 * GEMV_MAX_TOKENS if narrow or "avx512" in _cpu.simd_level() else 2 * GEMV_MAX_TOKENS
+    if narrow or "avx512" in _cpu.simd_level() or (avx2 and d > 4):
+        return 4 * GEMV_MAX_TOKENS
+    return 2 * GEMV_MAX_TOKENS
 
 
 @operation(f"vq_linear(Tensor x, {_WEIGHT}, Tensor? bias=None) -> Tensor", _vq_linear_fake)

@@ -169,29 +169,37 @@ class DecodeIntegers : public Product {
     DecodeIntegers(const Problem& problem, const VqIntegerTable& kernel)
         : Product(problem),
           kernel_(kernel),
+          stride_(ceil_div(problem.positions(), kVqIntegerRun)),
           codebook_(buffer<int16_t>(problem.entries() * kVqIntegerLanes)),
-          runs_(buffer<VqIntegerRun>(ceil_div(problem.positions(), kVqIntegerRun))) {}
+          runs_(buffer<VqIntegerRun>(ceil_div(problem.tokens, 2) * stride_)) {}
 
     void prepare(int64_t) override {
+        const int64_t positions = problem_.positions(), tokens = problem_.tokens;
         const float unit = kernel_.arrange_codebook(problem_.codebook, problem_.entries(),
                                                     problem_.d, codebook_.get());
-        const Buffer<float> scaled = buffer<float>(problem_.positions() * problem_.d);
-        scaled_inputs(problem_, 0, scaled.get());
-        kernel_.arrange_inputs(scaled.get(), problem_.d, problem_.positions(), unit, runs_.get());
+        // The last token alone has nobody beside it.
+        if (tokens % 2 == 1) std::fill_n(&runs_[tokens / 2 * stride_], stride_, VqIntegerRun{});
+        const Buffer<float> scaled = buffer<float>(positions * problem_.d);
+        for (int64_t t = 0; t < tokens; ++t) {
+            scaled_inputs(problem_, t, scaled.get());
+            kernel_.arrange_inputs(scaled.get(), problem_.d, positions, unit,
+                                   static_cast<int>(t % 2), &runs_[t / 2 * stride_]);
+        }
     }
 
     int64_t parts() const override { return problem_.tiles(); }
 
     void multiply(int64_t tile) override {
-        float sums[kTileRows];
+        float sums[kVqGemvMaxTokens * kTileRows];
         kernel_.multiply_tile({problem_.packed + tile * problem_.stride(), codebook_.get(),
                                runs_.get(), problem_.positions(), problem_.code_bits,
-                               problem_.codes_end(), sums});
+                               static_cast<int>(problem_.tokens), problem_.codes_end(), sums});
         finish_tile(problem_, tile, sums);
     }
 
   private:
     const VqIntegerTable& kernel_;
+    const int64_t stride_;  // runs of a token
     const Buffer<int16_t> codebook_;
     const Buffer<VqIntegerRun> runs_;
 };
@@ -361,7 +369,7 @@ std::unique_ptr<Product> product_of(const Problem& problem, int threads) {
     if (nibble_table() != nullptr && problem.code_bits == 4) {
         return std::make_unique<LookUpNibbles>(problem, *nibble_table());
     }
-    if (problem.tokens == 1 && problem.d > 4 && decode_table()->integers != nullptr) {
+    if (problem.d > 4 && decode_table()->integers != nullptr) {
         return std::make_unique<DecodeIntegers>(problem, *decode_table()->integers);
     }
     return std::make_unique<Decode>(problem);

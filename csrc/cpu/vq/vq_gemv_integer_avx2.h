@@ -1,9 +1,12 @@
-// The integer kernel of vq_gemv.h for AVX2: one token, d of 5 to 8.
+// The integer kernel of vq_gemv.h for AVX2: d of 5 to 8.
 //
-// Decode with entries and inputs of 16-bit integers, 8 of them to a vector of 128 bits: one
-// instruction multiplies an entry from memory with a position's inputs and adds neighbours up, one
-// more adds the four sums to the row's. A run of positions is added up so before it is multiplied
-// by its unit. Floats, 8 of which are twice as wide, have to be made of float16 first.
+// Decode with entries and inputs of 16-bit integers, 8 of them to 128 bits: one instruction
+// multiplies an entry from memory with a position's inputs and adds neighbours up, one more adds
+// the four sums to the row's. A run of positions is added up so before it is multiplied by its
+// unit. Floats, 8 of which are twice as wide, have to be made of float16 first.
+//
+// A vector holds the inputs of one token or, with the entry broadcast to its halves, of two; two
+// vectors share a pass over the entries. What is done for a token is the same, lane by lane.
 //
 // In an anonymous namespace: each instruction set compiles its own copy.
 #pragma once
@@ -72,7 +75,7 @@ float arrange_integer_codebook(const uint16_t* codebook, int64_t entries, int d,
     return unit;
 }
 
-void arrange_run(const float* inputs, int d, int64_t positions, float codebook_unit,
+void arrange_run(const float* inputs, int d, int64_t positions, float codebook_unit, int token,
                  VqIntegerRun& run) {
     const __m256 sign = _mm256_set1_ps(-0.0f), most = _mm256_set1_ps(__FLT_MAX__);
     alignas(32) float own[kVqIntegerRun][kVqIntegerLanes] = {};
@@ -90,20 +93,20 @@ void arrange_run(const float* inputs, int d, int64_t positions, float codebook_u
     const float unit = unit_for(_mm_cvtss_f32(four));
     const __m256 scale = _mm256_set1_ps(1.0f / unit);
     for (int64_t p = 0; p < kVqIntegerRun; ++p) {
-        _mm_store_si128(reinterpret_cast<__m128i*>(run.inputs[p]),
+        _mm_store_si128(reinterpret_cast<__m128i*>(run.inputs[p][token]),
                         to_integers(_mm256_mul_ps(_mm256_load_ps(own[p]), scale)));
     }
     // Integers cannot say that an input is not finite: the unit does, to all rows.
     const bool all_finite = _mm256_movemask_ps(finite) == 0xff;
-    run.unit = all_finite ? unit * codebook_unit : __builtin_nanf("");
+    run.units[token] = all_finite ? unit * codebook_unit : __builtin_nanf("");
 }
 
 void arrange_integer_inputs(const float* inputs, int d, int64_t positions, float codebook_unit,
-                            VqIntegerRun* runs) {
+                            int token, VqIntegerRun* runs) {
     for (int64_t first = 0; first < positions; first += kVqIntegerRun, ++runs) {
         const int64_t left = positions - first;
         arrange_run(inputs + first * d, d, left < kVqIntegerRun ? left : kVqIntegerRun,
-                    codebook_unit, *runs);
+                    codebook_unit, token, *runs);
     }
 }
 
@@ -160,67 +163,133 @@ class Unpacker32 {
     Unpacker unpacker_;
 };
 
-// sum += products, in its own register: GCC 12 would move each sum to another and back.
-void add_to(__m128i& sum, __m128i products) {
+// The inputs of one token in a vector, and of two.
+struct One {
+    using Integers = __m128i;
+    static constexpr int kTokens = 1;
+    static Integers load(const void* p) { return _mm_load_si128(static_cast<const __m128i*>(p)); }
+    static Integers entry(const void* p) { return load(p); }
+    static Integers multiply(Integers a, Integers b) { return _mm_madd_epi16(a, b); }
+    static void add_to_floats(Integers sum, const float* units, float* sums) {
+        const __m128 unit = _mm_set1_ps(units[0]);
+        _mm_store_ps(sums, _mm_fmadd_ps(_mm_cvtepi32_ps(sum), unit, _mm_load_ps(sums)));
+    }
+};
+
+struct Two {
+    using Integers = __m256i;
+    static constexpr int kTokens = 2;
+    static Integers load(const void* p) {
+        return _mm256_load_si256(static_cast<const __m256i*>(p));
+    }
+    static Integers entry(const void* p) {
+        return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(p)));
+    }
+    static Integers multiply(Integers a, Integers b) { return _mm256_madd_epi16(a, b); }
+    static void add_to_floats(Integers sum, const float* units, float* sums) {
+        const __m256 unit = _mm256_set_m128(_mm_set1_ps(units[1]), _mm_set1_ps(units[0]));
+        _mm256_store_ps(sums, _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), unit, _mm256_load_ps(sums)));
+    }
+};
+
+// sum + products, in the sum's register: GCC 12 would move each to another and back.
+template <class Integers>
+Integers added(Integers sum, Integers products) {
     asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(products));
+    return sum;
 }
 
-// sums [kRows][4] += unit * what `count` positions of a run add to kRows rows.
-template <int kRows, class Offset>
+// sums [kVectors][32][4 kTokens], of kRows rows, += what `count` positions of a run add to them.
+// The runs of one vector's tokens are `stride` after those of the one before.
+template <class V, int kRows, int kVectors, class Offset>
 void add_run_to(const Offset* offsets, int64_t count, const int16_t* entries,
-                const VqIntegerRun& run, float* sums, const uint8_t* ahead, int64_t ahead_step) {
+                const VqIntegerRun* runs, int64_t stride, float* sums, const uint8_t* ahead,
+                int64_t ahead_step) {
+    constexpr int kFloats = 4 * V::kTokens;
     const char* base = reinterpret_cast<const char*>(entries);
-    __m128i acc[kRows];
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) acc[r] = _mm_setzero_si128();
-    for (int64_t p = 0; p < count; ++p) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + p * ahead_step), _MM_HINT_T0);
-        const __m128i x = _mm_load_si128(reinterpret_cast<const __m128i*>(run.inputs[p]));
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-            const __m128i entry =
-                _mm_load_si128(reinterpret_cast<const __m128i*>(base + offsets[p * kTileRows + r]));
-            add_to(acc[r], _mm_madd_epi16(entry, x));
-        }
-    }
-    const __m128 unit = _mm_set1_ps(run.unit);
+    typename V::Integers acc[kRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-        const __m128 sum = _mm_load_ps(sums + 4 * r);
-        _mm_store_ps(sums + 4 * r, _mm_fmadd_ps(_mm_cvtepi32_ps(acc[r]), unit, sum));
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = typename V::Integers{};
+    }
+    for (int64_t p = 0; p < count; ++p) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + p * ahead_step), _MM_HINT_T0);
+        typename V::Integers x[kVectors];
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) x[v] = V::load(runs[v * stride].inputs[p]);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            const typename V::Integers entry = V::entry(base + offsets[p * kTileRows + r]);
+#pragma GCC unroll 2
+            for (int v = 0; v < kVectors; ++v) {
+                acc[r][v] = added(acc[r][v], V::multiply(entry, x[v]));
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+            V::add_to_floats(acc[r][v], runs[v * stride].units,
+                             sums + (v * kTileRows + r) * kFloats);
+        }
     }
 }
 
-template <class U>
+template <class V, class U>
 void multiply_integer_tile_of(const VqIntegerTile& tile, const U& unpacker) {
-    constexpr int kRows = 8;
+    constexpr int kFloats = 4 * V::kTokens;
     static_assert(kDecodeBlock % kVqIntegerRun == 0);
+    const int vectors = (tile.tokens + V::kTokens - 1) / V::kTokens;
+    const int64_t stride = (tile.positions + kVqIntegerRun - 1) / kVqIntegerRun;
     alignas(64) typename U::Offset offsets[kDecodeBlock * kTileRows];
-    alignas(64) float sums[kTileRows * 4] = {};
+    alignas(64) float sums[kVqGemvMaxTokens * kTileRows * 4];
+    for (int i = 0; i < vectors * kTileRows * kFloats; ++i) sums[i] = 0.0f;
     for (int64_t begin = 0; begin < tile.positions; begin += kDecodeBlock) {
         const int64_t left = tile.positions - begin;
         const int64_t count = left < kDecodeBlock ? left : kDecodeBlock;
         const uint8_t* streams = tile.codes + begin * unpacker.bytes();
         unpacker.unpack_positions(streams, count, tile.codes_end, offsets);
         // While these codes are in use, the next block's arrive: a share with each run and pass.
-        const uint8_t* next = streams + count * unpacker.bytes();
-        const int64_t share = unpacker.bytes() * kRows / kTileRows;
-        for (int64_t p = 0; p < count; p += kVqIntegerRun) {
-            const int64_t here = count - p < kVqIntegerRun ? count - p : kVqIntegerRun;
-            for (int r = 0; r < kTileRows; r += kRows) {
-                add_run_to<kRows>(offsets + p * kTileRows + r, here, tile.entries,
-                                  tile.runs[(begin + p) / kVqIntegerRun], sums + 4 * r, next,
-                                  share);
-                next += here * share;
+        const auto pass = [&](auto rows, auto vectors_at_once, int v) {
+            constexpr int kRows = decltype(rows)::kValue;
+            const int64_t share = unpacker.bytes() * kRows / kTileRows;
+            const uint8_t* next = streams + count * unpacker.bytes();
+            for (int64_t p = 0; p < count; p += kVqIntegerRun) {
+                const int64_t here = count - p < kVqIntegerRun ? count - p : kVqIntegerRun;
+                const VqIntegerRun* runs = tile.runs + v * stride + (begin + p) / kVqIntegerRun;
+                for (int r = 0; r < kTileRows; r += kRows) {
+                    add_run_to<V, kRows, decltype(vectors_at_once)::kValue>(
+                        offsets + p * kTileRows + r, here, tile.entries, runs, stride,
+                        sums + (v * kTileRows + r) * kFloats, next, share);
+                    next += here * share;
+                }
             }
+        };
+        int v = 0;
+        if constexpr (V::kTokens > 1) {
+            for (; v + 2 <= vectors; v += 2) pass(Constant<4>(), Constant<2>(), v);
+        }
+        if (v < vectors) pass(Constant<8>(), Constant<1>(), v);
+    }
+    for (int t = 0; t < tile.tokens; ++t) {
+        const float* own = sums + t / V::kTokens * kTileRows * kFloats + t % V::kTokens * 4;
+        for (int r = 0; r < kTileRows; ++r) {
+            tile.sums[t * kTileRows + r] = add_lanes(own + r * kFloats, 4);
         }
     }
-    for (int r = 0; r < kTileRows; ++r) tile.sums[r] = add_lanes(sums + 4 * r, 4);
+}
+
+template <class V>
+void multiply_integer_tile_as(const VqIntegerTile& tile) {
+    if (tile.code_bits == 12) return multiply_integer_tile_of<V>(tile, Unpacker12());
+    multiply_integer_tile_of<V>(tile, Unpacker32(tile.code_bits));
 }
 
 void multiply_integer_tile(const VqIntegerTile& tile) {
-    if (tile.code_bits == 12) return multiply_integer_tile_of(tile, Unpacker12());
-    multiply_integer_tile_of(tile, Unpacker32(tile.code_bits));
+    if (tile.tokens == 1) return multiply_integer_tile_as<One>(tile);
+    multiply_integer_tile_as<Two>(tile);
 }
 
 }  // namespace

@@ -28,28 +28,31 @@ constexpr int kVqIntegerLanes = 8;
 // Positions whose inputs have one unit.
 constexpr int64_t kVqIntegerRun = 16;
 
+// A run of two tokens, or of one alone.
 struct alignas(64) VqIntegerRun {
-    int16_t inputs[kVqIntegerRun][kVqIntegerLanes];  // zeros in all padding
-    float unit;                                      // times the codebook's
+    int16_t inputs[kVqIntegerRun][2][kVqIntegerLanes];  // zeros in all padding
+    float units[2];                                     // times the codebook's
 };
 
-// One tile of 32 rows.
+// One tile of 32 rows times all tokens.
 struct VqIntegerTile {
     const uint8_t* codes;  // [positions, 4 * code_bits]
     const int16_t* entries;
-    const VqIntegerRun* runs;
+    const VqIntegerRun* runs;  // [tokens / 2, positions / kVqIntegerRun], both rounded up
     int64_t positions;
     int code_bits;
+    int tokens;
     const uint8_t* codes_end;  // of all tiles: nothing may be read from here on
-    float* sums;               // out: [32], sum_p of entry . input
+    float* sums;               // out: [tokens, 32], sum_p of entry . input
 };
 
 struct VqIntegerTable {
     // float16 [entries, d] -> integers [entries, kVqIntegerLanes]; their unit
     float (*arrange_codebook)(const uint16_t* codebook, int64_t entries, int d, int16_t* out);
-    // Scaled inputs [positions, d] and the codebook's unit -> a run for each 16 positions
+    // Scaled inputs [positions, d] and the codebook's unit -> the first or second token of a run
+    // for each 16 positions
     void (*arrange_inputs)(const float* inputs, int d, int64_t positions, float codebook_unit,
-                           VqIntegerRun* runs);
+                           int token, VqIntegerRun* runs);
     void (*multiply_tile)(const VqIntegerTile& tile);
 };
 
@@ -65,7 +68,7 @@ struct VqDecodeTable {
     // y[i] = sums[i] * row_norms[i] + bias[i], rounded to dtype; bias may be null
     void (*finish)(const float* sums, const uint16_t* row_norms, const void* bias, DType dtype,
                    int64_t rows, void* y);
-    const VqIntegerTable* integers;  // for one token and d > 4; null where they are not faster
+    const VqIntegerTable* integers;  // for d > 4; null where they are not faster
 };
 
 extern const VqDecodeTable kVqDecodeScalar, kVqDecodeAvx2, kVqDecodeAvx512;

@@ -7,9 +7,10 @@
 //
 // Which algorithm runs depends on the instruction set and the layer's shape, on a GPU on the number
 // of tokens too.
-//   decode: fetches the codebook entry of each code and multiplies. float32 throughout, but for one
-//           token and d > 4 on AVX2: entries are 14-bit integers in one unit for the codebook,
-//           x_j col_norms_j in one for each run of 16 positions, whose products are summed exactly.
+//   decode: fetches the codebook entry of each code and multiplies. float32 throughout, but for
+//           d > 4 on AVX2: entries are 14-bit integers in one unit for the codebook, x_j
+//           col_norms_j in one for each token and run of 16 positions, whose products are summed
+//           exactly.
 //   lookup: computes T_p once for every position and adds T_p[code] for every row.
 //           Codes of 8 bits, 512 rows or more, on AVX2 and AVX-512: T_p is float32.
 //           The same on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are
@@ -25,9 +26,9 @@
 //   batch:  the same for 17 to 64 tokens of 16 bits. x_j col_norms_j is rounded to one float16
 //           number, scaled by a power of two for each token.
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
-// depend on the other tokens, nor on their number but for d = 6 on a GPU and d > 4 on AVX2 (one
-// token has other bits than 2 to 16) and from 17 on, nor on the number of threads. They differ
-// between instruction sets, within the error bound.
+// depend on the other tokens, nor on their number but for a GPU (d = 6: one token has other bits
+// than 2 to 16) and from 17 on, nor on the number of threads. They differ between instruction sets,
+// within the error bound.
 //
 // Error bound, y64 being the same product in float64:
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
