@@ -98,8 +98,8 @@ void finish_tile(const Problem& problem, int64_t tile, const float* sums) {
     }
 }
 
-// One product: parts of what is made of its inputs, then parts of the product, each in any order and
-// on any thread; then what is left.
+// One product: parts of what is made of its inputs, then parts of the product, each in any order
+// and on any thread; then what is left.
 class Product {
   public:
     explicit Product(const Problem& problem) : problem_(problem) {}

@@ -21,10 +21,9 @@ struct Segments {
 // Products of one x that a launch computes together, or one alone. What blocks take is counted
 // through all members.
 //
-// A chain of kernels costs 6 us of launches, first bytes and last sums, however much it computes, and
-// blocks that are fewer than multiprocessors leave some idle. Predicted for an H100 and one token of
-// d = 6: query, key and value of 4096 x 4096 in 12 us where three chains take 25; two of 11008 x
-// 4096 in 15 instead of 25.
+// A chain of kernels costs 6 us of launches, first bytes and last sums, however little it computes.
+// Predicted for an H100 and one token of d = 6: query, key and value of 4096 x 4096 in 12 us where
+// three chains take 25; two of 11008 x 4096 in 15 instead of 25.
 struct VqGroup {
     struct Member {
         VqWeight weight;

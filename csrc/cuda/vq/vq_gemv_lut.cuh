@@ -163,9 +163,9 @@ struct TableBuilder {
 //   kSets    sets of sums in a thread's registers, a set being kSetTiles tiles of the block's
 //   kStages  of codes
 //   partial  out, [segment, row of all members]: sums of each segment, padded rows included
-// Block (x, y): segment x, chunk y of kSets * kSetTiles tiles of one member; a warp: kWarpTiles tiles of each
-// set; a lane: kLaneRows rows of one tile of each set, and kTable / kLutThreads entries of each
-// table.
+// Block (x, y): segment x, chunk y, of kSets * kSetTiles tiles of one member; a warp: kWarpTiles
+// tiles of each set; a lane: kLaneRows rows of one tile of each set, and kTable / kLutThreads
+// entries of each table.
 template <DType kType, int kSets, int kStages>
 __global__ void __launch_bounds__(kLutThreads, 1)
     vq_gemv_lut(const __grid_constant__ VqGroup group, Segments segments, float* partial) {

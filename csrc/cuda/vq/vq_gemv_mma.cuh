@@ -128,8 +128,9 @@ __device__ __forceinline__ uint4 first_operand(const Parts& left, const Parts& r
 //   kD      4 or 6
 //   kType   of x
 //   inputs  out; absent tokens are 0
-// Block (x, y, z): kPrepareWarps steps of octet y of member z; a warp: one step; lane 4 g + t: token g, positions
-// t and t + 4. Bound by latency: measured on an H100, 4 to 5.5 us on 4 to 8 blocks.
+// Block (x, y, z): kPrepareWarps steps of octet y of member z; a warp: one step; lane 4 g + t:
+// token g, positions t and t + 4. Bound by latency: measured on an H100, 4 to 5.5 us on 4 to 8
+// blocks.
 template <int kD, DType kType>
 __global__ void __launch_bounds__(kPrepareThreads)
     vq_gemv_prepare(const __grid_constant__ VqGroup group, MmaInputs inputs) {
