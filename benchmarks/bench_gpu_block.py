@@ -7,6 +7,7 @@ python benchmarks/bench_gpu_block.py --json out.json
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import gpu
@@ -18,7 +19,7 @@ from nowag_ext import ops
 
 HIDDEN, INTERMEDIATE, BLOCKS = 4096, 11008, 32
 LINEARS = [(HIDDEN, HIDDEN)] * 4 + [(INTERMEDIATE, HIDDEN)] * 2 + [(HIDDEN, INTERMEDIATE)]
-SIBLINGS = [slice(0, 3), slice(3, 4), slice(4, 6), slice(6, 7)]  # query, key, value; gate and up
+SIBLINGS = [3, 1, 2, 1]  # query, key, value; output; gate and up; down
 
 
 def block_bytes(weights: list[list[Tensor]]) -> int:
@@ -26,10 +27,12 @@ def block_bytes(weights: list[list[Tensor]]) -> int:
 
 
 def run_siblings(block: list[list[Tensor]], inputs: dict[int, Tensor]) -> None:
-    for members in SIBLINGS:
-        codes, _, row_norms, col_norms = zip(*block[members], strict=True)
+    left = iter(zip(block, LINEARS, strict=True))
+    for count in SIBLINGS:
+        weights, shapes = zip(*itertools.islice(left, count), strict=True)
+        codes, _, row_norms, col_norms = zip(*weights, strict=True)
         codebooks = [block[0][1]] * len(codes)
-        x = inputs[LINEARS[members][0][1]]
+        x = inputs[shapes[0][1]]
         ops.vq_gemv_group(x, codes, codebooks, row_norms, col_norms, [None] * len(codes))
 
 

@@ -25,7 +25,7 @@ SHAPE = (64, 96)
 TINY: dict[str, dict[str, Any]] = {
     "bench_gpu_gemv": {"QUICK": [SHAPE], "TOKENS": [1, 8]},
     "bench_gpu_peers": {"QUICK": [SHAPE, SHAPE]},
-    "bench_gpu_block": {"LINEARS": [SHAPE, SHAPE]},
+    "bench_gpu_block": {"LINEARS": [SHAPE, SHAPE], "SIBLINGS": [2]},
     "bench_gpu_many": {"SHAPES": [SHAPE], "HOST": SHAPE, "QUICK": [17, 64]},
     "bench_gpu_compress": {"ROWS": 260, "COLS": 96, "LLAMA_2_7B": {(288, 96): 2}},
     "bench_gpu_timeline": {"LINEARS": [SHAPE, SHAPE], "LARGE": SHAPE, "ROWS": 260, "COLS": 96},
@@ -92,7 +92,12 @@ class Profile:
 NAMES = {
     "bench_gpu_smoke": {("ceiling", "torch"), ("ceiling", "torch bf16")},
     "bench_gpu_gemv": {("gemv", n) for n in ("cuBLAS bf16", "vq d=6", "vq d=4", "sparse 50 %")},
-    "bench_gpu_block": {("block", n) for n in ("cuBLAS bf16", "vq d=6", "vq d=4", "sparse 2:4")},
+    "bench_gpu_block": {
+        ("block", n)
+        for n in (
+            "cuBLAS bf16", "vq d=6", "vq d=6, siblings", "vq d=4", "vq d=4, siblings", "sparse 2:4"
+        )
+    },
     "bench_gpu_many": {
         (op, n) for op in ("linear", "linear, eager", "host") for n in ("cuBLAS bf16", "vq d=6")
     },
