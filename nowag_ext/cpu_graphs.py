@@ -185,7 +185,10 @@ def _siblings(operations: Sequence[_Operation]) -> dict[int, list[int]]:
         read = (operation.func, x.data_ptr(), x.shape, x.dtype)
         start = first.setdefault(read, index)
         others = found.setdefault(start, [])
-        between = (one for one in operations[start:index] if not one.is_view())
+        # What Python made is written again in each replay, where it changes.
+        between = (
+            one for one in operations[start:index] if one.made is not None or not one.is_view()
+        )
         if len(others) == most - 1 or any(
             (one.writes | one.makes) & operation.reads for one in between
         ):

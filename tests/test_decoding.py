@@ -298,6 +298,48 @@ def test_what_linears_read_may_change_between_them(part: str) -> None:
     assert torch.allclose(got, plain, rtol=1e-4, atol=1e-5) == (part == "up_proj")
 
 
+class Raised(nn.Module):
+    """A linear with a bias that Python makes for each token, and changes then."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        linear = self.linear
+        bias = torch.tensor([0.25] * linear.out_features)
+        y = torch.ops.nowag.vq_linear(
+            x, linear.codes, linear.codebook, linear.row_norms, linear.col_norms, bias
+        )
+        bias.add_(1)
+        return y
+
+
+def test_a_bias_of_numbers_that_changes() -> None:
+    model, ids, captures = model_of("llama", packed=True), tiny_tokens(1, 8), Captures()
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = Raised(mlp.up_proj)
+    want, got = forced(model, ids, None), forced(model, ids, captures)
+    assert captures.replays == 6
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_wherever_new_tensors_are_made_by_default() -> None:
+    model, ids = model_of("llama", packed=True), tiny_tokens(1, 4)
+    want = forced(model, ids, Captures())
+    linear = model.model.layers[0].mlp.gate_proj
+    x = torch.randn(1, linear.in_features)
+    weight = (linear.codes, linear.codebook, linear.row_norms, linear.col_norms)
+    y = torch.ops.nowag.vq_linear(x, *weight, None)
+    before = y.clone()
+    with torch.device("meta"):
+        call = ops.vq_linears_call([(y, (x, *weight))])
+    y.zero_()
+    call()
+    assert_same_bits(y, before)
+    assert_same_bits(forced(model, ids, Captures()), want)
+
+
 @pytest.mark.parametrize("bias", [torch.float32, torch.bfloat16])  # the other is made for each call
 def test_weights_may_change_in_place(bias: torch.dtype) -> None:
     model, captures, ids = model_of("llama", packed=True), Captures(), tiny_tokens(1, 16)

@@ -11,6 +11,7 @@ from families import make_model
 from tiny_models import ARCHITECTURES, random_act_norms, tiny_model, tiny_tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from vq_cases import random_vq
 
 from nowag_ext import compress_model, ops
 from nowag_ext.siblings import Joining, Learning
@@ -133,6 +134,86 @@ def test_siblings_that_are_called_alone() -> None:
     for one, wanted in zip(got, want, strict=True):
         assert_same_bits(one, wanted)
     assert counting.calls == [1, 2, 2]
+
+
+def two_linears(rows: int = 64, cols: int = 32) -> list[tuple[Tensor, ...]]:
+    return [random_vq(rows, cols, 2, 4, seed=seed) for seed in (1, 2)]
+
+
+def test_weights_that_change_between_siblings() -> None:
+    (one, two), x = two_linears(), torch.randn(2, 32)
+    staged = random_vq(64, 32, 2, 4, seed=3)[0]
+
+    def step() -> list[Tensor]:
+        first = ops.vq_linear(x, *one, None)
+        two[0].copy_(staged.flip(0))
+        second = ops.vq_linear(x, *two, None)
+        two[0].copy_(staged)
+        return [first, second]
+
+    with torch.no_grad():
+        learning = Learning()
+        with learning:
+            want = step()
+        assert not learning.siblings()
+        plain = Learning()
+        with plain:
+            ops.vq_linear(x, *one, None)
+            ops.vq_linear(x, *two, None)
+        with Joining(plain.siblings()):
+            got = step()
+    for y, wanted in zip(got, want, strict=True):
+        assert_same_bits(y, wanted)
+
+
+def test_a_weight_and_a_part_of_it() -> None:
+    (whole, _), x = two_linears(), torch.randn(2, 32)
+    part = (whole[0][:1], whole[1], whole[2][:32], whole[3])
+    with torch.no_grad():
+        learning = Learning()
+        with learning:
+            want = [ops.vq_linear(x, *one, None) for one in (part, whole)]
+        with Joining(learning.siblings()):
+            got = [ops.vq_linear(x, *one, None) for one in (part, whole)]
+    for y, wanted in zip(got, want, strict=True):
+        assert_same_bits(y, wanted)
+
+
+def test_another_dtype_than_siblings_have() -> None:
+    one, two = two_linears()
+    bias = nn.Parameter(torch.randn(64).bfloat16(), requires_grad=False)
+    x = torch.randn(2, 32)
+    narrow = x.bfloat16()
+    with torch.no_grad():
+        learning = Learning()
+        with learning:
+            ops.vq_linear(narrow, *one, None)
+            ops.vq_linear(narrow, *two, bias)
+        assert len(learning.siblings()) == 1
+        with Joining(learning.siblings()):
+            got = ops.vq_linear(x, *one, None)
+    assert_same_bits(got, ops.vq_linear(x, *one, None))
+
+
+def test_operations_of_a_higher_order() -> None:
+    """They do not say what they write to."""
+    (one, two), x = two_linears(), torch.randn(2, 32)
+
+    def step() -> list[Tensor]:
+        first = ops.vq_linear(x, *one, None)
+        chosen = torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))
+        return [first, chosen, ops.vq_linear(x, *two, None)]
+
+    with torch.no_grad():
+        want = step()
+        learning = Learning()
+        with learning:
+            step()
+        assert not learning.siblings()
+        with Joining(learning.siblings()):
+            got = step()
+    for y, wanted in zip(got, want, strict=True):
+        assert_same_bits(y, wanted)
 
 
 def test_no_more_than_a_call_takes() -> None:

@@ -61,7 +61,7 @@ def tape(steps: Sequence[Step]) -> KernelCall:
 
     It raises ValueError where an index is out of range; what comes before that step has run.
     """
-    words = torch.tensor([step.words for step in steps], dtype=torch.int64)
+    words = torch.tensor([step.words for step in steps], dtype=torch.int64, device="cpu")
     tensors = [words, *(tensor for step in steps for tensor in step.tensors)]
     return KernelCall(_cpu.tape_run, (words.data_ptr(), len(steps)), tensors)
 

@@ -131,7 +131,7 @@ def vq_linears_call(calls: Sequence[tuple[Tensor, Sequence[Any]]]) -> KernelCall
         tensors += [y, *(one for one in weight if one is not None)]
     if not 0 < tokens <= GEMV_MAX_TOKENS or not all(one.is_contiguous() for one in tensors):
         return None
-    members = torch.tensor(words, dtype=torch.int64)
+    members = torch.tensor(words, dtype=torch.int64, device="cpu")
     arguments = (
         x.data_ptr(), DTYPES[x.dtype], tokens, x.shape[-1], members.data_ptr(), len(words)
     )  # fmt: skip
@@ -181,7 +181,7 @@ def vq_gemv_group(
     words, outputs, kept = [], [], []
     for vq, bias in _members(codes, codebooks, row_norms, col_norms, biases):
         rows, cols, _, _ = vq_sizes(*vq)
-        given, tokens, whole = check_linear(x, bias, rows, cols, vq[0])
+        x, tokens, whole = check_linear(x, bias, rows, cols, vq[0])
         require(
             tokens <= GEMV_MAX_TOKENS,
             f"vq_gemv_group takes at most {GEMV_MAX_TOKENS} tokens, not {tokens}.",
@@ -190,12 +190,12 @@ def vq_gemv_group(
         outputs.append(x.new_empty((*x.shape[:-1], rows)))
         words.append(_member(outputs[-1], *vq, whole))
         kept.append(whole)  # a copy, perhaps
-    check_aligned(given, "x")
+    check_aligned(x, "x")
     if tokens > 0:
-        members = torch.tensor(words, dtype=torch.int64)
+        members = torch.tensor(words, dtype=torch.int64, device="cpu")
         backend, queue = backend_for(x)
         backend.vq_gemv_group(
-            given.data_ptr(), DTYPES[x.dtype], tokens, cols, members.data_ptr(), len(words), queue
+            x.data_ptr(), DTYPES[x.dtype], tokens, cols, members.data_ptr(), len(words), queue
         )
     return outputs
 

@@ -254,7 +254,8 @@ __device__ __forceinline__ bool mma_settle(const MmaEntry* group, unsigned first
             group[k].get<kD>(c, bias);
             const float score = exact_score<kD>(point.a, c, bias);
             const unsigned long long candidate = ranked(score, first + k);
-            if (score < INFINITY && candidate < atomicMin(&point.best, candidate)) better = true;
+            if (score < kMmaNeverWins && candidate < atomicMin(&point.best, candidate))
+                better = true;
         }
         const bool taken = mine && __popc(found & ((1u << lane) - 1)) < 4;
         if (taken && near[0] == 0) near[1] &= near[1] - 1;

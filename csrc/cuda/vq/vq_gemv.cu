@@ -377,8 +377,9 @@ int64_t vq_gemv_workspace(const void* x, DType, int64_t tokens, const uint8_t* p
                           const uint16_t* codebook, const uint16_t* row_norms,
                           const uint16_t* col_norms, const void* bias, int64_t rows, int64_t cols,
                           int d, int code_bits, void* y) {
-    const Product product = product_of(
-        x, tokens, cols, {packed, codebook, row_norms, col_norms, bias, rows, d, code_bits, y});
+    const VqMember member{packed, codebook, row_norms, col_norms, bias, rows, d, code_bits, y};
+    if (!is_valid(tokens, kVqGemvBatchTokens, cols, member)) return 0;
+    const Product product = product_of(x, tokens, cols, member);
     return workspace_for(&product, 1);
 }
 

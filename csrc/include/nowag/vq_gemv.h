@@ -86,7 +86,7 @@ NOWAG_DECLARE(vq_gemv, const void* x, DType dtype, int64_t tokens, const uint8_t
               const void* bias, int64_t rows, int64_t cols, int d, int code_bits, void* y);
 
 // Several products of the same x at once: linears that read the same input. On a CPU the bits are
-// those of vq_gemv; on a GPU sums are cut elsewhere, and the bound is the same.
+// those of vq_gemv; on a GPU sums are cut elsewhere, for up to 8 tokens, and the bound is the same.
 //
 // A member is kVqMemberWords integers of 64 bits in the host's memory: its addresses and sizes, in
 // the order of VqMember.
