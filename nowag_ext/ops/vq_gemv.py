@@ -138,16 +138,8 @@ def vq_linears_call(calls: Sequence[tuple[Tensor, Sequence[Any]]]) -> KernelCall
     return KernelCall(_cpu.vq_gemv_group, arguments, [*tensors, members])
 
 
-def _vq_gemv_group_fake(
-    x: Tensor,
-    codes: Sequence[Tensor],
-    codebooks: Sequence[Tensor],
-    row_norms: Sequence[Tensor],
-    col_norms: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-) -> list[Tensor]:
-    members = _members(codes, codebooks, row_norms, col_norms, biases)
-    return [_vq_linear_fake(x, *vq, bias) for vq, bias in members]
+def _vq_gemv_group_fake(x: Tensor, *lists: Sequence[Any]) -> list[Tensor]:
+    return [_vq_linear_fake(x, *vq, bias) for vq, bias in _members(*lists)]
 
 
 _Vq = tuple[Tensor, Tensor, Tensor, Tensor]
