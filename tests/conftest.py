@@ -60,6 +60,14 @@ def driver() -> Iterator[Driver]:
 
 
 @pytest.fixture(scope="module")
+def clustered_driver(request: pytest.FixtureRequest) -> Iterator[Driver]:
+    """The same with the clusters of compute capability 9.0: so many of each size, a parameter."""
+    driver = Driver(SIMT_SHARED_KIB="227", SIMT_CLUSTERS=request.param)
+    yield driver
+    driver.close()
+
+
+@pytest.fixture(scope="module")
 def roomy_driver() -> Iterator[Driver]:
     """The same with as much shared memory as a block has on compute capability 8.0."""
     driver = Driver(SIMT_SHARED_KIB="163")

@@ -2,8 +2,9 @@
 
 ``build()`` compiles the launchers, the executor and its driver once for the sources at hand, and
 ``Driver.run`` calls a launcher by name with the arguments of its contract in
-``csrc/include/nowag``: numbers, tensors (written in place), None for a null pointer, a list of
-problems, each a list of its fields, or a list of the words of an array, tensors for addresses.
+``csrc/include/nowag``: numbers, tensors (written in place; one that comes twice is one buffer),
+None for a null pointer, a list of problems, each a list of its fields, or a list of the words of an
+array, tensors for addresses.
 """
 
 from __future__ import annotations
@@ -138,6 +139,9 @@ def _pack(argument: Any, tensors: list[torch.Tensor]) -> bytes:
         return b"n"
     if isinstance(argument, torch.Tensor):
         assert argument.is_contiguous()
+        for index, other in enumerate(tensors):
+            if argument is other:
+                return b"r" + struct.pack("=I", index)
         tensors.append(argument)
         flat = argument.reshape(-1).view(torch.uint8).numpy()
         return b"b" + struct.pack("=Q", flat.size) + flat.tobytes()

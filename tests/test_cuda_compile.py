@@ -23,6 +23,7 @@ REGISTERS_OF_A_MULTIPROCESSOR = 65536
 THREADS = {
     "vq_gemv_lut": 512,
     "vq_gemv_mma": 512,
+    "vq_gemv_cluster": 512,
     "vq_gemv_prepare": 1024,
     "vq_gemv_finish": 512,
     "vq_gemv_decode": 512,

@@ -50,6 +50,16 @@ def test_a_copy_not_waited_for_shows(driver: Driver) -> None:
     assert len(results) > 1
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_of_a_cluster_see_each_other(driver: Driver, seed: int) -> None:
+    assert run(driver, "cluster", seed) == [2 * thread + 100 for thread in range(63, -1, -1)]
+
+
+def test_missing_barrier_of_a_cluster_shows(driver: Driver) -> None:
+    results = {tuple(run(driver, "cluster_without_barrier", seed)) for seed in SEEDS}
+    assert len(results) > 1
+
+
 def test_missing_barrier_shows(driver: Driver) -> None:
     results = {tuple(run(driver, "missing_barrier", seed)) for seed in SEEDS}
     assert len(results) > 1
@@ -71,6 +81,9 @@ def test_unwritten_shared_memory_shows(driver: Driver) -> None:
         ("shared_overrun", "heap-buffer-overflow"),
         ("wait_for_ever", "waits for ever"),
         ("crooked_copy", "a copy whose addresses are not multiples of its size: start_copy"),
+        ("cluster_left_early", "a look into a block that has ended: in_block"),
+        ("cluster_barrier_skipped", "a barrier not reached by every thread of the cluster"),
+        ("cluster_exceeded", "a block that the cluster lacks: in_block"),
         ("copy_never_waited_for", "a thread ended before its copy: start_copy"),
     ],
 )

@@ -126,6 +126,38 @@ def test_vq_gemv_fast_paths(
         assert_same_bits(y[:1], first.setdefault(fewest_tokens(d, code_bits, tokens), y[:1]))
 
 
+# Clusters of what size takes least; of three alone, of eight alone, some of whose blocks have no
+# step.
+CLUSTERS = pytest.mark.parametrize(
+    "clustered_driver",
+    ["3,1,1", "0,0,2", pytest.param("0,0,0,0,0,0,0,1", marks=pytest.mark.slow)],
+    indirect=True,
+)
+
+
+# One item; more items than clusters, a tail of rows; a segment of several turns.
+@CLUSTERS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits"), FAST)
+@pytest.mark.parametrize(
+    ("rows", "cols"),
+    [(1, 5), (300, 203), (70, 1601), pytest.param(1100, 803, marks=pytest.mark.slow)],
+)
+def test_vq_gemv_in_clusters(
+    clustered_driver: Driver, rows: int, cols: int, d: int, code_bits: int, dtype: torch.dtype
+) -> None:
+    if (rows > 300 or cols > 1000) and dtype != torch.float16:
+        pytest.skip("the large cases in one dtype are enough")
+    vq = vq_weight(rows, cols, d, code_bits, seed=160)
+    x, bias = randn(8, cols, seed=161).to(dtype), randn(rows, seed=162).to(dtype)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    first: dict[int, Tensor] = {}
+    for tokens in (1, 2, 3, 8):
+        y = run_vq_gemv(clustered_driver, x[:tokens], vq, d, code_bits, bias, seed=tokens % 4)
+        assert_within_bound(y, x[:tokens], weight, bias)
+        assert_same_bits(y[:1], first.setdefault(fewest_tokens(d, code_bits, tokens), y[:1]))
+
+
 # Both numbers of sets; fewer positions than stages, a stage's tail, stages used again and again.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
@@ -148,6 +180,19 @@ def test_vq_gemv_looks_up_in_many_stages(
 def test_vq_gemv_of_extreme_inputs(
     driver: Driver, d: int, code_bits: int, tokens: int, kind: str
 ) -> None:
+    check_extreme_inputs(driver, d, code_bits, tokens, kind)
+
+
+@CLUSTERS
+@pytest.mark.parametrize(("d", "code_bits"), TWO_QUICK)
+@pytest.mark.parametrize("kind", ["1e30", "1e-30", "subnormal", "zero", "outliers", "all sizes"])
+def test_vq_gemv_in_clusters_of_extreme_inputs(
+    clustered_driver: Driver, d: int, code_bits: int, kind: str
+) -> None:
+    check_extreme_inputs(clustered_driver, d, code_bits, 3, kind)
+
+
+def check_extreme_inputs(driver: Driver, d: int, code_bits: int, tokens: int, kind: str) -> None:
     rows, cols = 70, 205
     vq = vq_weight(rows, cols, d, code_bits, seed=170)
     x = randn(tokens, cols, seed=171)
@@ -171,6 +216,21 @@ def test_vq_gemv_of_extreme_inputs(
 @pytest.mark.parametrize(("d", "code_bits"), [(6, 12), (4, 8), (3, 9)])
 @pytest.mark.parametrize("tokens", [2, 11])
 def test_vq_gemv_of_inputs_that_are_not_finite(
+    driver: Driver, d: int, code_bits: int, tokens: int, dtype: torch.dtype, bad: float
+) -> None:
+    check_not_finite(driver, d, code_bits, tokens, dtype, bad)
+
+
+@CLUSTERS
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("d", "code_bits"), FAST)
+def test_vq_gemv_in_clusters_of_inputs_that_are_not_finite(
+    clustered_driver: Driver, d: int, code_bits: int, bad: float
+) -> None:
+    check_not_finite(clustered_driver, d, code_bits, 5, torch.bfloat16, bad)
+
+
+def check_not_finite(
     driver: Driver, d: int, code_bits: int, tokens: int, dtype: torch.dtype, bad: float
 ) -> None:
     vq = vq_weight(40, 97, d, code_bits, seed=180)
@@ -228,6 +288,30 @@ def members_of(
     return members
 
 
+def check_group(
+    driver: Driver,
+    d: int,
+    code_bits: int,
+    tokens: int,
+    rows: list[int],
+    shared: bool,
+    cols: int,
+    dtype: torch.dtype,
+) -> None:
+    """Bounds, and the same bits whatever the order of threads."""
+    if sum(rows) > 600 and cols > 100 and dtype != torch.float16:
+        pytest.skip("the large cases in one dtype are enough")
+    members = members_of(rows, cols, d, code_bits, shared, dtype)
+    x = randn(tokens, cols, seed=250).to(dtype)
+    status, outputs = run_group(driver, x, members, seed=1)
+    assert status == 0
+    for y, (vq, bias, *_) in zip(outputs, members, strict=True):
+        assert_within_bound(y, x, reference.vq_dequantize(*vq, torch.float32).double(), bias)
+    _, again = run_group(driver, x, members, seed=2)
+    for one, other in zip(outputs, again, strict=True):
+        assert_same_bits(one, other)
+
+
 @pytest.mark.parametrize("cols", [50, 803])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("d", "code_bits", "tokens", "rows", "shared"), TOGETHER)
@@ -241,17 +325,23 @@ def test_vq_gemv_group(
     cols: int,
     dtype: torch.dtype,
 ) -> None:
-    if sum(rows) > 600 and cols > 100 and dtype != torch.float16:
-        pytest.skip("the large cases in one dtype are enough")
-    members = members_of(rows, cols, d, code_bits, shared, dtype)
-    x = randn(tokens, cols, seed=250).to(dtype)
-    status, outputs = run_group(roomy_driver, x, members, seed=1)
-    assert status == 0
-    for y, (vq, bias, *_) in zip(outputs, members, strict=True):
-        assert_within_bound(y, x, reference.vq_dequantize(*vq, torch.float32).double(), bias)
-    _, again = run_group(roomy_driver, x, members, seed=2)
-    for one, other in zip(outputs, again, strict=True):
-        assert_same_bits(one, other)
+    check_group(roomy_driver, d, code_bits, tokens, rows, shared, cols, dtype)
+
+
+# Clusters go from one member to the next, whose inputs are others.
+@CLUSTERS
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("d", "code_bits", "tokens", "rows", "shared"), TOGETHER[3:])
+def test_vq_gemv_group_in_clusters(
+    clustered_driver: Driver,
+    d: int,
+    code_bits: int,
+    tokens: int,
+    rows: list[int],
+    shared: bool,
+    dtype: torch.dtype,
+) -> None:
+    check_group(clustered_driver, d, code_bits, tokens, rows, shared, 403, dtype)
 
 
 @pytest.mark.parametrize(("d", "code_bits", "tokens", "rows", "shared"), APART)

@@ -2,6 +2,7 @@
 // Requests come on stdin and answers go to stdout, in native byte order:
 //   request   seed u64, name, number of arguments u32, arguments
 //   argument  'i' int64 | 'd' double | 'n' (null) | 'b' size u64, bytes | 'l' count u32, arguments
+//             | 'r' index u32: the same buffer as the 'b' of that number in the request
 //   answer    status i32, then the bytes of every 'b' in the order of the request
 // Every buffer is a heap block of exactly its size: AddressSanitizer sees an access outside.
 #include <cstdio>
@@ -27,6 +28,7 @@ struct Argument {
     double real = 0.0;
     size_t size = 0;
     std::unique_ptr<unsigned char[]> bytes;
+    unsigned char* address = nullptr;  // of these, or of an earlier argument's
     std::vector<Argument> list;
     std::vector<KmeansProblem> problems;
     std::vector<int64_t> words;
@@ -39,7 +41,9 @@ T read_value() {
     return value;
 }
 
-Argument read_argument() {
+using Buffers = std::vector<unsigned char*>;  // of a request, in order
+
+Argument read_argument(Buffers& buffers) {
     Argument argument;
     argument.kind = read_value<char>();
     if (argument.kind == 'i') argument.integer = read_value<int64_t>();
@@ -49,10 +53,13 @@ Argument read_argument() {
         argument.bytes = std::make_unique<unsigned char[]>(argument.size);
         if (std::fread(argument.bytes.get(), 1, argument.size, stdin) != argument.size)
             std::exit(1);
+        argument.address = argument.bytes.get();
+        buffers.push_back(argument.address);
     }
+    if (argument.kind == 'r') argument.address = buffers.at(read_value<uint32_t>());
     if (argument.kind == 'l') {
         const auto count = read_value<uint32_t>();
-        for (uint32_t i = 0; i < count; ++i) argument.list.push_back(read_argument());
+        for (uint32_t i = 0; i < count; ++i) argument.list.push_back(read_argument(buffers));
     }
     return argument;
 }
@@ -86,8 +93,8 @@ const KmeansProblem* problems_of(Argument& argument) {
 const int64_t* words_of(Argument& argument) {
     argument.words.clear();
     for (const Argument& item : argument.list) {
-        argument.words.push_back(item.kind == 'b' ? reinterpret_cast<int64_t>(item.bytes.get())
-                                                  : item.integer);
+        argument.words.push_back(item.address != nullptr ? reinterpret_cast<int64_t>(item.address)
+                                                         : item.integer);
     }
     return argument.words.data();
 }
@@ -97,10 +104,9 @@ T convert(Argument& argument) {
     if constexpr (std::is_same_v<T, const KmeansProblem*>) {
         return problems_of(argument);
     } else if constexpr (std::is_same_v<T, const int64_t*>) {
-        return argument.kind == 'l' ? words_of(argument)
-                                    : reinterpret_cast<T>(argument.bytes.get());
+        return argument.kind == 'l' ? words_of(argument) : reinterpret_cast<T>(argument.address);
     } else if constexpr (std::is_pointer_v<T>) {
-        return reinterpret_cast<T>(argument.bytes.get());
+        return reinterpret_cast<T>(argument.address);
     } else if constexpr (std::is_floating_point_v<T>) {
         return static_cast<T>(argument.real);
     } else {
@@ -149,8 +155,9 @@ int main() {
         std::string name(read_value<uint32_t>(), ' ');
         if (std::fread(name.data(), 1, name.size(), stdin) != name.size()) return 1;
         std::vector<Argument> arguments;
+        Buffers buffers;
         const auto count = read_value<uint32_t>();
-        for (uint32_t i = 0; i < count; ++i) arguments.push_back(read_argument());
+        for (uint32_t i = 0; i < count; ++i) arguments.push_back(read_argument(buffers));
         const auto status = static_cast<int32_t>(known.at(name)(arguments));
         std::fwrite(&status, sizeof status, 1, stdout);
         write_buffers(arguments);

@@ -106,6 +106,40 @@ void copy_never_waited_for(int* out) { nowag::cuda::start_copy(shared_integers()
 
 void crooked_copy(int* out) { nowag::cuda::start_copy(shared_integers() + 1, out); }
 
+// out[t] = the sum of what thread 63 - t of both blocks of a cluster stored.
+template <bool kBarrier, bool kStay>
+void across_blocks(int* out) {
+    int* shared = shared_integers();
+    const int block = static_cast<int>(blockIdx.x);
+    shared[thread()] = thread() + 100 * block;
+    if (kBarrier) nowag::cuda::cluster_barrier();
+    if (!kStay && block == 1) return;
+    if (!kStay && thread() == 0) {
+        for (int i = 0; i < 1000; ++i) yield();
+    }
+    unsigned sum = 0;
+    for (int rank = 0; rank < 2; ++rank) {
+        sum += *static_cast<const unsigned*>(in_block(shared + kThreads - 1 - thread(), rank));
+    }
+    if (block == 0) out[thread()] = static_cast<int>(sum);
+    if (kStay) nowag::cuda::cluster_barrier();
+}
+
+void block_that_skips_a_barrier(int* out) {
+    if (blockIdx.x == 0) nowag::cuda::cluster_barrier();
+    out[thread()] = 1;
+}
+
+void block_outside_the_cluster(int* out) {
+    out[thread()] = *static_cast<const int*>(in_block(shared_integers(), 2));
+}
+
+template <void (*kKernel)(int*)>
+void run_cluster(int* out) {
+    run_grid_in_clusters(dim3(2), dim3(kThreads), 2, kThreads * sizeof(int),
+                         [out] { kKernel(out); });
+}
+
 template <void (*kKernel)(int*), int kShared>
 void run(int* out) {
     run_grid(dim3(1), dim3(kThreads), kShared, [out] { kKernel(out); });
@@ -130,7 +164,12 @@ std::map<std::string, std::function<void(int*)>> planted_kernels() {
             {"crooked_copy", run<crooked_copy, kBytes>},
             {"copy_never_waited_for", run<copy_never_waited_for, kBytes>},
             {"operations", run<operations, 0>},
-            {"two_masks", run<two_masks, 0>}};
+            {"two_masks", run<two_masks, 0>},
+            {"cluster", run_cluster<across_blocks<true, true>>},
+            {"cluster_without_barrier", run_cluster<across_blocks<false, true>>},
+            {"cluster_left_early", run_cluster<across_blocks<true, false>>},
+            {"cluster_barrier_skipped", run_cluster<block_that_skips_a_barrier>},
+            {"cluster_exceeded", run_cluster<block_outside_the_cluster>}};
 }
 
 }  // namespace simt

@@ -48,7 +48,7 @@ namespace {
 constexpr size_t kStackBytes = 128 << 10;
 constexpr long kMostYields = 2'000'000;  // of one grid: beyond, it waits for what never comes
 
-enum class State { ready, at_barrier, at_collective, done };
+enum class State { ready, at_barrier, at_cluster_barrier, at_collective, done };
 
 struct Block;
 
@@ -79,7 +79,9 @@ struct Block {
     uint3 index{};
     std::vector<Fibre*> fibres;
     std::unique_ptr<unsigned char[]> shared;
+    std::vector<Block>* alive = nullptr;  // those that run at once, this one among them
     Votes votes{};
+    bool waits = false;  // all its threads are at a barrier of the cluster
     bool ended = false;
 };
 
@@ -94,6 +96,10 @@ struct Engine {
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_bytes = 0;
     const std::function<void()>* body = nullptr;
+    bool clustered = false;
+
+    // Sweeps of a block before another has its turn.
+    uint64_t turns() { return clustered && seed > 1 ? uint64_t{1} << (random() % 8) : 1; }
 
     uint64_t random() {  // splitmix64
         uint64_t bits = (state += 0x9e3779b97f4a7c15u);
@@ -193,6 +199,9 @@ void shuffle_items(std::vector<T>& items) {
         if (fibre->state == State::at_barrier) {
             fail("a barrier not reached by every thread of the block", fibre->site);
         }
+        if (fibre->state == State::at_cluster_barrier) {
+            fail("a barrier not reached by every thread of the cluster", fibre->site);
+        }
         if (fibre->state == State::at_collective) {
             fail("a collective not reached by every lane of its mask", fibre->site);
         }
@@ -213,22 +222,52 @@ bool sweep(Block& block) {
     return !ready.empty();
 }
 
+bool is_done(const Block& block) {
+    return std::all_of(block.fibres.begin(), block.fibres.end(),
+                       [](const Fibre* f) { return f->state == State::done; });
+}
+
+// Called when a block's threads are all at a barrier of the cluster: releases it once every block's
+// are.
+void advance_cluster(Block& block) {
+    block.waits = true;
+    const Fibre& first = *block.fibres.front();
+    for (const Block& other : *block.alive) {
+        if (other.ended) stuck(block);
+        if (!other.waits) return;
+        if (!(other.fibres.front()->site == first.site)) {
+            engine.current = block.fibres.front();
+            fail("blocks of a cluster at different barriers", first.site);
+        }
+    }
+    for (Block& other : *block.alive) {
+        other.waits = false;
+        for (Fibre* fibre : other.fibres) fibre->state = State::ready;
+    }
+}
+
 // Called when no fibre of the block is ready: releases the barrier that all its threads have
 // reached, or marks the block as ended.
 void advance(Block& block) {
     const auto& fibres = block.fibres;
-    block.ended = std::all_of(fibres.begin(), fibres.end(),
-                              [](const Fibre* f) { return f->state == State::done; });
-    if (block.ended) return;
+    block.ended = is_done(block);
+    if (block.ended) {
+        for (const Block& other : *block.alive) {
+            if (other.waits) stuck(other);
+        }
+        return;
+    }
+    const State state = fibres.front()->state;
     block.votes = {0, static_cast<int>(fibres.size())};
     for (const Fibre* fibre : fibres) {
-        if (fibre->state != State::at_barrier) stuck(block);
+        if (fibre->state != state || state == State::at_collective) stuck(block);
         if (!(fibre->site == fibres.front()->site)) {
             engine.current = const_cast<Fibre*>(fibre);
             fail("threads of a block at different barriers", fibre->site);
         }
         block.votes.count += fibre->predicate;
     }
+    if (state == State::at_cluster_barrier) return advance_cluster(block);
     for (Fibre* fibre : fibres) fibre->state = State::ready;
 }
 
@@ -243,6 +282,7 @@ void run_blocks(const std::vector<uint3>& indices, size_t shared_bytes) {
     for (size_t b = 0; b < blocks.size(); ++b) {
         blocks[b].index = indices[b];
         blocks[b].shared = std::make_unique<unsigned char[]>(shared_bytes);
+        blocks[b].alive = &blocks;
         std::memset(blocks[b].shared.get(), poison(), shared_bytes);
         for (unsigned t = 0; t < threads; ++t) {
             blocks[b].fibres.push_back(engine.pool[used++].get());
@@ -251,9 +291,12 @@ void run_blocks(const std::vector<uint3>& indices, size_t shared_bytes) {
     }
     for (size_t alive = blocks.size(); alive > 0;) {
         for (Block& block : blocks) {
-            if (block.ended) continue;
-            if (!sweep(block)) advance(block);
-            alive -= block.ended;
+            // One may be far ahead of the others, up to the next barrier of the cluster.
+            for (uint64_t left = engine.turns(); left > 0; --left) {
+                if (block.ended || block.waits) break;
+                if (!sweep(block)) advance(block);
+                alive -= block.ended;
+            }
         }
     }
     engine.current = nullptr;
@@ -270,6 +313,7 @@ std::vector<uint3> block_order(dim3 grid) {
 
 void prepare(dim3 grid, dim3 block, const std::function<void()>& body) {
     engine.body = &body;
+    engine.clustered = false;
     engine.yields = 0;
     gridDim = grid;
     blockDim = block;
@@ -305,6 +349,36 @@ void run_grid_together(dim3 grid, dim3 block, size_t shared_bytes,
                        const std::function<void()>& body) {
     prepare(grid, block, body);
     run_blocks(block_order(grid), shared_bytes);
+}
+
+void run_grid_in_clusters(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
+                          const std::function<void()>& body) {
+    prepare(grid, block, body);
+    engine.clustered = true;
+    for (const uint3 first : block_order(dim3(grid.x / cluster))) {
+        std::vector<uint3> indices;
+        for (unsigned b = 0; b < cluster; ++b) indices.push_back({first.x * cluster + b, 0, 0});
+        run_blocks(indices, shared_bytes);
+    }
+}
+
+void cluster_barrier(const Site& site) {
+    Fibre& self = *engine.current;
+    self.state = State::at_cluster_barrier;
+    self.site = site;
+    self.predicate = false;
+    pause();
+}
+
+const void* in_block(const void* shared, int rank) {
+    const Block& self = *engine.current->block;
+    const Site site{__FILE__, __LINE__, "in_block"};
+    if (rank < 0 || static_cast<size_t>(rank) >= self.alive->size()) {
+        fail("a block that the cluster lacks", site);
+    }
+    const Block& other = (*self.alive)[static_cast<size_t>(rank)];
+    if (is_done(other)) fail("a look into a block that has ended", site);
+    return other.shared.get() + (static_cast<const unsigned char*>(shared) - self.shared.get());
 }
 
 void yield() {

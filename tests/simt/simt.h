@@ -8,8 +8,11 @@
 // launched size, filled with the seed's poison when a block starts, so that AddressSanitizer sees
 // an access past its end and a read before a write changes the result from seed to seed.
 //
+// The blocks of a cluster are alive at once, clusters one after another.
+//
 // These end the process with a sentence on stderr: a barrier or a collective that some threads of
-// the block or of its mask do not reach, two barriers of different source lines met by one block, a
+// the block, of its cluster or of its mask do not reach, two barriers of different source lines met
+// by one block or cluster, a look into a block of the cluster that is not there or has ended, a
 // lane outside the mask it passes, a shuffle from a lane outside the mask, a copy whose addresses
 // are not multiples of its size.
 #pragma once
@@ -83,6 +86,13 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<vo
 void run_grid_together(dim3 grid, dim3 block, size_t shared_bytes,
                        const std::function<void()>& body);
 void yield();
+
+// As run_grid, in clusters of so many blocks that follow one another along x.
+void run_grid_in_clusters(dim3 grid, dim3 block, unsigned cluster, size_t shared_bytes,
+                          const std::function<void()>& body);
+void cluster_barrier(const Site& site);
+// The same place in the shared memory of another block of the cluster.
+const void* in_block(const void* shared, int rank);
 
 unsigned char* dynamic_shared();
 [[noreturn]] void fail(const char* what, const Site& site);

@@ -121,6 +121,39 @@ __device__ __forceinline__ unsigned long long hear(const unsigned long long* wor
 #endif
 }
 
+// A barrier of all threads of the cluster's blocks (launch_in_clusters in launch.h): what they wrote
+// before, to shared memory too, all of them see behind it. A block must not end while others read
+// its shared memory.
+#ifdef NOWAG_SIMT
+inline void cluster_barrier(SIMT_SITE) { simt::cluster_barrier(SIMT_HERE); }
+#else
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+#endif
+
+// What lies at the same place in the shared memory of another block of the cluster.
+__device__ __forceinline__ float4 load_from_block(const float4* shared, int rank) {
+#ifdef NOWAG_SIMT
+    return *static_cast<const float4*>(simt::in_block(shared, rank));
+#else
+    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#if __CUDA_ARCH__ >= 900
+    const auto here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+                 : "r"(there)
+                 : "memory");
+#endif
+    return value;
+#endif
+}
+
 // Waits until every block of the grid has come here `generation` times. Blocks must all be
 // resident.
 __device__ __forceinline__ void grid_barrier(unsigned* arrived, unsigned generation) {

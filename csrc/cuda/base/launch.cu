@@ -10,11 +10,20 @@ namespace nowag::cuda {
 
 const char* take_error() { return ""; }
 
-// Small, so that small matrices already meet every way of splitting the work; shared memory as the
-// smallest devices have it, or of as many KiB as a test says.
+// Small, so that small matrices already meet every way of splitting the work. Tests say otherwise:
+// shared memory in KiB, and how many clusters of 1, 2, 3, ... blocks run at once, "4,2,1".
 DeviceLimits device_limits() {
-    const char* shared = std::getenv("SIMT_SHARED_KIB");
-    return {3, (shared == nullptr ? 100 : std::atoi(shared)) << 10, false};
+    const auto setting = [](const char* name, const char* otherwise) {
+        const char* text = std::getenv(name);
+        return text == nullptr ? otherwise : text;
+    };
+    DeviceLimits limits{3, std::atoi(setting("SIMT_SHARED_KIB", "100")) << 10, false, {}};
+    char* rest = const_cast<char*>(setting("SIMT_CLUSTERS", ""));
+    for (int size = 1; *rest != '\0' && size <= kMaxCluster; ++size) {
+        limits.clusters[size] = static_cast<int>(std::strtol(rest, &rest, 10));
+        rest += *rest == ',';
+    }
+    return limits;
 }
 
 #else
@@ -26,6 +35,23 @@ thread_local const char* error_of_this_thread = "";
 // Never launched: its attributes tell what all kernels were compiled for.
 __global__ void probe() {}
 
+// Sizes that the device refuses have no clusters.
+void count_clusters(DeviceLimits* limits) {
+    for (int size = 1; size <= kMaxCluster; ++size) {
+        cudaLaunchAttribute attribute = cluster_of(size);
+        cudaLaunchConfig_t config{};
+        config.gridDim = dim3(static_cast<unsigned>(size));
+        config.blockDim = dim3(kWarpSize);
+        config.dynamicSmemBytes = static_cast<size_t>(limits->shared_bytes);
+        config.attrs = &attribute;
+        config.numAttrs = 1;
+        int* found = limits->clusters + size;
+        if (cudaOccupancyMaxActiveClusters(found, probe, &config) == cudaSuccess) continue;
+        (void)cudaGetLastError();
+        *found = 0;
+    }
+}
+
 Status ask_device(int device, DeviceLimits* limits) {
     cudaFuncAttributes compiled{};
     const auto attribute = [&](int* value, cudaDeviceAttr name) {
@@ -35,9 +61,14 @@ Status ask_device(int device, DeviceLimits* limits) {
         [&] { return attribute(&limits->multiprocessors, cudaDevAttrMultiProcessorCount); },
         [&] { return attribute(&limits->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin); },
         [&] { return check_runtime(cudaFuncGetAttributes(&compiled, probe)); });
-    // Code for older devices, compiled again for this one, does not wait for the kernel before it.
+    // Code for older devices, compiled again for this one, does not wait for the kernel before it,
+    // and has no clusters.
     limits->starts_early = compiled.ptxVersion >= 90;
-    return status;
+    if (status != Status::ok || !limits->starts_early) return status;
+    const Status allowed = check_runtime(cudaFuncSetAttribute(
+        probe, cudaFuncAttributeMaxDynamicSharedMemorySize, limits->shared_bytes));
+    if (allowed == Status::ok) count_clusters(limits);
+    return allowed;
 }
 
 }  // namespace
@@ -61,7 +92,7 @@ DeviceLimits device_limits() {
     thread_local DeviceLimits limits{};
     int device = -1;
     if (check_runtime(cudaGetDevice(&device)) == Status::ok && device == known) return limits;
-    limits = {1, static_cast<int>(kSharedWithoutAsking), false};
+    limits = {1, static_cast<int>(kSharedWithoutAsking), false, {}};
     known = ask_device(device, &limits) == Status::ok ? device : -1;
     return limits;
 }

@@ -15,10 +15,16 @@
 
 namespace nowag::cuda {
 
+constexpr int kMaxCluster = 8;  // blocks: what every device that has clusters takes
+
 struct DeviceLimits {
     int multiprocessors;
     int shared_bytes;   // dynamic shared memory that one block can have
     bool starts_early;  // it has programmatic dependent launch (compute capability 9.0)
+    // Clusters of so many blocks that run at once, each block with all of a multiprocessor's shared
+    // memory; 0 where there are none. Multiprocessors of one cluster are neighbours, of which a
+    // device has groups of several sizes: some may be left over.
+    int clusters[kMaxCluster + 1];
 };
 
 // Of the current device.
@@ -46,6 +52,16 @@ Status launch_together(void (*kernel)(Parameters...), dim3 grid, dim3 block, siz
     return Status::ok;
 }
 
+// As launch, in clusters of blocks that follow one another along x and see each other's shared
+// memory (device.cuh). Where device_limits() has such clusters.
+template <typename... Parameters, typename... Arguments>
+Status launch_in_clusters(int cluster, void (*kernel)(Parameters...), unsigned blocks, dim3 block,
+                          size_t shared_bytes, Stream, Arguments... arguments) {
+    simt::run_grid_in_clusters(dim3(blocks), block, static_cast<unsigned>(cluster), shared_bytes,
+                               [&] { kernel(arguments...); });
+    return Status::ok;
+}
+
 inline Status clear(void* memory, size_t bytes, Stream) {
     std::memset(memory, 0, bytes);
     return Status::ok;
@@ -55,9 +71,10 @@ Status check_runtime(cudaError_t error);
 
 constexpr size_t kSharedWithoutAsking = 48 << 10;
 
+// With an attribute, or none (null).
 template <typename... Parameters, typename... Arguments>
-Status launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                 size_t shared_bytes, Stream stream, Arguments... arguments) {
+Status launch_as(cudaLaunchAttribute* attribute, void (*kernel)(Parameters...), dim3 grid,
+                 dim3 block, size_t shared_bytes, Stream stream, Arguments... arguments) {
     if (shared_bytes > kSharedWithoutAsking) {
         // Always the most there is, not what this launch needs: another thread may be launching the
         // same kernel at another size. No kernel has static shared memory, which would count too.
@@ -66,16 +83,13 @@ Status launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
                                                static_cast<int>(device_limits().shared_bytes)));
         if (allowed != Status::ok) return allowed;
     }
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = early ? 1 : 0;
+    config.attrs = attribute;
+    config.numAttrs = attribute == nullptr ? 0 : 1;
     return check_runtime(
         cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
 }
@@ -83,7 +97,7 @@ Status launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
 template <typename... Parameters, typename... Arguments>
 Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
               Stream stream, Arguments... arguments) {
-    return launch_as(false, kernel, grid, block, shared_bytes, stream, arguments...);
+    return launch_as(nullptr, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
 // As launch, for a kernel that follows another of the same launcher: it may start, and do what
@@ -100,8 +114,28 @@ Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t share
 template <typename... Parameters, typename... Arguments>
 Status launch_after(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
                     Stream stream, Arguments... arguments) {
-    return launch_as(device_limits().starts_early, kernel, grid, block, shared_bytes, stream,
-                     arguments...);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    return launch_as(device_limits().starts_early ? &attribute : nullptr, kernel, grid, block,
+                     shared_bytes, stream, arguments...);
+}
+
+inline cudaLaunchAttribute cluster_of(int blocks) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    return attribute;
+}
+
+// As launch, in clusters of blocks that follow one another along x and see each other's shared
+// memory (device.cuh). Where device_limits() has such clusters.
+template <typename... Parameters, typename... Arguments>
+Status launch_in_clusters(int cluster, void (*kernel)(Parameters...), unsigned blocks, dim3 block,
+                          size_t shared_bytes, Stream stream, Arguments... arguments) {
+    cudaLaunchAttribute attribute = cluster_of(cluster);
+    return launch_as(&attribute, kernel, dim3(blocks), block, shared_bytes, stream, arguments...);
 }
 
 // As launch, with every block resident at once: they may wait for each other.

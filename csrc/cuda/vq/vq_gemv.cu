@@ -4,6 +4,7 @@
 #include "cuda/base/launch.h"
 #include "cuda/vq/vq_gemv.cuh"
 #include "cuda/vq/vq_gemv_batch.cuh"
+#include "cuda/vq/vq_gemv_cluster.cuh"
 #include "cuda/vq/vq_gemv_lut.cuh"
 #include "cuda/vq/vq_gemv_mma.cuh"
 #include "nowag/vq_gemv.h"
@@ -36,6 +37,19 @@ Path choose_path(const Product& product) {
     if (!vq_gemv_on_tensor_cores(product.d, product.weight.code_bits)) return Path::decode;
     if (product.io.tokens > kVqGemvMaxTokens) return Path::batch;
     return product.d == kLutD && product.io.tokens == 1 ? Path::look_up : Path::multiply;
+}
+
+template <int kD, int kBits>
+struct Form {
+    static constexpr int d = kD;
+    static constexpr int code_bits = kBits;
+};
+
+// Calls run with the form that these name, of those that vq_gemv_on_tensor_cores.
+template <typename Run>
+auto with_form(int d, int code_bits, Run&& run) {
+    if (d == 6) return run(Form<6, 12>{});
+    return code_bits == 8 ? run(Form<4, 8>{}) : run(Form<4, 12>{});
 }
 
 // The cuts depend on the shape and the device; the number of tokens must not enter here.
@@ -80,6 +94,33 @@ Segments cut_steps(int64_t pieces, int64_t positions, int64_t slices, int64_t ma
 Segments cut_for_multiply(const VqGroup& group, int d) {
     return cut_steps(group.pieces, group.positions(), kSlices, kMaxWarpSteps,
                      d == 4 ? kItemEndTurns<4> : kItemEndTurns<6>);
+}
+
+// A segment for each block of a cluster: the one with most to do has as little as can be. None
+// (count 0) where the device has no clusters, or no room for the inputs of a segment.
+Segments cut_for_clusters(const VqGroup& group, int most_steps, double item_end) {
+    const DeviceLimits limits = device_limits();
+    const int64_t steps = ceil_div(group.positions(), kStep);
+    Segments best{};
+    double least = 0.0;
+    for (int size = 1; size <= kMaxCluster; ++size) {
+        const int64_t length = ceil_div(steps, size);
+        if (limits.clusters[size] == 0 || length > most_steps) continue;
+        const double items = static_cast<double>(ceil_div(group.pieces, limits.clusters[size]));
+        const double work = items * (static_cast<double>(ceil_div(length, kSlices)) + item_end);
+        if (best.count > 0 && work >= least) continue;
+        least = work;
+        best = {size, static_cast<int>(length)};
+    }
+    return best;
+}
+
+template <int kD, int kBits>
+Segments cut_for_clusters(const VqGroup& group) {
+    if (group.tokens() > kOctet) return {};
+    const auto shared = static_cast<size_t>(device_limits().shared_bytes);
+    return cut_for_clusters(group, ClusterMemory<kD, kBits>::most_steps(shared),
+                            kClusterItemEndTurns<kD>);
 }
 
 Segments cut_for_batch(int64_t rows, int64_t positions) {
@@ -174,7 +215,20 @@ Status look_up(const VqGroup& group, float* partial, Stream stream) {
 }
 
 template <int kD, int kBits, DType kType>
+Status multiply_in_clusters(const VqGroup& group, Segments segments, Stream stream) {
+    const int clusters = std::min(group.pieces, device_limits().clusters[segments.count]);
+    return launch_in_clusters(segments.count, vq_gemv_cluster<kD, kBits, kType>,
+                              static_cast<unsigned>(clusters * segments.count), kMmaThreads,
+                              ClusterMemory<kD, kBits>::bytes(group.tokens(), segments.length),
+                              stream, group, segments);
+}
+
+template <int kD, int kBits, DType kType>
 Status multiply(const VqGroup& group, unsigned char* scratch, Stream stream) {
+    const Segments of_clusters = cut_for_clusters<kD, kBits>(group);
+    if (of_clusters.count > 0) {
+        return multiply_in_clusters<kD, kBits, kType>(group, of_clusters, stream);
+    }
     const Prepared prepared(group, kD);
     const Segments segments = cut_for_multiply(group, kD);
     const MmaInputs inputs{reinterpret_cast<uint4*>(scratch),
@@ -291,11 +345,10 @@ Status multiply(const Product* products, int64_t count, void* workspace, Stream 
         }
         case Path::multiply:
         case Path::batch:
-            if (d == 6) return on_tensor_cores<6, 12, kType>(products, count, scratch, stream);
-            if (code_bits == 8) {
-                return on_tensor_cores<4, 8, kType>(products, count, scratch, stream);
-            }
-            return on_tensor_cores<4, 12, kType>(products, count, scratch, stream);
+            return with_form(d, code_bits, [&](auto form) {
+                return on_tensor_cores<form.d, form.code_bits, kType>(products, count, scratch,
+                                                                      stream);
+            });
         default:
             return with_subvector(d, [&](auto subvector) {
                 return decode<subvector.value, kType>(products[0].weight, products[0].io, stream);
@@ -316,6 +369,10 @@ int64_t workspace_for(const Product* products, int64_t count) {
         }
         case Path::multiply: {
             const VqGroup group = group_of(products, count, kBlockRows / kTileRows);
+            const Segments of_clusters = with_form(d, weight.code_bits, [&](auto form) {
+                return cut_for_clusters<form.d, form.code_bits>(group);
+            });
+            if (of_clusters.count > 0) return 0;
             const Prepared prepared(group, d);
             return prepared.operands + prepared.scales +
                    partial_bytes(tokens, group.padded_rows, cut_for_multiply(group, d));

@@ -239,8 +239,7 @@ __global__ void __launch_bounds__(kAddThreads)
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
     for (int s = 0; s < segments; ++s) {
-        const float4 other = *reinterpret_cast<const float4*>(sums + s * segment);
-        sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
+        sum = sum_of(sum, *reinterpret_cast<const float4*>(sums + s * segment));
     }
     const float scale = scales[token];
     const float values[kAddRows] = {sum.x, sum.y, sum.z, sum.w};

@@ -37,8 +37,8 @@ struct VqGroup {
     int pieces;
     int64_t padded_rows;
 
-    int64_t positions() const { return members[0].weight.positions; }
-    int tokens() const { return members[0].io.tokens; }
+    __host__ __device__ int64_t positions() const { return members[0].weight.positions; }
+    __host__ __device__ int tokens() const { return members[0].io.tokens; }
 
     __device__ __forceinline__ int of_row(int64_t row) const {
         int member = 0;
@@ -69,6 +69,10 @@ struct LaneCodes {
         return __funnelshift_r(words[word], straddles ? words[word + 1] : 0u, shift) & kMask;
     }
 };
+
+__device__ __forceinline__ float4 sum_of(const float4& a, const float4& b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
 
 // Where a lane's words of a tile begin at a position; those of the next are kBits words on.
 template <int kBits>

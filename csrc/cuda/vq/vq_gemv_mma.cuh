@@ -124,6 +124,48 @@ __device__ __forceinline__ uint4 first_operand(const Parts& left, const Parts& r
     return make_uint4(left.high, left.low, right.high, right.low);
 }
 
+// A token's inputs in a step, those of positions t and t + 4: a lane's part of the first operands.
+template <int kD>
+struct PreparedInputs {
+    uint4 operands[kD / 2];
+    float scale;  // what takes the step's sums back
+
+    // By the four lanes of a token, which are all here or none is; a token that is absent is 0.
+    template <DType kType>
+    static __device__ __forceinline__ PreparedInputs of(const VqActivations& io,
+                                                        const VqWeight& weight, int token, int step,
+                                                        unsigned lanes) {
+        const int t = threadIdx.x % 4;
+        float x[2][kD] = {};
+        float largest = 0.0f;
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+            if (token < io.tokens) {
+                load_scaled<kD, kType>(io, weight, token,
+                                       static_cast<int64_t>(step) * kStep + t + 4 * q, x[q]);
+            }
+#pragma unroll
+            for (int j = 0; j < kD; ++j) largest = fmaxf(largest, fabsf(x[q][j]));
+        }
+        largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(lanes, largest, 2));
+
+        const PowerOfTwo scale(largest);
+        PreparedInputs prepared;
+        prepared.scale = scale.inverse;
+#pragma unroll
+        for (int q = 0; q < 2; ++q) {
+#pragma unroll
+            for (int j = 0; j < kD; ++j) x[q][j] *= scale.value;
+            prepared.operands[q] = first_operand(Parts(x[q][0], x[q][1]), Parts(x[q][2], x[q][3]));
+        }
+        if constexpr (kD == 6) {
+            prepared.operands[2] = first_operand(Parts(x[0][4], x[0][5]), Parts(x[1][4], x[1][5]));
+        }
+        return prepared;
+    }
+};
+
 // Splits and scales the inputs for vq_gemv_mma.
 //   kD      4 or 6
 //   kType   of x
@@ -135,40 +177,18 @@ template <int kD, DType kType>
 __global__ void __launch_bounds__(kPrepareThreads)
     vq_gemv_prepare(const __grid_constant__ VqGroup group, MmaInputs inputs) {
     let_next_kernel_start();
-    const VqWeight& weight = group.members[blockIdx.z].weight;
-    const VqActivations& io = group.members[blockIdx.z].io;
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    const VqGroup::Member& member = group.members[blockIdx.z];
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4;
     const int step = blockIdx.x * kPrepareWarps + threadIdx.x / kWarpSize;
-    const int token = blockIdx.y * kOctet + g;
     if (step >= inputs.steps) return;
-    float x[2][kD] = {};
-    float largest = 0.0f;
-#pragma unroll
-    for (int q = 0; q < 2; ++q) {
-        if (token < io.tokens) {
-            load_scaled<kD, kType>(io, weight, token,
-                                   static_cast<int64_t>(step) * kStep + t + 4 * q, x[q]);
-        }
-#pragma unroll
-        for (int j = 0; j < kD; ++j) largest = fmaxf(largest, fabsf(x[q][j]));
-    }
-    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, 2));
-
-    const PowerOfTwo scale(largest);
+    const auto prepared = PreparedInputs<kD>::template of<kType>(
+        member.io, member.weight, blockIdx.y * kOctet + g, step, kFullWarp);
     const int64_t octet = static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y;
     const int64_t place = octet * inputs.steps + step;
-    if (t == 0) inputs.scales[place * kOctet + g] = scale.inverse;
-
-    uint4* operands = inputs.operands + place * (kD / 2) * kWarpSize + lane;
+    if (lane % 4 == 0) inputs.scales[place * kOctet + g] = prepared.scale;
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-#pragma unroll
-        for (int j = 0; j < kD; ++j) x[q][j] *= scale.value;
-        operands[q * kWarpSize] = first_operand(Parts(x[q][0], x[q][1]), Parts(x[q][2], x[q][3]));
-    }
-    if constexpr (kD == 6) {
-        operands[2 * kWarpSize] = first_operand(Parts(x[0][4], x[0][5]), Parts(x[1][4], x[1][5]));
+    for (int i = 0; i < kD / 2; ++i) {
+        inputs.operands[(place * (kD / 2) + i) * kWarpSize + lane] = prepared.operands[i];
     }
 }
 
@@ -195,6 +215,18 @@ struct MmaPlace {
     int end;
 };
 
+// From step `first` to `end`, of the lane's rows in a band of the block's, which begin at first_row;
+// beyond padded_rows there are no codes.
+template <int kBits>
+__device__ __forceinline__ MmaPlace lane_place(const VqWeight& weight, int64_t padded_rows,
+                                               int first_row, int band, int first, int end) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int row = first_row + band * kBandRows + lane / 4 * kLaneRows;
+    const int positions = min(end * kStep, static_cast<int>(weight.positions));
+    return {lane_words<kBits>(weight, row / kTileRows, lane % 4, row % kTileRows / kLaneRows),
+            row < padded_rows ? positions : 0, first, end};
+}
+
 // A block's items in turn, each kBlockRows rows (a piece of all) of one segment.
 struct MmaItem {
     int segment;
@@ -215,13 +247,10 @@ struct MmaItem {
     __device__ __forceinline__ MmaPlace place(const VqWeight& weight, const Segments& segments,
                                               int steps, int64_t padded_rows, int first_row,
                                               int band, int first) const {
-        const int lane = threadIdx.x % kWarpSize;
         const int begin = segment * segments.length;
         const int end = min(begin + segments.length, steps);
-        const int row = first_row + band * kBandRows + lane / 4 * kLaneRows;
-        const int positions = min(end * kStep, static_cast<int>(weight.positions));
-        return {lane_words<kBits>(weight, row / kTileRows, lane % 4, row % kTileRows / kLaneRows),
-                segment < segments.count && row < padded_rows ? positions : 0, begin + first, end};
+        return lane_place<kBits>(weight, segment < segments.count ? padded_rows : 0, first_row,
+                                 band, begin + first, end);
     }
 };
 
@@ -308,8 +337,7 @@ __device__ __forceinline__ void add_slices(const float4* sums, int apart, int fi
         float4 sum = sums[i];
 #pragma unroll
         for (int slice = 1; slice < kSums; ++slice) {
-            const float4 other = sums[slice * apart + i];
-            sum = make_float4(sum.x + other.x, sum.y + other.y, sum.z + other.z, sum.w + other.w);
+            sum = sum_of(sum, sums[slice * apart + i]);
         }
         const int lane = i % kWarpSize, quad = i / kWarpSize % kQuads;
         const int band = i / (kWarpSize * kQuads), token = lane / 4;

@@ -21,14 +21,14 @@
 //           each run of 16 positions, which are summed exactly.
 //           Codes of 12 bits and d = 6 on a GPU, one token: T_p is float32.
 //   split:  decodes on a GPU's tensor cores, for 2 to 16 tokens of d = 6 at 12 bits, and up to 16
-//           of d = 4 at 8 and 12. x_j col_norms_j is the sum of two float16 numbers, scaled by a
+//           of d = 4 at 8 and 12; up to 8 in one kernel where blocks come in clusters. x_j col_norms_j is the sum of two float16 numbers, scaled by a
 //           power of two for each token and run of 8 positions.
 //   batch:  the same for 17 to 64 tokens of 16 bits. x_j col_norms_j is rounded to one float16
 //           number, scaled by a power of two for each token.
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
-// depend on the other tokens, nor on their number but for a GPU (d = 6: one token has other bits
-// than 2 to 16) and from 17 on, nor on the number of threads. They differ between instruction sets,
-// within the error bound.
+// depend on the other tokens, nor on the number of threads. They do not depend on the number of
+// tokens up to 16 on a CPU; on a GPU 1, 2 to 8, 9 to 16 and more may have other bits. They differ
+// between instruction sets, within the error bound.
 //
 // Error bound, y64 being the same product in float64:
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
