@@ -158,6 +158,47 @@ def targets(documents: Documents) -> str:
     return table(header, lines) if lines else ""
 
 
+def predicted(documents: Documents) -> str:
+    """predict.py's three tables: launches, chains, and what has not been measured."""
+    document = documents["predicted"]
+    errors, within = document["errors"], document["range"]
+    launches = [
+        [row["shape"], row["contender"],
+         *(number(row[name]) for name in ("measured", "modelled", "ratio", "left_out")),
+         row["bound"]]
+        for row in document["launches"]
+    ]  # fmt: skip
+    chains = [
+        [row["shape"], row["contender"],
+         *(number(row[name]) for name in ("measured", "modelled", "ratio"))]
+        for row in document["chains"]
+    ]  # fmt: skip
+    expected = [
+        [f"{row['op']} {row['shape']}", row["contender"], number(row["modelled"]),
+         f"{number(row['low'])} to {number(row['high'])}",
+         number(row["target"]) if row["target"] else "", row["counts"]]
+        for row in document["predictions"]
+    ]  # fmt: skip
+    off = {
+        name: f"median {100 * error['median']:.0f} %, worst {100 * error['worst']:.0f} %"
+        for name, error in errors.items()
+    }
+    header = ["", "", "measured, µs", "modelled", "ratio"]
+    return "\n\n".join(
+        [f"`{document['command']}`; fitted: latency {document['fitted']['latency']} µs, "
+         f"p {document['fitted']['norm']:g}.",
+         f"Launches under ncu: off by {off['launches']}; by constants fitted to all other kernels: "
+         f"{off['launches_left_out']}.",
+         table([*header, "left out", "mostly"], launches),
+         "Chains in a graph, at the commit that was measured; no constant fitted to them: off by "
+         f"{off['chains']}.",
+         table(header, chains),
+         f"**Predictions** for the kernels as they are now, within a factor of {number(within)} "
+         "as nine of ten of those above:",
+         table(["", "", "predicted, µs", "range", "target", "counts"], expected)]
+    )  # fmt: skip
+
+
 def short(documents: Documents) -> str:
     """One token at three shapes, all from one run."""
     for document in documents.values():
@@ -185,6 +226,7 @@ SECTIONS: dict[str, tuple[Sequence[str], Callable[[Documents], str]]] = {
     "gpu_timeline": (("timeline",), timeline),
     "gpu_counters": (("counters",), counters),
     "gpu_units": (("units",), units),
+    "gpu_predicted": (("predicted",), predicted),
     "gpu_targets": (("gemv", "block", "many", "compress", "model"), targets),
 }
 
