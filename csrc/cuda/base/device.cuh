@@ -136,19 +136,16 @@ __device__ __forceinline__ void cluster_barrier() {
 #endif
 
 // What lies at the same place in the shared memory of another block of the cluster.
-__device__ __forceinline__ float4 load_from_block(const float4* shared, int rank) {
+__device__ __forceinline__ float load_from_block(const float* shared, int rank) {
 #ifdef NOWAG_SIMT
-    return *static_cast<const float4*>(simt::in_block(shared, rank));
+    return *static_cast<const float*>(simt::in_block(shared, rank));
 #else
-    float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float value = 0.0f;
 #if __CUDA_ARCH__ >= 900
     const auto here = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     uint32_t there;
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
-                 : "r"(there)
-                 : "memory");
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(there) : "memory");
 #endif
     return value;
 #endif

@@ -23,13 +23,31 @@ struct VqActivations {
     int tokens;
 };
 
+// What an output needs beside its sum: they can be loaded before that is known.
+struct RowTerms {
+    float norm;
+    float bias;
+};
+
+template <DType kType>
+__device__ __forceinline__ RowTerms row_terms(const VqActivations& io, const VqWeight& weight,
+                                              int64_t row) {
+    return {half_to_float(weight.row_norms[row]),
+            io.bias == nullptr ? 0.0f : Element<kType>::load(io.bias, row)};
+}
+
 // row_norm * sum + bias, rounded once.
 template <DType kType>
 __device__ __forceinline__ void store_output(const VqActivations& io, const VqWeight& weight,
+                                             int token, int64_t row, float sum,
+                                             const RowTerms& terms) {
+    Element<kType>::store(io.y, token * weight.rows + row, terms.norm * sum + terms.bias);
+}
+
+template <DType kType>
+__device__ __forceinline__ void store_output(const VqActivations& io, const VqWeight& weight,
                                              int token, int64_t row, float sum) {
-    float value = half_to_float(weight.row_norms[row]) * sum;
-    if (io.bias != nullptr) value += Element<kType>::load(io.bias, row);
-    Element<kType>::store(io.y, token * weight.rows + row, value);
+    store_output<kType>(io, weight, token, row, sum, row_terms<kType>(io, weight, row));
 }
 
 // x_j col_norm_j of one position, its padding 0.

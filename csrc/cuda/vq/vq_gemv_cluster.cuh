@@ -136,14 +136,25 @@ struct SegmentInputs {
     }
 };
 
-// Where quad i of an item's sums belongs.
-struct QuadPlace {
-    int token;
-    int row;  // of the item, the first of four
+constexpr int kItemOutputs = kBlockSums * 4;  // floats of all slices' sums
+constexpr int kOutputsOfThread = kItemOutputs / kMmaThreads;
 
-    __device__ __forceinline__ explicit QuadPlace(int i)
-        : token(i % kWarpSize / 4),
-          row(i / (kWarpSize * kQuads) * kBandRows + i % 4 * 16 + i / kWarpSize % kQuads * 4) {}
+// An output of an item that a thread finishes; blocks of a cluster have a run of its sums each.
+struct ItemOutput {
+    int index = -1;  // of its sum, or none
+    int token;
+    int row;  // of the item's
+
+    __device__ __forceinline__ ItemOutput() {}
+    __device__ __forceinline__ ItemOutput(int rank, int ranks, int turn, int tokens, int64_t rows) {
+        const int share = (kItemOutputs + ranks - 1) / ranks;
+        const int of_share = static_cast<int>(threadIdx.x) + turn * kMmaThreads;
+        const int i = rank * share + of_share, quad = i / 4;
+        token = quad % kWarpSize / 4;
+        row = quad / (kWarpSize * kQuads) * kBandRows + quad % 4 * 16 +
+              quad / kWarpSize % kQuads * 4 + i % 4;
+        if (of_share < share && i < kItemOutputs && token < tokens && row < rows) index = i;
+    }
 };
 
 //   kD, kBits  as of vq_gemv_mma
@@ -158,7 +169,8 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
     vq_gemv_cluster(const __grid_constant__ VqGroup group, Segments segments) {
     using Table = ClusterTable<kD, kBits>;
     using Memory = ClusterMemory<kD, kBits>;
-    constexpr int kAhead = kD == 4 ? 2 : 1;  // steps of codes on their way, as in vq_gemv_mma
+    // Steps of codes on their way from memory: 24 or 12 KB of a block. d = 6 has no more registers.
+    constexpr int kAhead = kD == 4 ? 3 : 1;
     const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
     const int band = warp % kBands, slice = warp / kBands;
     const int rank = static_cast<int>(blockIdx.x) % segments.count;
@@ -229,31 +241,33 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
         }
         // Two halves in turn: whoever passes this item's barrier has read the last one's.
         float4* item_sums = both_item_sums + half * kBlockSums;
-        for (int i = threadIdx.x; i < kBlockSums; i += kMmaThreads) {
-            float4 sum = sums[i];
+        if (threadIdx.x < kBlockSums) {
+            float4 sum = sums[threadIdx.x];
 #pragma unroll
             for (int other = 1; other < kSlices; ++other) {
-                sum = sum_of(sum, sums[other * kBlockSums + i]);
+                sum = sum_of(sum, sums[other * kBlockSums + threadIdx.x]);
             }
-            item_sums[i] = sum;
+            item_sums[threadIdx.x] = sum;
+        }
+        ItemOutput outputs[kOutputsOfThread];
+        RowTerms terms[kOutputsOfThread];
+#pragma unroll
+        for (int o = 0; o < kOutputsOfThread; ++o) {
+            outputs[o] = ItemOutput(rank, segments.count, o, tokens, done.weight.rows - first_row);
+            if (outputs[o].index < 0) continue;
+            terms[o] = row_terms<kType>(done.io, done.weight, first_row + outputs[o].row);
         }
         cluster_barrier();
-        for (int i = rank + segments.count * threadIdx.x; i < kBlockSums;
-             i += segments.count * kMmaThreads) {
-            const QuadPlace quad(i);
-            if (quad.token >= tokens) continue;
-            float4 sum = load_from_block(item_sums + i, 0);
-            for (int other = 1; other < segments.count; ++other) {
-                sum = sum_of(sum, load_from_block(item_sums + i, other));
-            }
-            const float each[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-            for (int r = 0; r < 4; ++r) {
-                const int64_t row = first_row + quad.row + r;
-                if (row < done.weight.rows) {
-                    store_output<kType>(done.io, done.weight, quad.token, row, each[r]);
-                }
+        for (int o = 0; o < kOutputsOfThread; ++o) {
+            if (outputs[o].index < 0) continue;
+            const float* own = reinterpret_cast<const float*>(item_sums) + outputs[o].index;
+            float sum = load_from_block(own, 0);
+            for (int other = 1; other < segments.count; ++other) {
+                sum += load_from_block(own, other);
             }
+            store_output<kType>(done.io, done.weight, outputs[o].token, first_row + outputs[o].row,
+                                sum, terms[o]);
         }
     }
     cluster_barrier();  // nobody ends whose sums are still read
