@@ -16,6 +16,7 @@ from gpu_model import Device, Launch
 H100 = Device()
 STEP, SLICES, BLOCK_ROWS = 8, 8, 128  # of vq_gemv_mma.cuh
 MAX_SEGMENT, SET_TILES, LUT_STAGES = 64, 128, 4  # of vq_gemv_lut.cuh
+GPCS = (16,) * 6 + (18,) * 2  # multiprocessors of which a cluster is made: assumed
 MMA_TABLE_ROUNDS = 2  # codes, then the codebook into shared memory
 L2_ROUND = H100.cached
 
@@ -132,6 +133,47 @@ def multiply(rows: int, cols: int, d: int, tokens: int, members: int = 1) -> lis
         tensor=scale * tensor,
     )  # fmt: skip
     return [prepare, mma, finish(members * rows, segments, tokens, 4)]
+
+
+def cut_for_clusters(pieces: int, positions: int, d: int) -> tuple[int, int, int]:
+    """(blocks of a cluster, clusters, turns of the busiest block), as vq_gemv.cu has it."""
+    steps, end = math.ceil(positions / STEP), 1.5 if d == 4 else 0.4
+    best, least = (0, 0, 0), math.inf
+    for size in range(1, 9):
+        length = math.ceil(steps / size)
+        if length > (119 if d == 4 else 80):  # what shared memory has room for
+            continue
+        at_once = sum(gpc // size for gpc in GPCS)
+        items, turns = math.ceil(pieces / at_once), math.ceil(length / SLICES)
+        if items * (turns + end) < least:
+            best, least = (size, min(at_once, pieces), items * turns), items * (turns + end)
+    return best
+
+
+def in_clusters(rows: int, cols: int, d: int, tokens: int, members: int = 1) -> list[Launch]:
+    """Up to 8 tokens in one kernel; counts a code are vq_gemv_mma's, d = 6 with one load less.
+
+    Rounds: codes and table, inputs, and of each item its sums from the neighbours.
+    """
+    positions = math.ceil(cols / d)
+    pieces = members * math.ceil(rows / BLOCK_ROWS)
+    size, clusters, turns = cut_for_clusters(pieces, positions, d)
+    codes = members * rows * positions
+    instructions, l1, tensor = (
+        (0.58, 0.37, 0.082) if d == 6 else (0.368, 0.098 if tokens < 8 else 0.114, 0.047)
+    )
+    blocks = size * clusters
+    # As if all blocks did what the busiest does.
+    scale = 1e-6 * turns * blocks * BLOCK_ROWS * STEP * SLICES
+    items = math.ceil(pieces / clusters)
+    return [
+        Launch(
+            "vq_gemv_cluster", blocks, 1, MMA_TABLE_ROUNDS + 1 + items * L2_ROUND,
+            1e-6 * codes * (1.5 if d == 6 else 1.0),
+            flight=512 * (24.0 if d == 6 else 48.0), instructions=scale * instructions,
+            l1=scale * l1, tensor=scale * tensor,
+        )
+    ]  # fmt: skip
 
 
 def batch(rows: int, cols: int, d: int, tokens: int) -> list[Launch]:

@@ -85,17 +85,16 @@ def as_measured(shape: Shape, tokens: int) -> dict[str, list[Launch]]:
     return chains
 
 
-def block(d: int, groups: Sequence[Group], device: Device, stages: int) -> float:
+def block(d: int, groups: Sequence[Group], device: Device, measured: bool = False) -> float:
     """The linears of a Llama-2-7B block at one token, a chain for each group of siblings."""
-    return sum(
-        in_graph(
-            kernels.look_up(*shape, count, stages)
-            if d == 6
-            else kernels.multiply(*shape, d, 1, count),
-            device,
-        )
-        for shape, count in groups
-    )
+
+    def chain(shape: Shape, members: int) -> list[Launch]:
+        if d == 6:
+            return kernels.look_up(*shape, members, 2 if measured else kernels.LUT_STAGES)
+        product = kernels.multiply if measured else kernels.in_clusters
+        return product(*shape, d, 1, members)
+
+    return sum(in_graph(chain(shape, count), device) for shape, count in groups)
 
 
 def chains_table(device: Device) -> list[Row]:
@@ -112,7 +111,7 @@ def chains_table(device: Device) -> list[Row]:
                 })  # fmt: skip
     times = {(line["shape"], line["contender"]): line["microseconds"] for line in read("block")}
     for d in (6, 4):
-        measured, modelled = times[BLOCK, f"vq d={d}"], block(d, EACH_ALONE, device, stages=2)
+        measured, modelled = times[BLOCK, f"vq d={d}"], block(d, EACH_ALONE, device, measured=True)
         rows.append({
             "shape": BLOCK, "contender": f"vq d={d}", "measured": measured, "modelled": modelled,
             "ratio": modelled / measured,
@@ -132,12 +131,7 @@ def many(shape: Shape, d: int, tokens: int, dense: float, device: Device) -> flo
 
 
 def present(device: Device) -> list[tuple[str, str, str, float, str]]:
-    """(op, shape, contender, microseconds, where the counts come from) of every line to predict.
-
-    Three kernels are to be replaced: two tokens at d = 6, 2 to 8 tokens on tensor cores, and half
-    kept at one token. What stands here until then is what runs now. One that adds its segments up
-    itself is a chain of one launch, with the rounds of its own prologue and end, and no `early`.
-    """
+    """(op, shape, contender, microseconds, where the counts come from) of every line to predict."""
     counted, arithmetic = "ncu", "arithmetic"
     found = []
     for shape in SHAPES:
@@ -147,9 +141,9 @@ def present(device: Device) -> list[tuple[str, str, str, float, str]]:
             ("gemv", f"{name}1", "vq d=6", one, counted),
             ("gemv", f"{name}2", "vq d=6", in_graph(kernels.multiply(*shape, 6, 2), device),
              arithmetic),
-            ("gemv", f"{name}1", "vq d=4", in_graph(kernels.multiply(*shape, 4, 1), device),
-             counted),
-            ("gemv", f"{name}8", "vq d=6", in_graph(kernels.multiply(*shape, 6, 8), device),
+            ("gemv", f"{name}1", "vq d=4", in_graph(kernels.in_clusters(*shape, 4, 1), device),
+             arithmetic),
+            ("gemv", f"{name}8", "vq d=6", in_graph(kernels.in_clusters(*shape, 6, 8), device),
              arithmetic),
             ("gemv", f"{name}1", "sparse 50 %", in_graph(kernels.sparse(*shape), device), counted),
         ]  # fmt: skip
@@ -166,7 +160,7 @@ def present(device: Device) -> list[tuple[str, str, str, float, str]]:
                 found.append(("linear", line, f"vq d={d}", time, arithmetic))
     for d in (6, 4):
         for name, groups in ((f"vq d={d}", EACH_ALONE), (f"vq d={d}, siblings", SIBLINGS)):
-            time = block(d, groups, device, kernels.LUT_STAGES)
+            time = block(d, groups, device)
             found.append(("block", BLOCK, name, time, counted))
     vq6, square = "4096x4096 d=6 K=4096", "4096x4096"
     update = 10.0  # kmeans_move and kmeans_add_terms, timeline.json and kmeans.cuh
