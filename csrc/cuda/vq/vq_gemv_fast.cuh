@@ -52,6 +52,20 @@ struct VqGroup {
     }
 };
 
+// What takes the largest of some numbers, in magnitude, to [2^14, 2^15): as float16 none overflows,
+// and as little as can be is lost below 2^-24. Both it and its inverse are normal numbers.
+struct PowerOfTwo {
+    float value;
+    float inverse;
+
+    __device__ __forceinline__ explicit PowerOfTwo(float largest) {
+        const unsigned exponent = __float_as_uint(largest) >> 23;
+        const unsigned bounded = exponent < 15u ? 15u : exponent;
+        value = __uint_as_float((268u - bounded) << 23);
+        inverse = __uint_as_float((bounded - 14u) << 23);
+    }
+};
+
 template <int kBits>
 struct LaneCodes {
     static constexpr int kWords = kLaneRows * kBits / 32;
