@@ -85,10 +85,15 @@ def finish(rows: int, segments: int, tokens: int, residues: int, name: str = "fi
     )  # fmt: skip
 
 
-def look_up(rows: int, cols: int, members: int = 1, stages: int = LUT_STAGES) -> list[Launch]:
-    """One token, d = 6. Of ncu's counts 960 instructions and 160 clocks of L1 are a table's."""
+def look_up(
+    rows: int, cols: int, members: int = 1, stages: int = LUT_STAGES, tokens: int = 1
+) -> list[Launch]:
+    """One token, d = 6. Of ncu's counts 960 instructions and 160 clocks of L1 are a table's.
+
+    Two tokens (arithmetic): 3 instructions more for 32 codes, twice a table's products.
+    """
     positions, tiles = math.ceil(cols / 6), tiles_of(rows)
-    sets = 1 if tiles <= SET_TILES else 4
+    sets = 1 if tiles <= SET_TILES else 4 // tokens
     pieces = members * math.ceil(tiles / (sets * SET_TILES))
     wanted = max(1, H100.multiprocessors // pieces)
     length = min(MAX_SEGMENT, math.ceil(positions / wanted))
@@ -98,12 +103,13 @@ def look_up(rows: int, cols: int, members: int = 1, stages: int = LUT_STAGES) ->
     # A stage is 1 position, or 4 where a block has one set of sums.
     copies = math.ceil(length / (4 if sets == 1 else 1))
     waits = max(0, copies - stages + 1) / (stages - 1)
+    a_code, a_table = (0.254, 960) if tokens == 1 else (0.254 + 3 / 32, 1900)
     lut = Launch(
         "vq_gemv_lut", blocks, 1, 3, 1.5e-6 * codes, waits=waits,
-        instructions=1e-6 * (0.254 * codes + blocks * (960 * length + 3000)),
+        instructions=1e-6 * (a_code * codes + blocks * (a_table * length + 3000)),
         l1=1e-6 * (0.185 * codes + blocks * (160 * length + 1500)),
     )  # fmt: skip
-    return [lut, finish(members * rows, segments, 1, 16)]
+    return [lut, finish(members * rows, segments, tokens, 16)]
 
 
 def multiply(rows: int, cols: int, d: int, tokens: int, members: int = 1) -> list[Launch]:

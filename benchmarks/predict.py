@@ -139,7 +139,7 @@ def present(device: Device) -> list[tuple[str, str, str, float, str]]:
         one = in_graph(kernels.look_up(*shape), device)
         found += [
             ("gemv", f"{name}1", "vq d=6", one, counted),
-            ("gemv", f"{name}2", "vq d=6", in_graph(kernels.multiply(*shape, 6, 2), device),
+            ("gemv", f"{name}2", "vq d=6", in_graph(kernels.look_up(*shape, tokens=2), device),
              arithmetic),
             ("gemv", f"{name}1", "vq d=4", in_graph(kernels.in_clusters(*shape, 4, 1), device),
              arithmetic),

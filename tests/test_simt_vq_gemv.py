@@ -40,11 +40,32 @@ def lost_by_split(x: Tensor, vq: tuple[Tensor, ...], positions: int, d: int) -> 
     return lost
 
 
-def fewest_tokens(d: int, code_bits: int, tokens: int) -> int:
-    """How few tokens give a token the bits that it has among `tokens` (vq_gemv.h)."""
+def looks_up_pairs(x: Tensor, d: int, code_bits: int) -> bool:
+    return (d, code_bits, len(x)) == (6, 12, 2) and x.dtype != torch.float32
+
+
+def lost_by_pairs(
+    x: Tensor, vq: tuple[Tensor, ...], weight: Tensor, d: int, code_bits: int
+) -> Tensor | float:
+    """What vq_gemv.h adds to the bound for lookup of float16."""
+    if not looks_up_pairs(x, d, code_bits):
+        return 0.0
+    _, codebook, row_norms, col_norms = vq
+    sums = (x.double() * col_norms.double()).abs().sum(1)
+    most = codebook.double().abs().max().clamp(2.0**-24)
+    floor = 2.0**-112 * -(-len(col_norms) // d)
+    lost = 2.0**-38 * (sums * most + floor)[:, None] * row_norms.double()
+    return 5e-4 * (x.double().abs() @ weight.abs().T) + lost
+
+
+def fewest_tokens(x: Tensor, d: int, code_bits: int) -> int:
+    """How few tokens give a token the bits that it has among x (vq_gemv.h)."""
+    tokens = len(x)
     if tokens > 16:
         return 17
-    return 2 if (d, code_bits) == (6, 12) and tokens > 1 else 1
+    if (d, code_bits) != (6, 12) or tokens == 1:
+        return 1
+    return 2 if x.dtype == torch.float32 or tokens == 2 else 3
 
 
 def run_vq_gemv(
@@ -73,7 +94,7 @@ def assert_last_token_does_not_depend_on_others(
     bias: Tensor | None,
 ) -> None:
     """It has the same bits as the first of as few tokens as can be."""
-    few = x[len(x) - fewest_tokens(d, code_bits, len(x)) :].flip(0)
+    few = x[len(x) - fewest_tokens(x, d, code_bits) :].flip(0)
     again = run_vq_gemv(driver, few, vq, d, code_bits, bias, seed=0)
     assert_same_bits(y[-1:], again[:1])
 
@@ -89,7 +110,8 @@ def test_vq_gemv(
     bias = randn(rows, seed=132).to(dtype) if tokens % 2 else None
     y = run_vq_gemv(driver, x[:tokens], vq, d, code_bits, bias, seed=tokens % 4)
     weight = reference.vq_dequantize(*vq, torch.float32).double()
-    assert_within_bound(y, x[:tokens], weight, bias)
+    lost = lost_by_pairs(x[:tokens], vq, weight, d, code_bits)
+    assert_within_bound(y, x[:tokens], weight, bias, lost)
     assert_last_token_does_not_depend_on_others(driver, y, x[:tokens], vq, d, code_bits, bias)
 
 
@@ -122,8 +144,9 @@ def test_vq_gemv_fast_paths(
     first: dict[int, Tensor] = {}
     for tokens in (1, 2, 3, 8, 11, 16):
         y = run_vq_gemv(driver, x[:tokens], vq, d, code_bits, bias, seed=tokens % 4)
-        assert_within_bound(y, x[:tokens], weight, bias)
-        assert_same_bits(y[:1], first.setdefault(fewest_tokens(d, code_bits, tokens), y[:1]))
+        lost = lost_by_pairs(x[:tokens], vq, weight, d, code_bits)
+        assert_within_bound(y, x[:tokens], weight, bias, lost)
+        assert_same_bits(y[:1], first.setdefault(fewest_tokens(x[:tokens], d, code_bits), y[:1]))
 
 
 # Clusters of what size takes least; of three alone, of eight alone, some of whose blocks have no
@@ -154,8 +177,9 @@ def test_vq_gemv_in_clusters(
     first: dict[int, Tensor] = {}
     for tokens in (1, 2, 3, 8):
         y = run_vq_gemv(clustered_driver, x[:tokens], vq, d, code_bits, bias, seed=tokens % 4)
-        assert_within_bound(y, x[:tokens], weight, bias)
-        assert_same_bits(y[:1], first.setdefault(fewest_tokens(d, code_bits, tokens), y[:1]))
+        lost = lost_by_pairs(x[:tokens], vq, weight, d, code_bits)
+        assert_within_bound(y, x[:tokens], weight, bias, lost)
+        assert_same_bits(y[:1], first.setdefault(fewest_tokens(x[:tokens], d, code_bits), y[:1]))
 
 
 # Both numbers of sets; fewer positions than stages, a stage's tail, stages used again and again.
@@ -172,6 +196,59 @@ def test_vq_gemv_looks_up_in_many_stages(
     y = run_vq_gemv(roomy_driver, x, vq, 6, 12, bias, seed=1)
     assert_within_bound(y, x, reference.vq_dequantize(*vq, torch.float32).double(), bias)
     assert_same_bits(y, run_vq_gemv(driver, x, vq, 6, 12, bias, seed=2))
+
+
+# One and two sets of sums, several chunks; as above.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "cols"),
+    [(1, 5), (70, 50), (300, 1601), *(pytest.param(n, 200, marks=pytest.mark.slow)
+                                      for n in (4130, 8230))],
+)  # fmt: skip
+def test_vq_gemv_looks_up_pairs(
+    driver: Driver, roomy_driver: Driver, rows: int, cols: int, dtype: torch.dtype
+) -> None:
+    vq = vq_weight(rows, cols, 6, 12, seed=165)
+    x, bias = randn(2, cols, seed=166).to(dtype), randn(rows, seed=167).to(dtype)
+    y = run_vq_gemv(roomy_driver, x, vq, 6, 12, bias, seed=1)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    assert_within_bound(y, x, weight, bias, lost_by_pairs(x, vq, weight, 6, 12))
+    for seed in (2, 3):
+        swapped = run_vq_gemv(driver, x.flip(0), vq, 6, 12, bias, seed=seed)
+        assert_same_bits(y, swapped.flip(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [2.0**-20, 1.0, 2.0**12, 0.0], ids=str)
+@pytest.mark.parametrize("kind", ["1", "outliers", "1e-6", "one zero", "all sizes", "1e30"])
+def test_vq_gemv_pairs_of_extreme_inputs(
+    driver: Driver, kind: str, size: float, dtype: torch.dtype
+) -> None:
+    codes, codebook, *norms = vq_weight(70, 205, 6, 12, seed=172)
+    vq = (codes, (codebook.float() * size).half(), *norms)
+    x = randn(2, 205, seed=173)
+    if kind == "outliers":
+        x[:, 7::40] *= 3e3
+    elif kind == "one zero":
+        x[1] = 0.0
+    elif kind == "all sizes":
+        x *= 10.0 ** (8 * torch.rand(205, generator=torch.Generator().manual_seed(174)) - 5)
+    elif kind != "1":
+        x[1] *= min(float(kind), torch.finfo(dtype).max / 8)
+    x = x.to(dtype)
+    y = run_vq_gemv(driver, x, vq, 6, 12, None, seed=2)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    inside = (x.double() @ weight.T).abs() < torch.finfo(dtype).max / 2
+    lost = lost_by_pairs(x, vq, weight, 6, 12)
+    assert_within_bound(
+        y.where(inside, 0.0), x, weight, None, lost + (~inside) * (x.double() @ weight.T).abs()
+    )
+    alone = x.clone()
+    alone[1] = randn(205, seed=175).to(dtype)
+    assert_same_bits(y[:1], run_vq_gemv(driver, alone, vq, 6, 12, None, seed=3)[:1])
+    assert_same_bits(y, run_vq_gemv(driver, x.flip(0), vq, 6, 12, None, seed=4).flip(0))
+    if kind == "one zero":
+        assert not y[1].any()
 
 
 @pytest.mark.parametrize(("d", "code_bits"), TWO_QUICK)
@@ -252,6 +329,10 @@ TOGETHER = [
     (4, 8, 1, [300, 33, 1, 192], True),
     (4, 8, 8, [64, 300], True),
     (6, 12, 2, [300, 33, 1], True),
+    (6, 12, 2, [130, 33, 1], False),
+    (6, 12, 3, [300, 33, 1], True),
+    pytest.param(6, 12, 2, [4130, 70], True, marks=pytest.mark.slow),
+    (6, 12, 3, [300, 33, 1], True),
     (4, 12, 7, [70, 130], True),
 ]
 # Not: other codebooks, more than an octet, no tensor cores; two forms.
@@ -306,7 +387,8 @@ def check_group(
     status, outputs = run_group(driver, x, members, seed=1)
     assert status == 0
     for y, (vq, bias, *_) in zip(outputs, members, strict=True):
-        assert_within_bound(y, x, reference.vq_dequantize(*vq, torch.float32).double(), bias)
+        weight = reference.vq_dequantize(*vq, torch.float32).double()
+        assert_within_bound(y, x, weight, bias, lost_by_pairs(x, vq, weight, d, code_bits))
     _, again = run_group(driver, x, members, seed=2)
     for one, other in zip(outputs, again, strict=True):
         assert_same_bits(one, other)

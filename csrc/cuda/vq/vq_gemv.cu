@@ -12,7 +12,6 @@
 namespace nowag::cuda {
 namespace {
 
-constexpr int kMaxSets = 4;      // of sums in a thread's registers
 constexpr int kMaxSegment = 64;  // positions: sums stay short, as the error bound asks for
 // Dynamic shared memory that a block can have from compute capability 8.0 on.
 constexpr size_t kSharedEverywhere = 99 << 10;
@@ -26,6 +25,7 @@ struct Product {
     VqWeight weight;
     VqActivations io;
     int d;
+    DType dtype;
 };
 
 struct Products {
@@ -36,7 +36,8 @@ struct Products {
 Path choose_path(const Product& product) {
     if (!vq_gemv_on_tensor_cores(product.d, product.weight.code_bits)) return Path::decode;
     if (product.io.tokens > kVqGemvMaxTokens) return Path::batch;
-    return product.d == kLutD && product.io.tokens == 1 ? Path::look_up : Path::multiply;
+    return product.d == kLutD && product.io.tokens <= lut_tokens(product.dtype) ? Path::look_up
+                                                                                : Path::multiply;
 }
 
 template <int kD, int kBits>
@@ -52,14 +53,16 @@ auto with_form(int d, int code_bits, Run&& run) {
     return code_bits == 8 ? run(Form<4, 8>{}) : run(Form<4, 12>{});
 }
 
-// The cuts depend on the shape and the device; the number of tokens must not enter here.
+// The cuts depend on the shape and the device; the number of tokens must not enter here, but where
+// vq_gemv.h says that one has other bits than two.
 
 // Sets of sums, where the largest has that many rows.
 int64_t look_up_sets(const Product* products, int64_t count) {
     const bool small = std::all_of(products, products + count, [](const Product& product) {
         return row_tiles(product.weight.rows) <= kSetTiles;
     });
-    return small ? 1 : kMaxSets;
+    if (small) return 1;
+    return products[0].io.tokens == 1 ? kMaxSets<1> : kMaxSets<2>;
 }
 
 // Of positions: segments and the chunks of rows fill the device once.
@@ -192,26 +195,35 @@ Status decode(const VqWeight& weight, const VqActivations& io, Stream stream) {
                   sizeof(float) * kDecodeThreads, stream, weight, io);
 }
 
-template <DType kType, int kSets, int kStages>
+template <DType kType, int kTokens, int kSets, int kStages>
 Status look_up(const VqGroup& group, float* partial, Stream stream) {
-    using Memory = LutMemory<kSets, kStages>;
+    using Memory = LutMemory<kTokens, kSets, kStages>;
     const Segments segments = cut_for_look_up(group.pieces, group.positions());
     const dim3 grid(static_cast<unsigned>(segments.count), static_cast<unsigned>(group.pieces));
     return in_order(
         [&] {
-            return launch(vq_gemv_lut<kType, kSets, kStages>, grid, kLutThreads,
+            return launch(vq_gemv_lut<kType, kTokens, kSets, kStages>, grid, kLutThreads,
                           Memory::bytes(segments.length), stream, group, segments, partial);
         },
         [&] { return finish<kType, kLutResidues>(group, segments, partial, stream); });
 }
 
-template <DType kType, int kSets>
+template <DType kType, int kTokens, int kSets>
 Status look_up(const VqGroup& group, float* partial, Stream stream) {
-    static_assert(LutMemory<kSets, 2>::bytes(kMaxSegment) <= kSharedEverywhere, "runs anywhere");
-    constexpr size_t kDeep = LutMemory<kSets, kDeepStages>::bytes(kMaxSegment);
+    static_assert(LutMemory<kTokens, kSets, 2>::bytes(kMaxSegment) <= kSharedEverywhere,
+                  "runs anywhere");
+    constexpr size_t kDeep = LutMemory<kTokens, kSets, kDeepStages>::bytes(kMaxSegment);
     return static_cast<size_t>(device_limits().shared_bytes) < kDeep
-               ? look_up<kType, kSets, 2>(group, partial, stream)
-               : look_up<kType, kSets, kDeepStages>(group, partial, stream);
+               ? look_up<kType, kTokens, kSets, 2>(group, partial, stream)
+               : look_up<kType, kTokens, kSets, kDeepStages>(group, partial, stream);
+}
+
+template <DType kType, int kTokens>
+Status look_up(const Product* products, int64_t count, float* partial, Stream stream) {
+    const int64_t sets = look_up_sets(products, count);
+    const VqGroup group = group_of(products, count, sets * kSetTiles);
+    return sets == 1 ? look_up<kType, kTokens, 1>(group, partial, stream)
+                     : look_up<kType, kTokens, kMaxSets<kTokens>>(group, partial, stream);
 }
 
 template <int kD, int kBits, DType kType>
@@ -338,10 +350,12 @@ Status multiply(const Product* products, int64_t count, void* workspace, Stream 
     switch (choose_path(products[0])) {
         case Path::look_up: {
             auto* partial = static_cast<float*>(workspace);
-            const int64_t sets = look_up_sets(products, count);
-            const VqGroup group = group_of(products, count, sets * kSetTiles);
-            return sets == 1 ? look_up<kType, 1>(group, partial, stream)
-                             : look_up<kType, kMaxSets>(group, partial, stream);
+            if constexpr (lut_tokens(kType) == 2) {
+                if (products[0].io.tokens == 2) {
+                    return look_up<kType, 2>(products, count, partial, stream);
+                }
+            }
+            return look_up<kType, 1>(products, count, partial, stream);
         }
         case Path::multiply:
         case Path::batch:
@@ -403,11 +417,13 @@ bool are_one_chain(const Products& products) {
     });
 }
 
-Product product_of(const void* x, int64_t tokens, int64_t cols, const VqMember& member) {
+Product product_of(const void* x, DType dtype, int64_t tokens, int64_t cols,
+                   const VqMember& member) {
     return {{reinterpret_cast<const uint32_t*>(member.packed), member.codebook, member.row_norms,
              member.col_norms, member.rows, cols, code_positions(cols, member.d), member.code_bits},
             {x, member.bias, member.y, static_cast<int>(tokens)},
-            member.d};
+            member.d,
+            dtype};
 }
 
 bool is_valid(int64_t tokens, int64_t most, int64_t cols, const VqMember& member) {
@@ -416,27 +432,27 @@ bool is_valid(int64_t tokens, int64_t most, int64_t cols, const VqMember& member
 }
 
 // None if they are outside the contract.
-Products products_of(const void* x, int64_t tokens, int64_t cols, const int64_t* members,
-                     int64_t count) {
+Products products_of(const void* x, DType dtype, int64_t tokens, int64_t cols,
+                     const int64_t* members, int64_t count) {
     Products products{};
     if (count > kVqMaxMembers) return products;
     for (int64_t m = 0; m < count; ++m) {
         const VqMember member = vq_member(members, m);
         if (!is_valid(tokens, kVqGemvMaxTokens, cols, member)) return {};
-        products.each[products.count++] = product_of(x, tokens, cols, member);
+        products.each[products.count++] = product_of(x, dtype, tokens, cols, member);
     }
     return products;
 }
 
 }  // namespace
 
-int64_t vq_gemv_workspace(const void* x, DType, int64_t tokens, const uint8_t* packed,
+int64_t vq_gemv_workspace(const void* x, DType dtype, int64_t tokens, const uint8_t* packed,
                           const uint16_t* codebook, const uint16_t* row_norms,
                           const uint16_t* col_norms, const void* bias, int64_t rows, int64_t cols,
                           int d, int code_bits, void* y) {
     const VqMember member{packed, codebook, row_norms, col_norms, bias, rows, d, code_bits, y};
     if (!is_valid(tokens, kVqGemvBatchTokens, cols, member)) return 0;
-    const Product product = product_of(x, tokens, cols, member);
+    const Product product = product_of(x, dtype, tokens, cols, member);
     return workspace_for(&product, 1);
 }
 
@@ -448,14 +464,14 @@ Status vq_gemv(const void* x, DType dtype, int64_t tokens, const uint8_t* packed
     if (!is_valid(tokens, vq_gemv_device_tokens(dtype, d, code_bits), cols, member)) {
         return Status::invalid_argument;
     }
-    const Product product = product_of(x, tokens, cols, member);
+    const Product product = product_of(x, dtype, tokens, cols, member);
     return with_dtype(
         dtype, [&](auto type) { return multiply<type.value>(&product, 1, workspace, stream); });
 }
 
-int64_t vq_gemv_group_workspace(const void* x, DType, int64_t tokens, int64_t cols,
+int64_t vq_gemv_group_workspace(const void* x, DType dtype, int64_t tokens, int64_t cols,
                                 const int64_t* members, int64_t count) {
-    const Products products = products_of(x, tokens, cols, members, count);
+    const Products products = products_of(x, dtype, tokens, cols, members, count);
     if (products.count == 0) return 0;
     if (are_one_chain(products)) return workspace_for(products.each, products.count);
     int64_t most = 0;
@@ -467,7 +483,7 @@ int64_t vq_gemv_group_workspace(const void* x, DType, int64_t tokens, int64_t co
 
 Status vq_gemv_group(const void* x, DType dtype, int64_t tokens, int64_t cols,
                      const int64_t* members, int64_t count, void* workspace, Stream stream) {
-    const Products products = products_of(x, tokens, cols, members, count);
+    const Products products = products_of(x, dtype, tokens, cols, members, count);
     if (products.count == 0) return Status::invalid_argument;
     return with_dtype(dtype, [&](auto type) {
         if (are_one_chain(products)) {

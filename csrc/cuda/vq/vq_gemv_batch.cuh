@@ -9,7 +9,8 @@
 //          tokens by 8 rows for every tile of tokens. Sums stay in registers, 32 a lane and tile,
 //          and are added up by tensor cores alone until the item ends.
 //
-// Predicted for an H100, 11008 x 4096, d = 6, 64 tokens: 27 us, where cuBLAS takes 36: prepare 3.5,
+// Predicted for an H100, 11008 x 4096, d = 6, 64 tokens: 27 us (32 by benchmarks/predict.py), where
+// cuBLAS takes 36: prepare 3.5,
 // this 17, add 3.5, fill and drain 3. Of 512 codes (8 warps, a row of each lane) gathers take the
 // L1 155 cycles, operands 48, codes 24: 25 k cycles in all, 14.4 us; tensor cores 168 beside those.
 // d = 4 at 8 bits: 32, 32 and 16, tensor cores 112: they bound it, 22 us.

@@ -13,13 +13,11 @@
 // d = 6: entries are 16 bytes in shared memory, two of them unused: one load of 16 bytes, 8 cycles
 // for 32 lanes at random, where loads of 8 and 4 take 9.7.
 //
-// Predicted for an H100. A turn, a step of each slice, takes 700 cycles at d = 4 and 1 token, by
-// latency, and 2600 at d = 6, by gathers: 8 cycles for 32 codes and 2.2 for codes and inputs on
-// their way. The launch, first bytes and inputs 3.1 us, the end of an item 0.6.
-//   4096 x 4096, d = 4:    32 clusters of 4, 1 item of 4 turns: 5.5 us (measured in three kernels
-//                          9.2); 11008 x 4096: 44 of 3, 2 items of 6: 9.2 (14.1); 28672 x 8192: 32
-//                          of 4, 7 items of 8: 30 (42)
-//   8 tokens, d = 6:       8.1 us (13.4), 17 (24), 68 (85): gathers bound it
+// Predicted for an H100 (benchmarks/predict.py), beside what three kernels took or would:
+//   d = 4, 1 token     4096 x 4096: 32 clusters of 4, an item of 4 turns, 7.4 us (measured 9.2);
+//                      11008 x 4096: 3 items of each, 14 (14); 28672 x 8192: 32 of 4, 7
+//                      items of 8, 49 (44, which the model gives 51)
+//   d = 6, 8 tokens    10 (13), 22 (24) and 87 (85), where gathers bound it
 #pragma once
 
 #include "cuda/vq/vq_gemv_mma.cuh"

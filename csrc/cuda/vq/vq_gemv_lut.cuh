@@ -1,4 +1,5 @@
-// vq_gemv.h on a GPU for one token, d = 6 and 12 bits: products are looked up, not computed.
+// vq_gemv.h on a GPU for one token, or two of 16 bits, d = 6 and 12 bits: products are looked up,
+// not computed.
 //
 // For a position p the table T_p[k] = x_p . c_k is built once and then serves every row: one 4-byte
 // gather from shared memory a code, where decoding needs a 12-byte one: 32 codes hit 32 banks at
@@ -8,8 +9,20 @@
 // Measured on an H100 at 11008 x 4096 with two stages of codes: 19 us, 21.5 with vq_gemv_finish; a
 // read of the codes takes 6. Latency bounded it, not shared memory (30 % of its rate): each
 // position waited for a copy that was started one position ago, 3 us each of a block's 6.
-// Predicted with kDeepStages: the launch and first bytes 2, the stream 4 beside lookups 3, sums out
-// 1: 9.5 us, 12.5 with vq_gemv_finish; at 28672 x 8192, by gathers and tables, 33 where it took 55.
+// Predicted with kDeepStages (benchmarks/predict.py): 17 us with vq_gemv_finish; at 28672 x 8192, 47
+// where it took 55. If nothing but gathers, tables and first bytes counted it were 12.5 and 33.
+//
+// Two tokens: an entry is a pair of float16, gathered at the price of one float32. What a product
+// T loses: each token's at a position are scaled by a power of two s that takes
+//   L = sum_j |x_j| * max |c|  >=  |T|
+// to [2^14, 2^15), both in float32, so that none overflows (L is at least 2^-112 for s to be
+// normal). float16 rounds |s T| to 11 bits, and below 2^-14 to a multiple of 2^-24: T loses
+// 2^-11 |T| or 2^-25 / s <= 2^-39 L, and a rounded L is below 2 L.
+// float32 sums hold 64 accumulators in 4 sets beside the builder's 48 entries: 2 sets fit.
+// Predicted (benchmarks/predict.py): 12, 18 and 55 us at 4096 x 4096, 11008 x 4096 and 28672 x 8192,
+// where vq_gemv_mma takes 12, 20 and 75 for 4. At the last, 33 segments of 42 positions by 4 chunks
+// are one wave of 132 blocks; a position of 8192 rows takes shared memory 900 cycles for gathers,
+// 190 for codes and 130 for the table, and 296 instructions of each warp 1180 cycles beside it.
 //
 //           positions of one segment (blockIdx.x)
 //          +-----------+-----------+---
@@ -34,13 +47,21 @@ constexpr int kLutThreads = 512;
 constexpr int kLutWarps = kLutThreads / kWarpSize;
 constexpr int kLutD = 6;
 constexpr int kLutBits = 12;
-constexpr int kTable = 1 << kLutBits;  // products of a table, for one token
+constexpr int kTable = 1 << kLutBits;  // entries of a table
 constexpr int kWarpTiles = kWarpSize / kLanesPerTile;
 constexpr int kSetTiles = kLutWarps * kWarpTiles;  // tiles that a block takes with one set of sums
 constexpr int kLutResidues = 16;                   // of vq_gemv_finish
 constexpr int kInputStride = 8;  // floats of a scaled sub-vector of the inputs: whole 16-byte loads
+constexpr int kInputUnit = 6;    // where what takes its products back is
 constexpr int kChunk = 16;       // bytes of a copy
 constexpr int kTileChunks = kTileRows * kLutBits / 8 / kChunk;  // of a tile's codes at a position
+
+// Sets of sums that a thread's registers hold.
+template <int kTokens>
+constexpr int kMaxSets = kTokens == 1 ? 4 : 2;
+
+// The most tokens of a type whose products are looked up.
+constexpr int lut_tokens(DType dtype) { return dtype == DType::float32 ? 1 : 2; }
 
 __device__ __forceinline__ void read_input(const float* input, float (&x)[kLutD]) {
     const float4 low = *reinterpret_cast<const float4*>(input);
@@ -63,18 +84,18 @@ struct LutStage {
 constexpr int kDeepStages = 4;
 
 // What a block of vq_gemv_lut keeps in shared memory: two tables [kTable], the stages
-// [kStages][warp], then the scaled inputs of its segment, [position][kInputStride].
-template <int kSets, int kStages>
+// [kStages][warp], then the scaled inputs of its segment, [position][token][kInputStride].
+template <int kTokens, int kSets, int kStages>
 struct LutMemory {
     static constexpr int kRun = kSets > 1 ? 1 : 4;
     using Stage = LutStage<kSets, kRun>;
-    static constexpr unsigned kOneTable = sizeof(float) * kTable;
+    static constexpr unsigned kOneTable = sizeof(uint32_t) * kTable;
     static constexpr unsigned kFirstStage = 2 * kOneTable;
     static constexpr unsigned kOneStage = kLutWarps * Stage::kBytes;
     static constexpr unsigned kInputs = kFirstStage + kStages * kOneStage;
 
     static constexpr size_t bytes(int segment_length) {
-        return kInputs + sizeof(float) * segment_length * kInputStride;
+        return kInputs + sizeof(float) * segment_length * kTokens * kInputStride;
     }
 };
 
@@ -128,7 +149,27 @@ class LutCopier {
     int place_;
 };
 
+// Entries of tables: float32 for one token, a float16 for each of two, token 0 the low one.
+__device__ __forceinline__ uint32_t table_entry(const float (&products)[1]) {
+    return __float_as_uint(products[0]);
+}
+__device__ __forceinline__ uint32_t table_entry(const float (&products)[2]) {
+    return Element<DType::float16>::pair(products[0], products[1]);
+}
+
+// Adds an entry of tables to the sums of a row; `units` take its products back.
+__device__ __forceinline__ void add_entry(uint32_t entry, const float (&units)[1],
+                                          float (&sums)[1]) {
+    sums[0] = fused(__uint_as_float(entry), units[0], sums[0]);
+}
+__device__ __forceinline__ void add_entry(uint32_t entry, const float (&units)[2],
+                                          float (&sums)[2]) {
+    sums[0] = fused(half_to_float(static_cast<uint16_t>(entry)), units[0], sums[0]);
+    sums[1] = fused(half_to_float(static_cast<uint16_t>(entry >> 16)), units[1], sums[1]);
+}
+
 // Builds tables: a thread's entries never change, so that they stay in registers.
+template <int kTokens>
 struct TableBuilder {
     static constexpr int kOwn = kTable / kLutThreads;
     float c[kOwn][kLutD];
@@ -149,27 +190,62 @@ struct TableBuilder {
 
     // The products of one position from its inputs.
     __device__ __forceinline__ void build(const float* inputs, unsigned char* memory) const {
-        float* table = reinterpret_cast<float*>(memory);
-        float x[kLutD];
-        read_input(inputs, x);
+        uint32_t* table = reinterpret_cast<uint32_t*>(memory);
+        float x[kTokens][kLutD];
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) read_input(inputs + t * kInputStride, x[t]);
 #pragma unroll
         for (int e = 0; e < kOwn; ++e) {
-            table[threadIdx.x + e * kLutThreads] = product<kLutD>(x, c[e]);
+            float products[kTokens];
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t) products[t] = product<kLutD>(x[t], c[e]);
+            table[threadIdx.x + e * kLutThreads] = table_entry(products);
         }
+    }
+
+    // The largest coordinate of the codebook, in magnitude, and at least the smallest float16 that
+    // is not 0. `warps` is kLutWarps floats of shared memory, free again behind the next barrier.
+    __device__ __forceinline__ float largest(float* warps) const {
+        float most = 0x1p-24f;
+#pragma unroll
+        for (int e = 0; e < kOwn; ++e) {
+#pragma unroll
+            for (int j = 0; j < kLutD; ++j) most = fmaxf(most, fabsf(c[e][j]));
+        }
+#pragma unroll
+        for (int apart = kWarpSize / 2; apart > 0; apart /= 2) {
+            most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, apart));
+        }
+        if (threadIdx.x % kWarpSize == 0) warps[threadIdx.x / kWarpSize] = most;
+        __syncthreads();
+        for (int w = 0; w < kLutWarps; ++w) most = fmaxf(most, warps[w]);
+        return most;
     }
 };
 
+// Scales the inputs of two tokens for their tables: no product of the position reaches 2^15.
+__device__ __forceinline__ float scale_input(float largest_entry, float (&x)[kLutD]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kLutD; ++j) sum += fabsf(x[j]);
+    const PowerOfTwo scale(sum * largest_entry);
+#pragma unroll
+    for (int j = 0; j < kLutD; ++j) x[j] *= scale.value;
+    return scale.inverse;
+}
+
 //   kType    of x
+//   kTokens  1, or 2 of 16 bits
 //   kSets    sets of sums in a thread's registers, a set being kSetTiles tiles of the block's
 //   kStages  of codes
-//   partial  out, [segment, row of all members]: sums of each segment, padded rows included
+//   partial  out, [segment, token, row of all members]: sums of each segment, padded rows included
 // Block (x, y): segment x, chunk y, of kSets * kSetTiles tiles of one member; a warp: kWarpTiles
 // tiles of each set; a lane: kLaneRows rows of one tile of each set, and kTable / kLutThreads
 // entries of each table.
-template <DType kType, int kSets, int kStages>
+template <DType kType, int kTokens, int kSets, int kStages>
 __global__ void __launch_bounds__(kLutThreads, 1)
     vq_gemv_lut(const __grid_constant__ VqGroup group, Segments segments, float* partial) {
-    using Memory = LutMemory<kSets, kStages>;
+    using Memory = LutMemory<kTokens, kSets, kStages>;
     using Stage = typename Memory::Stage;
     constexpr int kRun = Memory::kRun;
     constexpr int kScale = 2;  // log2 of an entry's bytes
@@ -196,23 +272,30 @@ __global__ void __launch_bounds__(kLutThreads, 1)
 #pragma unroll
     for (int s = 0; s < kStages; ++s) copier.start(memory + first_stage + s * Memory::kOneStage);
 
-    const TableBuilder builder(weight.codebook);
+    const TableBuilder<kTokens> builder(weight.codebook);
     float* inputs = reinterpret_cast<float*>(memory + Memory::kInputs);
-    for (int i = threadIdx.x; i < length; i += kLutThreads) {
+    float largest_entry = 0.0f;
+    if constexpr (kTokens > 1) largest_entry = builder.largest(reinterpret_cast<float*>(memory));
+    for (int i = threadIdx.x; i < length * kTokens; i += kLutThreads) {
         float x[kLutD];
-        load_scaled<kLutD, kType>(member.io, weight, 0, begin + i, x);
+        float* input = inputs + i * kInputStride;
+        load_scaled<kLutD, kType>(member.io, weight, i % kTokens, begin + i / kTokens, x);
+        input[kInputUnit] = kTokens == 1 ? 1.0f : scale_input(largest_entry, x);
 #pragma unroll
-        for (int j = 0; j < kLutD; ++j) inputs[i * kInputStride + j] = x[j];
+        for (int j = 0; j < kLutD; ++j) input[j] = x[j];
     }
     __syncthreads();
     builder.build(inputs, memory);
     wait_for_copies<kStages - 1>();
     __syncthreads();
 
-    float acc[kSets][kLaneRows] = {};
+    float acc[kSets][kLaneRows][kTokens] = {};
     for (int p = 0, run = 0; p < length; ++p, table ^= Memory::kOneTable) {
+        float units[kTokens];
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t) units[t] = inputs[t * kInputStride + kInputUnit];
         if (p + 1 < length) {
-            inputs += kInputStride;
+            inputs += kTokens * kInputStride;
             builder.build(inputs, memory + (table ^ Memory::kOneTable));
         }
 #pragma unroll
@@ -224,8 +307,9 @@ __global__ void __launch_bounds__(kLutThreads, 1)
                 lane * LaneCodes<kLutBits>::kWords);
 #pragma unroll
             for (int r = 0; r < kLaneRows; ++r) {
-                acc[s][r] += *reinterpret_cast<const float*>(
-                    memory + (codes.template code<kScale>(r) | table));
+                add_entry(*reinterpret_cast<const uint32_t*>(
+                              memory + (codes.template code<kScale>(r) | table)),
+                          units, acc[s][r]);
             }
         }
         // The barrier is the tables', and the stages': behind it this one is free, and the next
@@ -240,15 +324,19 @@ __global__ void __launch_bounds__(kLutThreads, 1)
         run = 0;
     }
 
-    float* sums = partial + static_cast<int64_t>(blockIdx.x) * group.padded_rows +
+    float* sums = partial + static_cast<int64_t>(blockIdx.x) * kTokens * group.padded_rows +
                   member.first_row + lane_tile * kTileRows + lane % kLanesPerTile * kLaneRows;
 #pragma unroll
     for (int s = 0; s < kSets; ++s) {
         if (s * kSetTiles >= tiles_left) continue;
 #pragma unroll
-        for (int r = 0; r < kLaneRows; r += 4) {
-            *reinterpret_cast<float4*>(sums + s * kSetTiles * kTileRows + r) =
-                make_float4(acc[s][r], acc[s][r + 1], acc[s][r + 2], acc[s][r + 3]);
+        for (int t = 0; t < kTokens; ++t) {
+#pragma unroll
+            for (int r = 0; r < kLaneRows; r += 4) {
+                *reinterpret_cast<float4*>(sums + t * group.padded_rows +
+                                           s * kSetTiles * kTileRows + r) =
+                    make_float4(acc[s][r][t], acc[s][r + 1][t], acc[s][r + 2][t], acc[s][r + 3][t]);
+            }
         }
     }
 }

@@ -1,4 +1,5 @@
-// vq_gemv.h on a GPU with tensor cores: d = 4 at 8 and 12 bits, and d = 6 at 12 from 2 tokens on.
+// vq_gemv.h on a GPU with tensor cores: d = 4 at 8 and 12 bits, and d = 6 at 12 for more tokens
+// than vq_gemv_lut.cuh takes.
 //
 // Codebook entries are float16 and go from shared memory into the second operand of mma as they
 // are; one gather serves 8 tokens (an octet) or 16. Inputs, times their column norms, are two
@@ -90,20 +91,6 @@ struct MmaInputs {
     uint4* operands;  // [member, octet, step, kD / 2, lane]: the lane's part of each first operand
     float* scales;    // [member, octet, step, kOctet]: what takes a step's sums back
     int steps;
-};
-
-// What takes the largest of some inputs, in magnitude, to [2^14, 2^15): as float16 none overflows,
-// and as little as can be is lost below 2^-24. Both it and its inverse are normal numbers.
-struct PowerOfTwo {
-    float value;
-    float inverse;
-
-    __device__ __forceinline__ explicit PowerOfTwo(float largest) {
-        const unsigned exponent = __float_as_uint(largest) >> 23;
-        const unsigned bounded = exponent < 15u ? 15u : exponent;
-        value = __uint_as_float((268u - bounded) << 23);
-        inverse = __uint_as_float((bounded - 14u) << 23);
-    }
 };
 
 // Of two inputs: the high parts, and the low parts, which are what those leave.

@@ -19,16 +19,19 @@
 //           channels).
 //           Codes of 4 bits, on AVX2 and above: T_p is rounded to 12-bit integers in one unit for
 //           each run of 16 positions, which are summed exactly.
-//           Codes of 12 bits and d = 6 on a GPU, one token: T_p is float32.
-//   split:  decodes on a GPU's tensor cores, for 2 to 16 tokens of d = 6 at 12 bits, and up to 16
-//           of d = 4 at 8 and 12; up to 8 in one kernel where blocks come in clusters. x_j col_norms_j is the sum of two float16 numbers, scaled by a
-//           power of two for each token and run of 8 positions.
+//           Codes of 12 bits and d = 6 on a GPU, one token: T_p is float32. The same, two tokens of
+//           16 bits: T_p is rounded to float16, scaled by a power of two for each token and
+//           position.
+//   split:  decodes on a GPU's tensor cores, for up to 16 tokens: d = 6 at 12 bits, where lookup
+//           does not take them, and d = 4 at 8 and 12; up to 8 in one kernel where blocks come in
+//           clusters. x_j col_norms_j is the sum of two float16 numbers, scaled by a power of two
+//           for each token and run of 8 positions.
 //   batch:  the same for 17 to 64 tokens of 16 bits. x_j col_norms_j is rounded to one float16
 //           number, scaled by a power of two for each token.
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
-// depend on the other tokens, nor on the number of threads. They do not depend on the number of
-// tokens up to 16 on a CPU; on a GPU 1, 2 to 8, 9 to 16 and more may have other bits. They differ
-// between instruction sets, within the error bound.
+// depend on the other tokens, on their order or on the number of threads. They do not depend on the
+// number of tokens up to 16 on a CPU; on a GPU 1, 2, 3 to 8, 9 to 16 and more may have other bits.
+// They differ between instruction sets, within the error bound.
 //
 // Error bound, y64 being the same product in float64:
 //   |y - y64| <= 8e-6 * sum_j |x_j W_ij| + rounding to `dtype`
@@ -43,6 +46,10 @@
 //                + row_norms[i] * sum over positions of L / 4000,
 //                L = the largest  sum_j |x_j col_norms_j c_kj|  of the position's run (one below
 //                2^-85 counts as that);
+//                of float16,
+//                + 5e-4 * sum_j |x_j W_ij| + row_norms[i] * sum over positions of 2^-38 * L,
+//                L = sum_j |x_j col_norms_j| max |c_kj|, of all k and j (L below 2^-112 counts as
+//                that, a max of 0 as 2^-24): products far smaller than it lose bits;
 //                or, for split,
 //                + row_norms[i] * sum over runs of 2^-39 * M * sum_j |c_kj|,
 //                M = the run's largest |x_j col_norms_j|: inputs far smaller than it lose bits;
