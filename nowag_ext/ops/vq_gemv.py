@@ -217,8 +217,10 @@ def vq_gemv_tokens(d: int, code_bits: int, x: Tensor) -> int:
     nibbles = code_bits == 4
     if (narrow and d > 4) or (nibbles and d > 1):  # AVX2 looks up faster than it multiplies
         return sys.maxsize if avx2 else 16 * GEMV_MAX_TOKENS
-    if (narrow and d == 4) or (nibbles and avx2):
-        return 16 * GEMV_MAX_TOKENS
+    if narrow and d == 4:
+        return (6 if avx2 else 16) * GEMV_MAX_TOKENS
+    if nibbles and avx2:
+        return 8 * GEMV_MAX_TOKENS
     if narrow or "avx512" in _cpu.simd_level() or (avx2 and d > 4):
         return 4 * GEMV_MAX_TOKENS
     return 2 * GEMV_MAX_TOKENS

@@ -121,9 +121,9 @@ __device__ __forceinline__ unsigned long long hear(const unsigned long long* wor
 #endif
 }
 
-// A barrier of all threads of the cluster's blocks (launch_in_clusters in launch.h): what they wrote
-// before, to shared memory too, all of them see behind it. A block must not end while others read
-// its shared memory.
+// A barrier of all threads of a cluster's blocks (launch_in_clusters in launch.h): what they wrote
+// before it, to shared memory too, all of them see behind it. A block must not end while others
+// read its shared memory.
 #ifdef NOWAG_SIMT
 inline void cluster_barrier(SIMT_SITE) { simt::cluster_barrier(SIMT_HERE); }
 #else

@@ -9,7 +9,7 @@
 // Measured on an H100 at 11008 x 4096 with two stages of codes: 19 us, 21.5 with vq_gemv_finish; a
 // read of the codes takes 6. Latency bounded it, not shared memory (30 % of its rate): each
 // position waited for a copy that was started one position ago, 3 us each of a block's 6.
-// Predicted with kDeepStages (benchmarks/predict.py): 17 us with vq_gemv_finish; at 28672 x 8192, 47
+// Predicted with kDeepStages (benchmarks/predict.py): 17 us with vq_gemv_finish; 28672 x 8192 in 47
 // where it took 55. If nothing but gathers, tables and first bytes counted it were 12.5 and 33.
 //
 // Two tokens: an entry is a pair of float16, gathered at the price of one float32. What a product
@@ -19,7 +19,7 @@
 // normal). float16 rounds |s T| to 11 bits, and below 2^-14 to a multiple of 2^-24: T loses
 // 2^-11 |T| or 2^-25 / s <= 2^-39 L, and a rounded L is below 2 L.
 // float32 sums hold 64 accumulators in 4 sets beside the builder's 48 entries: 2 sets fit.
-// Predicted (benchmarks/predict.py): 12, 18 and 55 us at 4096 x 4096, 11008 x 4096 and 28672 x 8192,
+// Predicted (benchmarks/predict.py): 12, 18, 55 us at 4096 x 4096, 11008 x 4096, 28672 x 8192,
 // where vq_gemv_mma takes 12, 20 and 75 for 4. At the last, 33 segments of 42 positions by 4 chunks
 // are one wave of 132 blocks; a position of 8192 rows takes shared memory 900 cycles for gathers,
 // 190 for codes and 130 for the table, and 296 instructions of each warp 1180 cycles beside it.

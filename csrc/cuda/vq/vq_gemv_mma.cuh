@@ -202,7 +202,7 @@ struct MmaPlace {
     int end;
 };
 
-// From step `first` to `end`, of the lane's rows in a band of the block's, which begin at first_row;
+// From step `first` to `end`, of the lane's rows in a band of the block's rows from first_row on;
 // beyond padded_rows there are no codes.
 template <int kBits>
 __device__ __forceinline__ MmaPlace lane_place(const VqWeight& weight, int64_t padded_rows,
