@@ -251,6 +251,19 @@ def test_vq_gemv_pairs_of_extreme_inputs(
         assert not y[1].any()
 
 
+# Which warp holds it: all must know it, or its products overflow.
+@pytest.mark.parametrize("entry", [0, 37, 4095])
+def test_vq_gemv_pairs_of_a_codebook_with_one_large_entry(driver: Driver, entry: int) -> None:
+    codes, codebook, *norms = vq_weight(70, 205, 6, 12, seed=176)
+    codebook[entry] = 6e4
+    codes[0, 3] = 0xFF if entry == 4095 else 0  # 32 codes of the last entry, or the first
+    vq = (codes, codebook, *norms)
+    x = (1e-2 * randn(2, 205, seed=177)).bfloat16()
+    y = run_vq_gemv(driver, x, vq, 6, 12, None, seed=2)
+    weight = reference.vq_dequantize(*vq, torch.float32).double()
+    assert_within_bound(y, x, weight, None, lost_by_pairs(x, vq, weight, 6, 12))
+
+
 @pytest.mark.parametrize(("d", "code_bits"), TWO_QUICK)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 11])
 @pytest.mark.parametrize("kind", ["1e30", "1e-30", "subnormal", "zero", "outliers", "all sizes"])
