@@ -40,9 +40,6 @@ constexpr int kBorders = 6;
 // Smallest unit: inputs this small have no need of more precision, and 1 / unit stays finite.
 constexpr float kSmallestUnit = 0x1p-100f;
 
-// How far ahead of the codes in use the next ones are fetched.
-constexpr int64_t kPrefetchBytes = 512;
-
 // Where build() wants entry k, so that its two packing instructions put byte k at place k.
 int arranged_slot(int k) { return (k & ~63) | ((k & 12) << 2) | ((k & 48) >> 2) | (k & 3); }
 
@@ -173,21 +170,10 @@ struct ByteSums {
     __m512i odd() const { return upper; }
 };
 
-// The codes' two top bits, which choose one of a table's four registers.
-struct Quarters {
-    __mmask64 odd, upper, last;
-
-    explicit Quarters(__m512i codes)
-        : odd(_mm512_movepi8_mask(_mm512_add_epi8(codes, codes))),
-          upper(_mm512_movepi8_mask(codes)),
-          last(_kand_mask64(odd, upper)) {}
-};
-
-__m512i look_up(const __m512i* table, __m512i codes, const Quarters& quarters) {
-    __m512i bytes = _mm512_permutexvar_epi8(codes, table[0]);
-    bytes = _mm512_mask_permutexvar_epi8(bytes, quarters.odd, codes, table[1]);
-    bytes = _mm512_mask_permutexvar_epi8(bytes, quarters.upper, codes, table[2]);
-    return _mm512_mask_permutexvar_epi8(bytes, quarters.last, codes, table[3]);
+// What 64 codes choose of a table; `upper` says which choose of its second half.
+__m512i look_up(const __m512i* table, __m512i codes, __mmask64 upper) {
+    return _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(table[0], codes, table[1]),
+                                  _mm512_permutex2var_epi8(table[2], codes, table[3]));
 }
 
 // low + 256 * high - bias of 16 rows, times the unit.
@@ -233,7 +219,8 @@ __m512i two_tiles(const uint8_t* codes, int64_t second) {
 // `tiles` tiles, 2 * kPairs of them or one fewer.
 template <int kPairs>
 void add_pairs(const uint8_t* tables, float unit, const int32_t* order, int64_t count,
-               const uint8_t* codes, int64_t tile_stride, int64_t tiles, float* sums) {
+               const uint8_t* codes, int64_t tile_stride, int64_t tile_bytes, int64_t tiles,
+               float* sums) {
     const bool whole = tiles == 2 * kPairs;
     ByteSums low[kPairs], high[kPairs];
     for (int64_t p = 0; p < count; ++p) {
@@ -242,17 +229,20 @@ void add_pairs(const uint8_t* tables, float unit, const int32_t* order, int64_t 
         for (int i = 0; i < 8; ++i) {
             table[i] = _mm512_load_si512(tables + p * kTableBytes + 64 * i);
         }
+        const int64_t place = order[p] * kTileRows;
+        // A line holds two positions of a tile: the two tiles take turns. What comes after these
+        // tiles' codes are those of the next tiles.
+        int64_t ahead = place + kVqPrefetchBytes + p % 2 * tile_stride;
+        if (place + kVqPrefetchBytes >= tile_bytes) ahead += 2 * kPairs * tile_stride - tile_bytes;
 #pragma GCC unroll 4
         for (int pair = 0; pair < kPairs; ++pair) {
-            const uint8_t* here = codes + 2 * pair * tile_stride + order[p] * kTileRows;
-            // A line holds two positions of a tile: the two tiles take turns.
-            _mm_prefetch(reinterpret_cast<const char*>(here + kPrefetchBytes + p % 2 * tile_stride),
-                         _MM_HINT_T0);
+            const uint8_t* here = codes + 2 * pair * tile_stride;
+            _mm_prefetch(reinterpret_cast<const char*>(here + ahead), _MM_HINT_T1);
             const __m512i chosen =
-                two_tiles(here, whole || pair + 1 < kPairs ? tile_stride : int64_t{0});
-            const Quarters quarters(chosen);
-            low[pair].add(look_up(table, chosen, quarters));
-            high[pair].add(look_up(table + 4, chosen, quarters));
+                two_tiles(here + place, whole || pair + 1 < kPairs ? tile_stride : int64_t{0});
+            const __mmask64 upper = _mm512_movepi8_mask(chosen);
+            low[pair].add(look_up(table, chosen, upper));
+            high[pair].add(look_up(table + 4, chosen, upper));
         }
     }
 #pragma GCC unroll 4
@@ -264,18 +254,19 @@ void add_pairs(const uint8_t* tables, float unit, const int32_t* order, int64_t 
 
 // sums[r] += unit * sum over p = order[0, count) of table_p[code(r, p)]
 void add_tiles(const uint8_t* tables, float unit, const int32_t* order, int64_t count,
-               const uint8_t* codes, int64_t tile_stride, int64_t tiles, float* sums) {
+               const uint8_t* codes, int64_t tile_stride, int64_t tile_bytes, int64_t tiles,
+               float* sums) {
     for (; tiles >= 8; tiles -= 8, codes += 8 * tile_stride, sums += 8 * kTileRows) {
-        add_pairs<4>(tables, unit, order, count, codes, tile_stride, 8, sums);
+        add_pairs<4>(tables, unit, order, count, codes, tile_stride, tile_bytes, 8, sums);
     }
     if (tiles > 6)
-        add_pairs<4>(tables, unit, order, count, codes, tile_stride, tiles, sums);
+        add_pairs<4>(tables, unit, order, count, codes, tile_stride, tile_bytes, tiles, sums);
     else if (tiles > 4)
-        add_pairs<3>(tables, unit, order, count, codes, tile_stride, tiles, sums);
+        add_pairs<3>(tables, unit, order, count, codes, tile_stride, tile_bytes, tiles, sums);
     else if (tiles > 2)
-        add_pairs<2>(tables, unit, order, count, codes, tile_stride, tiles, sums);
+        add_pairs<2>(tables, unit, order, count, codes, tile_stride, tile_bytes, tiles, sums);
     else if (tiles > 0)
-        add_pairs<1>(tables, unit, order, count, codes, tile_stride, tiles, sums);
+        add_pairs<1>(tables, unit, order, count, codes, tile_stride, tile_bytes, tiles, sums);
 }
 
 void add_group(const VqLookupGroup& group) {
@@ -289,7 +280,7 @@ void add_group(const VqLookupGroup& group) {
         if (count == 0) continue;
         build(group.codebook, group.inputs, group.d, order, count, classes.unit[c], tables);
         add_tiles(tables, classes.unit[c], order, count, group.codes, group.tile_stride,
-                  group.tiles, group.sums);
+                  group.positions * kTileRows, group.tiles, group.sums);
         order += count;
     }
 }

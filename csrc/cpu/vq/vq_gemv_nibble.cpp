@@ -12,13 +12,14 @@ namespace {
 const VqNibbleTable* nibble_table() {
     const VqNibbleTable* none = nullptr;
 #ifdef NOWAG_X86
-    return simd_pick(none, &kVqNibbleAvx2, none, none);
+    return simd_pick(none, &kVqNibbleAvx2, &kVqNibbleAvx512, none);
 #else
     return none;
 #endif
 }
 
-// Codes of 4 bits. A pair of tiles is a part: they share the loads of the tables.
+// Codes of 4 bits. A part is two pairs of tiles: a pair shares the loads of the tables, and what is
+// fetched ahead of the first one's end is the second's.
 class LookUpNibbles : public VqProduct {
   public:
     LookUpNibbles(const VqProblem& problem, const VqNibbleTable& kernel)
@@ -64,7 +65,7 @@ class LookUpNibbles : public VqProduct {
     }
 
   private:
-    static constexpr int64_t kTiles = 2;
+    static constexpr int64_t kTiles = 4;
     int64_t size() const { return problem_.positions() * problem_.d; }
 
     const VqNibbleTable& kernel_;

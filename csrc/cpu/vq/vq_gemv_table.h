@@ -73,13 +73,18 @@ struct VqDecodeTable {
 
 extern const VqDecodeTable kVqDecodeScalar, kVqDecodeAvx2, kVqDecodeAvx512;
 
+// How far ahead of the codes in use lookup fetches the next ones, into the second-level cache: no
+// core has room for so many misses of the first, and what its own prefetcher fetches ends with each
+// page.
+constexpr int64_t kVqPrefetchBytes = 2048;
+
 // Lookup, for codes of 4 bits.
 constexpr int kVqNibbleEntries = 16;
 // Positions that have one unit.
 constexpr int64_t kVqNibbleRun = 16;
 
 // The tables of a run of positions for one token, in integers: two positions a register.
-struct alignas(32) VqNibbleRun {
+struct alignas(64) VqNibbleRun {
     int8_t low[kVqNibbleRun / 2][2 * kVqNibbleEntries];
     int8_t high[kVqNibbleRun / 2][2 * kVqNibbleEntries];
     float unit;
@@ -95,7 +100,7 @@ struct VqNibbleTable {
                      const VqNibbleRun* runs, float* sums);
 };
 
-extern const VqNibbleTable kVqNibbleAvx2;
+extern const VqNibbleTable kVqNibbleAvx2, kVqNibbleAvx512;
 
 // Lookup, for codes of 8 bits.
 constexpr int64_t kVqLookupEntries = 256;
