@@ -147,7 +147,7 @@ def cut_for_clusters(pieces: int, positions: int, d: int) -> tuple[int, int, int
     best, least = (0, 0, 0), math.inf
     for size in range(1, 9):
         length = math.ceil(steps / size)
-        if length > (119 if d == 4 else 80):  # what shared memory has room for
+        if length > (150 if d == 4 else 80):  # what shared memory has room for
             continue
         at_once = sum(gpc // size for gpc in GPCS)
         items, turns = math.ceil(pieces / at_once), math.ceil(length / SLICES)

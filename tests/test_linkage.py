@@ -23,7 +23,8 @@ CPU = ROOT / "csrc" / "cpu"
 # The instruction sets as CMakeLists.txt names them.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2"]}
+VBMI = [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
+LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": VBMI}
 SOURCES = {
     source: flags
     for level, flags in LEVELS.items()

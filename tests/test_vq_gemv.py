@@ -57,7 +57,7 @@ def integer_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
     entries, d = codebook.shape
     scaled = (x.double() * col_norms.double()).abs()
     scaled = torch.nn.functional.pad(scaled, (0, -x.shape[1] % d)).unflatten(1, (-1, d))
-    if entries == 256 and _cpu.simd_level() == "avx512vbmi":
+    if looked_up(vq) and _cpu.simd_level() == "avx512vbmi":
         products = scaled @ codebook.double().abs().amax(0)
         group = torch.nn.functional.max_pool1d(products, 511, stride=1, padding=255)
         error = group.sum(1, keepdim=True) / 62000
@@ -66,7 +66,7 @@ def integer_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
         runs = products.amax(2).split(16, dim=1)
         error = sum((run.amax(1) * run.shape[1] for run in runs), torch.zeros(())) / 4000
         error = error[:, None]
-    elif d > 4 and _cpu.simd_level() == "avx2" and not looked_up(vq):
+    elif d > 4 and _cpu.simd_level() in ("avx2", "avx512vbmi") and not looked_up(vq):
         largest = codebook.double().abs().max()
         runs = scaled.amax(2).split(16, dim=1)
         most = sum((run.amax(1) * run.shape[1] for run in runs), torch.zeros(()))

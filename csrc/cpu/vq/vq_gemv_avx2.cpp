@@ -1,5 +1,5 @@
 #include "cpu/vq/vq_gemv_decode.h"
-#include "cpu/vq/vq_gemv_integer_avx2.h"
+#include "cpu/vq/vq_gemv_integer.h"
 
 namespace nowag::cpu {
 namespace {

@@ -11,8 +11,7 @@ namespace {
 
 const VqDecodeTable* decode_table() {
 #ifdef NOWAG_X86
-    return simd_pick(&kVqDecodeScalar, &kVqDecodeAvx2, &kVqDecodeAvx512,
-                     static_cast<const VqDecodeTable*>(nullptr));
+    return simd_pick(&kVqDecodeScalar, &kVqDecodeAvx2, &kVqDecodeAvx512, &kVqDecodeAvx512Vbmi);
 #else
     return &kVqDecodeScalar;
 #endif

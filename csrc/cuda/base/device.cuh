@@ -227,12 +227,31 @@ __device__ __forceinline__ MmaC mma_tf32(const MmaA& a, float b0, float b1, cons
     return d;
 }
 
+#ifdef NOWAG_SIMT
+// Every term loses what lies more than one bit below float32's last of the largest, and the sum what
+// lies below its own last: what tests of tensor cores have found (Fasi et al., Numerical behavior of
+// NVIDIA tensor cores, 2021), later ones keeping a bit more.
+inline float truncated_sum(const double (&terms)[9]) {
+    double largest = 0.0, exact = 0.0;
+    for (const double term : terms) {
+        largest = std::fmax(largest, std::fabs(term));
+        exact += term;
+    }
+    if (largest == 0.0 || !std::isfinite(exact)) return static_cast<float>(exact);
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 24);
+    double sum = 0.0;
+    for (const double term : terms) sum += std::trunc(term / unit) * unit;
+    const auto nearest = static_cast<float>(sum);
+    return std::fabs(nearest) > std::fabs(sum) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+#endif
+
 // c += a b by one warp, a [16, 16] and b [16, 8] of a 16-bit type, c in float32. With g = lane / 4
 // and t = lane % 4 a lane holds pairs of columns of a and of rows of b, the lower in the low half:
 //   a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)     b: (2t, g), (2t + 8, g)
 //   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-// Products are exact. How their sum is rounded is not specified; the host truncates it, the worst
-// that tensor cores are known to do.
+// Products are exact. How their sum is rounded is not specified: the host does the worst that tensor
+// cores are believed to do (truncated_sum), for eight products after the other eight.
 template <DType kType>
 __device__ __forceinline__ void mma_16(const MmaA& a, uint32_t b0, uint32_t b1, MmaC& c) {
     static_assert(kType == DType::float16 || kType == DType::bfloat16, "16 bits");
@@ -248,19 +267,22 @@ __device__ __forceinline__ void mma_16(const MmaA& a, uint32_t b0, uint32_t b1, 
     const Mine mine{a, {b0, b1}};
     const auto& lanes = simt::collect(kFullWarp, &mine, sizeof mine, {__FILE__, __LINE__, "mma"});
     const int g = simt::lane() / 4, t = simt::lane() % 4;
-    double sums[4] = {c.x[0], c.x[1], c.x[2], c.x[3]};
-    for (int k = 0; k < 16; ++k) {
-        const int owner = k % 8 / 2;
-        const MmaA left = simt::from_lane<Mine>(lanes, 4 * g + owner).a;
-        for (int i = 0; i < 4; ++i) {
-            const Mine right = simt::from_lane<Mine>(lanes, 4 * (2 * t + i % 2) + owner);
-            sums[i] += static_cast<double>(half(left.x[i / 2 + 2 * (k / 8)], k % 2)) *
-                       half(right.b[k / 8], k % 2);
+    for (int first = 0; first < 16; first += 8) {
+        double terms[4][9];
+        for (int k = first; k < first + 8; ++k) {
+            const int owner = k % 8 / 2;
+            const MmaA left = simt::from_lane<Mine>(lanes, 4 * g + owner).a;
+            for (int i = 0; i < 4; ++i) {
+                const Mine right = simt::from_lane<Mine>(lanes, 4 * (2 * t + i % 2) + owner);
+                terms[i][k - first] =
+                    static_cast<double>(half(left.x[i / 2 + 2 * (k / 8)], k % 2)) *
+                    half(right.b[k / 8], k % 2);
+            }
         }
-    }
-    for (int i = 0; i < 4; ++i) {
-        c.x[i] = static_cast<float>(sums[i]);
-        if (std::fabs(c.x[i]) > std::fabs(sums[i])) c.x[i] = std::nextafter(c.x[i], 0.0f);
+        for (int i = 0; i < 4; ++i) {
+            terms[i][8] = c.x[i];
+            c.x[i] = truncated_sum(terms[i]);
+        }
     }
 #else
     if constexpr (kType == DType::float16) {

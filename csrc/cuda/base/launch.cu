@@ -86,14 +86,16 @@ Status check_runtime(cudaError_t error) {
     return Status::unsupported;
 }
 
-// Asked several times for every token of every layer.
+// Asked several times for every token of every layer, which may be spread over several devices.
 DeviceLimits device_limits() {
-    thread_local int known = -1;
-    thread_local DeviceLimits limits{};
+    constexpr int kRemembered = 64;
+    thread_local DeviceLimits known[kRemembered]{};
+    DeviceLimits limits{1, static_cast<int>(kSharedWithoutAsking), false, {}};
     int device = -1;
-    if (check_runtime(cudaGetDevice(&device)) == Status::ok && device == known) return limits;
-    limits = {1, static_cast<int>(kSharedWithoutAsking), false, {}};
-    known = ask_device(device, &limits) == Status::ok ? device : -1;
+    if (check_runtime(cudaGetDevice(&device)) != Status::ok) return limits;
+    const bool remembered = device < kRemembered;
+    if (remembered && known[device].multiprocessors > 0) return known[device];
+    if (ask_device(device, &limits) == Status::ok && remembered) known[device] = limits;
     return limits;
 }
 

@@ -12,7 +12,8 @@ constexpr int kFinishThreads = 512;
 constexpr int kFinishWarps = kFinishThreads / kWarpSize;
 
 // The positions of a layer (or steps of them), cut into `count` runs of `length`, the last shorter.
-// The cut depends on the shape and the device alone, so that the order of sums does.
+// The cut depends on the shape and the device alone (of which multiprocessors and how many clusters
+// run at once), so that the order of sums does.
 struct Segments {
     int count;
     int length;

@@ -31,9 +31,11 @@
 // its cycles.
 //
 // Error: a step loses less than 2e-6 of its absolute sum if mma keeps 2 bits below float32's last
-// of what it adds up and truncates the sum, which is not specified, but what hardware is believed
-// to do. Then at most kMaxWarpSteps float32 additions, 8 and the segments: within the 8e-6 of
-// vq_gemv.h. What float16 loses below 2^-24 is the term of vq_gemv.h for this kernel.
+// of what it adds up and truncates the sum, which is not specified, but what Hopper is believed to
+// do. Then at most kMaxWarpSteps float32 additions, 8 and the segments: within the 8e-6 of
+// vq_gemv.h. (With 1 bit and eight products at a time, as Ampere is believed to do, a step may lose
+// 3.9e-6, and all 9e-6, on data made for that.) What float16 loses below 2^-24 is the term of
+// vq_gemv.h for this kernel.
 #pragma once
 
 #include "cuda/vq/vq_gemv_fast.cuh"

@@ -8,9 +8,9 @@
 // Which algorithm runs depends on the instruction set and the layer's shape, on a GPU on the number
 // of tokens too.
 //   decode: fetches the codebook entry of each code and multiplies. float32 throughout, but for
-//           d > 4 on AVX2: entries are 14-bit integers in one unit for the codebook, x_j
-//           col_norms_j in one for each token and run of 16 positions, whose products are summed
-//           exactly.
+//           d > 4 on AVX2 and AVX-512 VBMI: entries are 14-bit integers in one unit for the
+//           codebook, x_j col_norms_j in one for each token and run of 16 positions, whose products
+//           are summed exactly.
 //   lookup: computes T_p once for every position and adds T_p[code] for every row.
 //           Codes of 8 bits, 512 rows or more, on AVX2 and AVX-512: T_p is float32.
 //           The same on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are
@@ -30,7 +30,8 @@
 //           number, scaled by a power of two for each token.
 // The sum, times the norm, plus the bias is rounded to `dtype` once. A token's outputs do not
 // depend on the other tokens, on their order or on the number of threads. They do not depend on the
-// number of tokens up to 16 on a CPU; on a GPU 1, 2, 3 to 8, 9 to 16 and more may have other bits.
+// number of tokens up to 16 on a CPU; on a GPU 1, 2, 3 to 8, 9 to 16 and more may have other bits,
+// and two GPUs of one model too: how many clusters run at once differs from chip to chip.
 // They differ between instruction sets, within the error bound.
 //
 // Error bound, y64 being the same product in float64:
