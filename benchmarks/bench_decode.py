@@ -96,10 +96,7 @@ def dense_model(shape: str) -> LlamaForCausalLM:
         **SHAPES[shape], head_dim=64, max_position_embeddings=2048, tie_word_embeddings=True
     )
     torch.manual_seed(0)
-    # As one that is loaded: of weights that need no gradient torch multiplies a slice, such as the
-    # last token of a prompt, 70 times as slowly in bfloat16 (2.13).
-    with torch.inference_mode(False):
-        return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    return LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 
 
 def random_vq(linear: nn.Linear, d: int, bits: int) -> VQLinear:
@@ -329,7 +326,10 @@ def main() -> None:
             peers = []
             if options.llama_cpp:
                 peers = random_models(options.llama_cpp, keep, shape, SHAPES[shape])
-            entries = contenders(shape)
+            # As ones that are loaded: by weights that are inference tensors torch multiplies the
+            # last token of a prompt, a slice, 70 times as slowly in bfloat16 (2.13).
+            with torch.inference_mode(False), torch.no_grad():
+                entries = contenders(shape)
             measure(entries, peers, options.rounds, options.new_tokens, options.prompts)
             read = report.ceilings["read_gb_s"]
             report.rows += [

@@ -256,14 +256,20 @@ def decode(document: Document, _: Document | None) -> str:
     rows = document["rows"]
     peers = peers_of(rows)
     parts = list(rows[0]["ms_a_token"])
-    header = ["model", "", "tokens/s", "range of rounds", "of read bandwidth",
+    prompts = list(rows[0].get("prompt_tokens_per_second", {}))
+    header = ["model", "", "MiB of weights", "tokens/s", "range of rounds",
+              *(f"of a prompt of {length}" for length in prompts), "of read bandwidth",
               *(f"x {peer}" for peer in peers), *(f"{part}, ms" for part in parts)]  # fmt: skip
     lines = []
     for row in rows:
         rounds = sorted(row["tokens_per_second_rounds"])
         token = 1e3 / row["tokens_per_second"]
         half = 50 * (rounds[-1] - rounds[0]) / row["tokens_per_second"]
-        cells = [row["shape"], row["contender"], number(row["tokens_per_second"]), f"±{half:.0f} %"]
+        cells = [
+            row["shape"], row["contender"], f"{row['weight_bytes'] / 2**20:.0f}",
+            number(row["tokens_per_second"]), f"±{half:.0f} %",
+            *(number(row["prompt_tokens_per_second"][length]) for length in prompts),
+        ]  # fmt: skip
         if "ms_a_token" in row:
             cells += [
                 f"{row['read_percent']:.0f} %",

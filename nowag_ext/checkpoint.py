@@ -88,6 +88,7 @@ def dense_model(
     dtype: torch.dtype | str = "auto",
     *,
     offload_folder: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Any:
     """A dense model, in eval mode, from a directory, the hub or a .gguf file.
@@ -98,7 +99,8 @@ def dense_model(
 
     With an ``offload_folder`` the decoder layers stay on disk, and are read when they are needed
     (offload.py): from the checkpoint itself, or, where transformers converts its tensors and of a
-    GGUF file, from that directory, which must outlive the model.
+    GGUF file, from that directory, which must outlive the model. On a ``device`` other than the CPU
+    they are there while they are needed, and all else to stay.
 
     Raises:
         OSError: nothing is found under that name.
@@ -113,8 +115,10 @@ def dense_model(
         if offload_folder is not None:
             converted = _convert_gguf(path, wanted, Path(offload_folder))
         if converted is None:
-            return _load_gguf(path, wanted, kwargs)
-        model = dense_model(converted, wanted, offload_folder=offload_folder, **kwargs)
+            return _placed(_load_gguf(path, wanted, kwargs), device)
+        model = dense_model(
+            converted, wanted, offload_folder=offload_folder, device=device, **kwargs
+        )
         model.nowag_source = path
         return model
     quantization = _quantization(checked_config(path_or_id, **kwargs))
@@ -127,11 +131,17 @@ def dense_model(
     if offload_folder is not None:
         shape = model_outline(path_or_id, trust_remote_code=kwargs.get("trust_remote_code", False))
         kwargs = {
-            "device_map": layers_on_disk(shape), "offload_folder": offload_folder, **kwargs
+            "device_map": layers_on_disk(shape, str(device)), "offload_folder": offload_folder,
+            **kwargs,
         }  # fmt: skip
     model = _load_complete(path_or_id, dtype=dtype, **kwargs)
     model.nowag_source = source_folder(path_or_id, **kwargs)
-    return model
+    return model if offload_folder is not None else _placed(model, device)
+
+
+def _placed(model: Any, device: torch.device | str) -> Any:
+    """The model, moved to a device other than the CPU: a device_map may have placed it."""
+    return model if torch.device(device).type == "cpu" else model.to(device)
 
 
 def _named_dtype(dtype: torch.dtype | str) -> torch.dtype:

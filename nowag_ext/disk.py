@@ -25,6 +25,7 @@ from nowag_ext.offload import bring_back, twin
 from nowag_ext.pipeline.codebooks import SharedCodebooks
 from nowag_ext.pipeline.compress import compress as compress_blocks
 from nowag_ext.pipeline.distill import distill
+from nowag_ext.pipeline.ranks import own_device
 from nowag_ext.plan_head import head_settings, plan_head
 from nowag_ext.report import ModelReport, Progress
 from nowag_ext.resume import LayerStore, open_store, work_directory
@@ -53,6 +54,7 @@ def compress(
     distill_tokens: Tensor | None = None,
     progress: Progress | None = None,
     dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
     checkpoint_format: str = "nowag",
     trust_remote_code: bool = False,
     resume: bool = True,
@@ -89,8 +91,10 @@ def compress(
             windows of 512 tokens, say. One in memory is gone when it is compressed: keep a copy.
         progress: called with (what is done, weights done, weights in all; of a distillation, how
             much of how much).
-        dtype, checkpoint_format, trust_remote_code, resume, overwrite: with an ``output`` only.
-            dtype: of the model, "auto" (default) for the checkpoint's own (float32 for .gguf).
+        dtype, device, checkpoint_format, trust_remote_code, resume, overwrite: with an ``output``
+            only. dtype: of the model, "auto" (default) for the checkpoint's own (float32 for
+            .gguf). device: where all is computed, and what is not on disk is; one in memory is
+            compressed where it is.
             checkpoint_format: "nowag" (default), or "dense", which loads anywhere and is no
             smaller. trust_remote_code: run the code that the model brings. resume: False forgets
             what an earlier call has left in ``output``.partial. overwrite: replace ``output`` if
@@ -113,11 +117,11 @@ def compress(
         "progress": progress, "work_dir": work_dir, **settings,
     }  # fmt: skip
     if not isinstance(model_or_path, str | os.PathLike):
-        of_files = (output, dtype, checkpoint_format, trust_remote_code, resume, overwrite)
-        if of_files != (None, "auto", "nowag", False, True, False):
+        of_files = (output, dtype, device, checkpoint_format, trust_remote_code, resume, overwrite)
+        if of_files != (None, "auto", "cpu", "nowag", False, True, False):
             raise ValueError(
-                "output, dtype, checkpoint_format, trust_remote_code, resume and overwrite are for "
-                "a model on disk, given by its path or hub id, not for one in memory "
+                "output, dtype, device, checkpoint_format, trust_remote_code, resume and overwrite "
+                "are for a model on disk, given by its path or hub id, not for one in memory "
                 f"({type(model_or_path).__name__}): save that with save_compressed."
             )
         if distill_tokens is not None:
@@ -138,8 +142,8 @@ def compress(
         )
     job = Job(
         os.fspath(model_or_path), output, method, settings, overrides or {}, tuple(ignore),
-        SharedCodebooks(codebook_scope).scope, head, dtype=dtype,
-        checkpoint_format=checkpoint_format,
+        SharedCodebooks(codebook_scope).scope, head, dtype=dtype, device=str(device),
+        offload_dir=offload_dir, checkpoint_format=checkpoint_format,
         trust_remote_code=trust_remote_code, overwrite=overwrite,
     )  # fmt: skip
     if distill_tokens is not None:
@@ -214,6 +218,15 @@ def kept(output: Path, *, resume: bool) -> Iterator[LayerStore]:
             raise
 
 
+def check_offload(directory: str | os.PathLike[str] | None, place: torch.device) -> None:
+    """Raises ValueError for hidden states on disk and a model on a device."""
+    if directory is not None and place.type != "cpu":
+        raise ValueError(
+            "hidden states go to disk (offload_dir, --offload) for a model on the CPU, not on "
+            f"{place}."
+        )
+
+
 def source_facts(source: str, dtype: str) -> dict[str, Any]:
     """What the results of any run on a model follow from, by argument (``LayerStore.begin``)."""
     return {
@@ -252,8 +265,10 @@ class Job:
     """What is compressed, how, and where to: checked as far as can be without the model.
 
     Attributes:
+        offload_dir: where hidden states go.
         layers: the settings of every layer.
         head_settings: those of the head, if that is to be packed.
+        place: ``device``, of this process.
         target: ``output``, links followed.
 
     Raises:
@@ -270,11 +285,14 @@ class Job:
     codebook_scope: str
     head: Mapping[str, Any] | None = None
     dtype: str | torch.dtype = "auto"
+    device: str = "cpu"
+    offload_dir: str | os.PathLike[str] | None = None
     checkpoint_format: str = "nowag"
     trust_remote_code: bool = False
     overwrite: bool = False
     layers: LayerSettings = field(init=False)
     head_settings: VQSettings | None = field(init=False)
+    place: torch.device = field(init=False)
     target: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -287,6 +305,9 @@ class Job:
         named_dtype(str(self.dtype))
         layers = LayerSettings(self.method, self.settings, self.overrides)
         object.__setattr__(self, "layers", layers)
+        place = own_device(self.device)
+        check_offload(self.offload_dir, place)
+        object.__setattr__(self, "place", place)
         head = None if self.head is None else head_settings(self.head)
         object.__setattr__(self, "head_settings", head)
         with of_argument("output"):
@@ -297,7 +318,7 @@ class Job:
     def made_with(self) -> dict[str, Any]:
         """What the results follow from but for the text, by argument."""
         return {
-            **source_facts(self.source, str(self.dtype)),
+            **source_facts(self.source, str(self.dtype)), "device": self.place.type,
             "codebook_scope": self.codebook_scope, "method": self.method,
             **asdict(self.layers.default), "overrides": self.overrides,
             "head": None if self.head_settings is None else asdict(self.head_settings),
@@ -339,7 +360,7 @@ class Job:
                 with loading or nullcontext():
                     model, _ = open_dense_model(
                         self.source, str(self.dtype), tokenizer=tokenizer,
-                        offload_folder=None if in_memory else converted,
+                        offload_folder=None if in_memory else converted, device=self.place,
                         trust_remote_code=self.trust_remote_code,
                     )  # fmt: skip
             if outline is None:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from nowag_ext.decoder import decoder_layers
 
 
-def layers_on_disk(model: nn.Module) -> dict[str, str]:
+def layers_on_disk(model: nn.Module, device: str = "cpu") -> dict[str, str]:
     """The device_map for a model like this one (on the meta device, say) to be read layer by layer.
 
-    All of it is in memory but the decoder layers; those too where a module around them has
-    parameters of its own, which no such map can name apart from the layers, and where a layer
-    shares a parameter, which accelerate does not find again.
+    All of it is on a device but the decoder layers, which run there; those are there too where a
+    module around them has parameters of its own, which no such map can name apart from the layers,
+    and where a layer shares a parameter, which accelerate does not find again.
     """
     lists = {name.rpartition(".")[0] for name in decoder_layers(model)}
     places: dict[str, str] = {}
@@ -40,10 +40,10 @@ def layers_on_disk(model: nn.Module) -> dict[str, str]:
             if any(one.startswith(f"{name}.") for one in lists):
                 place(f"{name}.", part)
             else:
-                places[name] = "disk" if name in lists else "cpu"
+                places[name] = "disk" if name in lists else device
 
     place("", model)
-    return places if apart and not _shares(model, lists) else {"": "cpu"}
+    return places if apart and not _shares(model, lists) else {"": device}
 
 
 def _shares(model: nn.Module, lists: set[str]) -> bool:

@@ -63,6 +63,7 @@ def open_dense_model(
     *,
     tokenizer: Any = None,
     offload_folder: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
     """A dense model and its tokenizer from a directory, a hub id or a .gguf file.
@@ -78,7 +79,7 @@ def open_dense_model(
         if tokenizer is None:
             tokenizer = open_tokenizer(source, trust_remote_code=trust_remote_code)
         model = dense_model(
-            source, dtype=named_dtype(dtype), offload_folder=offload_folder,
+            source, dtype=named_dtype(dtype), offload_folder=offload_folder, device=device,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
     return model, tokenizer

@@ -30,7 +30,9 @@ class Pretended(Tensor):
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> Pretended:
+    def __new__(cls, inner: Tensor, requires_grad: bool | None = None) -> Any:
+        if requires_grad is not None:  # a parameter, to accelerate, which makes them by their type
+            return torch.nn.Parameter(inner, requires_grad)
         made = Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(),
             dtype=inner.dtype, device=DEVICE, requires_grad=inner.requires_grad,
@@ -61,7 +63,7 @@ class Pretended(Tensor):
         ours = [one for one in given if isinstance(one, Pretended)]
         _check_places(func, args, given)
         target = kwargs.get("device")
-        if target is not None:
+        if target is not None and torch.device(target).type == DEVICE.type:
             kwargs = {**kwargs, "device": "cpu"}
         result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
         stays = torch.device(target).type == DEVICE.type if target is not None else bool(ours)

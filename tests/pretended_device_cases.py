@@ -5,18 +5,26 @@ For a process of its own (test_pretended_device.py): torch knows the device from
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import offload
 from compare import assert_same_bits
 from pretended_device import DEVICE, Pretended, moved, pretended_device
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny_model import save_tiny
 from tiny_models import random_act_norms, tiny_model, tiny_tokens
 from torch import Tensor
 
 import nowag_ext
-from nowag_ext import evaluate, feedback
+from nowag_ext import disk, evaluate, feedback
 from nowag_ext.pipeline import compress as pipeline
 
 
@@ -107,6 +115,49 @@ def test_distill() -> None:
         nowag_ext.distill(model, place(model_of()), tiny_tokens(4, 24, seed=5))
         models.append(model)
     assert_same(models[1], models[0])
+
+
+@contextmanager
+def opened_here(file: str, framework: str, device: str) -> Iterator[Any]:
+    """A file of safetensors, which know no such device, as accelerate reads it."""
+    with safe_open(file, framework, device="cpu") as opened:
+        yield SimpleNamespace(get_tensor=lambda name: opened.get_tensor(name).to(device))
+
+
+@pytest.mark.parametrize("method", [{"method": "vq", "d": 4, "bits": 1.5}, {"method": "prune"}])
+def test_from_disk_to_disk(
+    method: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "own_device", torch.device)
+    monkeypatch.setattr(offload, "safe_open", opened_here)
+    # In this thread, where the device is known.
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    save_tiny(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps({**config, "attn_implementation": "eager"})
+    )
+    # Adam's own choice of how to take a step, by the device, shows in values that it moves.
+    more = tiny_tokens(3, 16, seed=5) if method["method"] == "vq" else None
+    seen: list[torch.device] = []
+    through = disk.compress_blocks
+
+    def look(model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(one.device for one in model.parameters())
+        return through(model, *args, **kwargs)
+
+    monkeypatch.setattr(disk, "compress_blocks", look)
+    for device in ("cpu", str(DEVICE)):
+        nowag_ext.compress(
+            tmp_path / "model", tiny_tokens(4, 16), output=tmp_path / device,
+            distill_tokens=more, device=device, **method,
+        )  # fmt: skip
+    assert set(seen) == {torch.device("meta"), torch.device("cpu"), DEVICE}
+    here = load_file(tmp_path / "cpu" / "model.safetensors")
+    there = load_file(tmp_path / str(DEVICE) / "model.safetensors")
+    assert here.keys() == there.keys()
+    for name, tensor in here.items():
+        assert_same_bits(there[name], tensor, name)
 
 
 def test_evaluation() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from test_cli import fails_with
 
 from nowag_ext import environment, ops
 from nowag_ext.environment import named_device
+from nowag_ext.pipeline.ranks import own_device
 
 
 @pytest.fixture
@@ -73,3 +75,36 @@ def test_the_command_refuses_before_it_reads_anything() -> None:
         fails_with(
             "device must be auto, cpu, cuda or cuda:N, not 'gpu'", *command, "--device", "gpu"
         )
+
+
+def test_processes_of_a_host_take_one_each(
+    two_gpus: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert own_device("cuda") == first
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, place in enumerate((first, second, first)):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert own_device("cuda") == own_device("auto") == place
+        assert own_device("cuda:1") == second
+        assert own_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("command", ["compress", "distill"])
+def test_what_a_compression_on_a_device_is_refused(
+    command: str, two_gpus: list[Any], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    model = tmp_path / "model"
+    model.mkdir()
+    given = ["--dense", str(model)] if command == "distill" else []
+    given = [command, str(model), *given, "-o", str(tmp_path / "out"), "--text", str(text)]
+    fails_with("disk .offload_dir, --offload. for a model on the CPU, not on cuda:1",
+               *given, "--device", "cuda:1", "--offload", str(tmp_path))  # fmt: skip
+    fails_with("there is no device cuda:2", *given, "--device", "cuda:2")
+    if command == "compress":
+        fails_with("--samples auto goes by how fast the CPU is: on cuda:0 give a number",
+                   *given, "--device", "cuda", "--samples", "auto")  # fmt: skip
+    assert not (tmp_path / "out").exists()

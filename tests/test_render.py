@@ -74,6 +74,7 @@ def decode() -> dict[str, Any]:
         "shape": "tiny", "contender": "dense bf16", "tokens_per_second": 10.0,
         "tokens_per_second_rounds": [9.0, 10.0, 11.0], "read_percent": 50.0,
         "ms_a_token": {"lm_head": 20.0, "linears": 70.0, "rest": 10.0}, "ratios": {},
+        "weight_bytes": 3 << 20, "prompt_tokens_per_second": {"64": 80.0},
     }  # fmt: skip
     packed = {
         **dense, "contender": "VQ d=4 bf16", "ratios": {"dense bf16": 3.0}, "linears": 14,
@@ -82,6 +83,7 @@ def decode() -> dict[str, Any]:
     other = {
         "shape": "tiny", "contender": "llama.cpp Q4_0", "tokens_per_second": 40.0,
         "tokens_per_second_rounds": [39.0, 40.0, 41.0], "weight_bytes": 1 << 20,
+        "prompt_tokens_per_second": {"64": 90.0},
     }  # fmt: skip
     return {**COMMON, "rows": [dense, packed, other]}
 

@@ -44,7 +44,10 @@ if [ "${{@: -2:1}}" = --json ] && [ "$does" != hang ]; then
     printf '{{"lines": [{{%s}}]}}' "$line" >"${{@: -1}}"
 fi
 case $does in
-    *hang) echo $$ >"$STUB_HOME/hanging"; mv "$STUB_HOME/hanging" "$STUB_HOME/hangs"; exec sleep 60 ;;
+    *hang)
+        echo $$ >"$STUB_HOME/hanging"
+        mv "$STUB_HOME/hanging" "$STUB_HOME/hangs"
+        exec sleep 60 ;;
     fail) exit 3 ;;
 esac
 exit 0

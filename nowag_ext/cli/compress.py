@@ -31,6 +31,7 @@ from nowag_ext.pipeline.compress import compress as compress_blocks
 from nowag_ext.pipeline.ranks import (
     launched,
     launched_rank,
+    own_device,
     process_group,
     threads_of_all,
 )
@@ -79,6 +80,7 @@ def compress(
     min_coverage: options.MinCoverage = 0.8,
     checkpoint_format: options.Format = "nowag",
     dtype: options.Dtype = "auto",
+    device: options.CompressDevice = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
     resume: options.Resume = True,
     offload: options.Offload = None,
@@ -114,22 +116,26 @@ def compress(
         raise ValueError("--dry-run is for one process: start it without torchrun.")
     if launched_rank() > 0:
         _help_compress(
-            model, output, dtype, trust_remote_code, method, left_dense, codebook_scope=scope,
-            offload_dir=offload, head=head_form, overrides=overrides, min_coverage=min_coverage,
-            **settings,
+            model, output, dtype, device, trust_remote_code, method, left_dense,
+            codebook_scope=scope, offload_dir=offload, head=head_form, overrides=overrides,
+            min_coverage=min_coverage, **settings,
         )  # fmt: skip
         return
     job = Job(
         model, output, method, settings, overrides, left_dense,
         scope, head_form,
-        dtype=dtype, checkpoint_format=checkpoint_format, trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
+        dtype=dtype, device=device, offload_dir=offload, checkpoint_format=checkpoint_format,
+        trust_remote_code=trust_remote_code, overwrite=overwrite,
     )  # fmt: skip
     norms = None
     if act_norms is not None:
         with of_argument("act_norms"):
             norms = load_act_norms(act_norms)
     wanted = _SAMPLES[recipe] if samples is None else options.parse_samples(samples)
+    if wanted is None and job.place.type != "cpu":
+        raise ValueError(
+            f"--samples auto goes by how fast the CPU is: on {job.place} give a number of windows."
+        )
     if minutes is not None and wanted is not None:
         raise ValueError("--minutes belongs to --samples auto.")
     if length < 1:
@@ -240,9 +246,11 @@ def compress(
 
 
 def _help_compress(
-    model: str, output: Path, dtype: str, trust_remote_code: bool, *args: Any, **kwargs: Any
-) -> None:
+    model: str, output: Path, dtype: str, device: str, trust_remote_code: bool, *args: Any,
+    **kwargs: Any,
+) -> None:  # fmt: skip
     """What a process of torchrun does whose rank is not 0: no more than compress along."""
+    place = own_device(device)
     with process_group() as group:
         kept = work_directory(Path(os.path.realpath(output)))
         # Another host may not have the disk that the output goes to.
@@ -250,8 +258,9 @@ def _help_compress(
         try:
             with temporary_directory(room, "converted") as converted:
                 loaded, _ = open_dense_model(
-                    model, dtype, offload_folder=converted, trust_remote_code=trust_remote_code
-                )
+                    model, dtype, offload_folder=converted, device=place,
+                    trust_remote_code=trust_remote_code,
+                )  # fmt: skip
                 compress_blocks(loaded, None, *args, group=group, **kwargs)
         except BaseException as stop:
             if LayerStore(kept).keeps_something():
@@ -274,7 +283,7 @@ def _self_text(
             )
         with loading(err, job.source):
             dense, _ = open_dense_model(
-                job.source, str(job.dtype), tokenizer=tokenizer,
+                job.source, str(job.dtype), tokenizer=tokenizer, device=job.place,
                 trust_remote_code=job.trust_remote_code,
             )  # fmt: skip
         with progress_bar(err) as progress:
@@ -318,6 +327,8 @@ def _show_forecast(job: Job, work: Work) -> None:
         out.print(part)
     windows = f"{work.samples} windows of {work.length} tokens" if work.samples else "norms"
     out.print(f"From {windows}, by --recipe {work.recipe}. Nothing was written.", soft_wrap=True)
+    if job.place.type != "cpu":
+        out.print(f"Time and memory are the CPU's: what {job.place} takes is not known.")
 
 
 def _settings(**given: Any) -> dict[str, Any]:

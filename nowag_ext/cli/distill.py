@@ -9,7 +9,8 @@ from nowag_ext.cli import options
 from nowag_ext.cli.base import app, err, out, reported
 from nowag_ext.cli.sentences import named_options
 from nowag_ext.cli.texts import open_texts, text_facts, text_windows
-from nowag_ext.disk import kept, of_argument, source_facts
+from nowag_ext.disk import check_offload, kept, of_argument, source_facts
+from nowag_ext.environment import named_device
 from nowag_ext.files import check_apart, check_vacant, require_space, temporary_directory
 from nowag_ext.offload import share_tensors
 from nowag_ext.pipeline.distill import check_distillation
@@ -34,6 +35,7 @@ def distill(
     length: options.DistillLength = 512,
     sample_seed: options.DistillSampleSeed = None,
     dtype: options.Dtype = "auto",
+    device: options.CompressDevice = "cpu",
     trust_remote_code: options.TrustRemoteCode = False,
     resume: options.Resume = True,
     offload: options.DistillOffload = None,
@@ -42,6 +44,8 @@ def distill(
     """Tunes a compressed model to predict what the dense one predicts, at the same bits."""
     check_distillation(passes, learning_rate, seed)
     stored = named_dtype(dtype)
+    place = named_device(device)
+    check_offload(offload, place)
     with of_argument("output"):
         target = check_vacant(output, overwrite=overwrite)
         for source in (compressed, dense):
@@ -62,19 +66,20 @@ def distill(
             **text_facts(texts, samples, length, sample_seed),
             "skip": skip,
             "passes": passes,
-            "learning_rate": learning_rate, "seed": seed,
+            "learning_rate": learning_rate, "seed": seed, "device": place.type,
         }  # fmt: skip
         store.begin(named_options(made_with))
         tokenizer = open_tokenizer(compressed, trust_remote_code=trust_remote_code)
         windows = text_windows(tokenizer, texts, samples, length, sample_seed, skip=skip)
         with loading(err, compressed):
-            model = load(compressed, dtype=stored, trust_remote_code=trust_remote_code)
+            model = load(compressed, dtype=stored, trust_remote_code=trust_remote_code).to(place)
         with of_argument("output"):
             require_space(target, model_bytes(model))
         with loading(err, dense):
             teacher, _ = open_dense_model(
-                dense, dtype, offload_folder=converted, trust_remote_code=trust_remote_code
-            )
+                dense, dtype, offload_folder=converted, device=place,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         share_tensors(teacher, model)
         with progress_bar(err) as progress:
             learnt = distill_model(

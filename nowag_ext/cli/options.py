@@ -90,6 +90,15 @@ Device = Annotated[
     ),
 ]
 
+CompressDevice = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        help="Where all is computed, and what is not on disk is: cpu, cuda, cuda:N, or auto. Under "
+        "torchrun each process takes a cuda device of its own.",
+    ),
+]
+
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(

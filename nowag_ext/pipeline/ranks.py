@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from torch import distributed as dist
 
+from nowag_ext.environment import named_device
 from nowag_ext.pipeline.blocks import Blocks, Group
 
 # Tensors by name, and what JSON can say besides.
@@ -178,6 +179,18 @@ def launched_rank() -> int:
     return int(os.environ["RANK"]) if launched() > 1 else 0
 
 
+def own_device(name: str) -> torch.device:
+    """The device of a name (``named_device``); of "cuda" each of a host's processes has its own."""
+    place = named_device(name)
+    if launched() == 1 or place.type == "cpu" or ":" in name:
+        return place
+    return torch.device(place.type, _local_device())
+
+
+def _local_device() -> int:
+    return int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+
+
 def launcher() -> list[str]:
     """How torchrun was started, as far as that is known."""
     hosts = os.environ["GROUP_WORLD_SIZE"]
@@ -206,7 +219,7 @@ def process_group() -> Iterator[dist.ProcessGroup | None]:
         time.sleep(_POLL)
     cuda = torch.cuda.is_available() and dist.is_nccl_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(_local_device())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=dist.PrefixStore("group", store), rank=rank, world_size=launched(),
