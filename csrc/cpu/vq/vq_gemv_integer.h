@@ -1,10 +1,9 @@
-// The integer kernel of vq_gemv.h for AVX2 and, where it is compiled for it, AVX-512 VNNI: d of 5 to
-// 8.
+// The integer kernel of vq_gemv.h, d of 5 to 8, for AVX2 and, where it is compiled for it, VNNI.
 //
 // Decode with entries and inputs of 16-bit integers, 8 of them to 128 bits: one instruction
-// multiplies an entry from memory with a position's inputs and adds neighbours up, one more (of
-// VNNI the same one) adds the four sums to the row's. A run of positions is added up so before it
-// is multiplied by its unit. Floats, 8 of which are twice as wide, have to be made of float16 first.
+// multiplies an entry from memory with a position's inputs and adds neighbours up, one more adds
+// the four sums to the row's (VNNI's does both). A run of positions is added up so before it is
+// multiplied by its unit. Floats, 8 of which are twice as wide, have to be made of float16 first.
 //
 // A vector holds the inputs of one token or, with the entry broadcast to its halves, of two; two
 // vectors share a pass over the entries. What is done for a token is the same, lane by lane.

@@ -1,5 +1,5 @@
-// The nibble kernel of vq_gemv.h for AVX-512: as vq_gemv_nibble_avx2.cpp, four positions a register,
-// so that the halves of a run add up in bytes once.
+// The nibble kernel of vq_gemv.h for AVX-512: as vq_gemv_nibble_avx2.cpp, four positions to a
+// register, so that the halves of a run add up in bytes once.
 
 #include <immintrin.h>
 

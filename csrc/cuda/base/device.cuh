@@ -228,9 +228,9 @@ __device__ __forceinline__ MmaC mma_tf32(const MmaA& a, float b0, float b1, cons
 }
 
 #ifdef NOWAG_SIMT
-// Every term loses what lies more than one bit below float32's last of the largest, and the sum what
-// lies below its own last: what tests of tensor cores have found (Fasi et al., Numerical behavior of
-// NVIDIA tensor cores, 2021), later ones keeping a bit more.
+// Every term loses what lies more than one bit below float32's last of the largest, and the sum
+// what lies below its own last: what tests of tensor cores have found (Fasi et al., Numerical
+// behavior of NVIDIA tensor cores, 2021), later ones keeping a bit more.
 inline float truncated_sum(const double (&terms)[9]) {
     double largest = 0.0, exact = 0.0;
     for (const double term : terms) {
@@ -250,8 +250,8 @@ inline float truncated_sum(const double (&terms)[9]) {
 // and t = lane % 4 a lane holds pairs of columns of a and of rows of b, the lower in the low half:
 //   a: (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)     b: (2t, g), (2t + 8, g)
 //   c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)
-// Products are exact. How their sum is rounded is not specified: the host does the worst that tensor
-// cores are believed to do (truncated_sum), for eight products after the other eight.
+// Products are exact. How their sum is rounded is not specified: the host does the worst that
+// tensor cores are believed to do (truncated_sum), to eight products and then to the others.
 template <DType kType>
 __device__ __forceinline__ void mma_16(const MmaA& a, uint32_t b0, uint32_t b1, MmaC& c) {
     static_assert(kType == DType::float16 || kType == DType::bfloat16, "16 bits");
