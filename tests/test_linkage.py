@@ -23,8 +23,7 @@ CPU = ROOT / "csrc" / "cpu"
 # The instruction sets as CMakeLists.txt names them.
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-VBMI = [*AVX512, "-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"]
-LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": VBMI}
+LEVELS = {"avx2": AVX2, "avx512": AVX512, "avx512vbmi": [*AVX512, "-mavx512vbmi", "-mavx512vbmi2"]}
 SOURCES = {
     source: flags
     for level, flags in LEVELS.items()

@@ -66,7 +66,7 @@ def integer_error(x: Tensor, vq: tuple[Tensor, ...]) -> Tensor:
         runs = products.amax(2).split(16, dim=1)
         error = sum((run.amax(1) * run.shape[1] for run in runs), torch.zeros(())) / 4000
         error = error[:, None]
-    elif d > 4 and _cpu.simd_level() in ("avx2", "avx512vbmi") and not looked_up(vq):
+    elif d > 4 and _cpu.simd_level() != "scalar" and not looked_up(vq):
         largest = codebook.double().abs().max()
         runs = scaled.amax(2).split(16, dim=1)
         most = sum((run.amax(1) * run.shape[1] for run in runs), torch.zeros(()))

@@ -38,8 +38,8 @@ Simd simd_best() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    const bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi") &&
-                      __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+    const bool vbmi =
+        avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
     return vbmi ? Simd::avx512vbmi : avx512 ? Simd::avx512 : avx2 ? Simd::avx2 : Simd::scalar;
 #else
     return Simd::scalar;

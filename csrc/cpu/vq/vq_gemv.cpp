@@ -21,7 +21,7 @@ bool is_valid(const VqProblem& problem) {
 
 std::unique_ptr<VqProduct> product_of(const VqProblem& problem, int threads) {
     if (auto product = vq_look_up(problem, threads)) return product;
-    if (auto product = vq_look_up_nibbles(problem)) return product;
+    if (auto product = vq_look_up_nibbles(problem, threads)) return product;
     return vq_decode(problem);
 }
 

@@ -11,7 +11,8 @@ namespace {
 
 const VqDecodeTable* decode_table() {
 #ifdef NOWAG_X86
-    return simd_pick(&kVqDecodeScalar, &kVqDecodeAvx2, &kVqDecodeAvx512, &kVqDecodeAvx512Vbmi);
+    return simd_pick(&kVqDecodeScalar, &kVqDecodeAvx2, &kVqDecodeAvx512,
+                     static_cast<const VqDecodeTable*>(nullptr));
 #else
     return &kVqDecodeScalar;
 #endif

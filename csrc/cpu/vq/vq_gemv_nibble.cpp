@@ -18,13 +18,14 @@ const VqNibbleTable* nibble_table() {
 #endif
 }
 
-// Codes of 4 bits. A part is two pairs of tiles: a pair shares the loads of the tables, and what is
-// fetched ahead of the first one's end is the second's.
+// Codes of 4 bits. A part is a pair of tiles, which share the loads of the tables; two pairs where
+// threads have several of them, since what is fetched ahead of the first one's end is the second's.
 class LookUpNibbles : public VqProduct {
   public:
-    LookUpNibbles(const VqProblem& problem, const VqNibbleTable& kernel)
+    LookUpNibbles(const VqProblem& problem, const VqNibbleTable& kernel, int threads)
         : VqProduct(problem),
           kernel_(kernel),
+          part_tiles_(problem.tiles() < 2 * kMostTiles * threads ? kMostTiles / 2 : kMostTiles),
           runs_(ceil_div(problem.positions(), kVqNibbleRun)),
           shares_(ceil_div(problem.positions(), kPositionsForThreads)),
           scaled_(buffer<float>(problem.tokens * size())),
@@ -51,12 +52,13 @@ class LookUpNibbles : public VqProduct {
                              count, &tables_[token * runs_ + first]);
     }
 
-    int64_t parts() const override { return ceil_div(problem_.tiles(), kTiles); }
+    int64_t parts() const override { return ceil_div(problem_.tiles(), part_tiles_); }
 
     void multiply(int64_t part) override {
-        const int64_t first = part * kTiles, tiles = std::min(kTiles, problem_.tiles() - first);
+        const int64_t first = part * part_tiles_;
+        const int64_t tiles = std::min(part_tiles_, problem_.tiles() - first);
         const int64_t rows = std::min(tiles * kTileRows, problem_.rows - first * kTileRows);
-        float sums[kTiles * kTileRows];
+        float sums[kMostTiles * kTileRows];
         for (int64_t t = 0; t < problem_.tokens; ++t) {
             kernel_.multiply(problem_.packed + first * problem_.stride(), problem_.stride(),
                              problem_.positions(), tiles, &tables_[t * runs_], sums);
@@ -65,11 +67,11 @@ class LookUpNibbles : public VqProduct {
     }
 
   private:
-    static constexpr int64_t kTiles = 4;
+    static constexpr int64_t kMostTiles = 4;
     int64_t size() const { return problem_.positions() * problem_.d; }
 
     const VqNibbleTable& kernel_;
-    const int64_t runs_, shares_;
+    const int64_t part_tiles_, runs_, shares_;
     float codebook_[kMaxSubvector * kVqNibbleEntries];
     const Buffer<float> scaled_;
     const Buffer<VqNibbleRun> tables_;
@@ -77,10 +79,10 @@ class LookUpNibbles : public VqProduct {
 
 }  // namespace
 
-std::unique_ptr<VqProduct> vq_look_up_nibbles(const VqProblem& problem) {
+std::unique_ptr<VqProduct> vq_look_up_nibbles(const VqProblem& problem, int threads) {
     const VqNibbleTable* kernel = nibble_table();
     if (kernel == nullptr || problem.code_bits != 4) return nullptr;
-    return std::make_unique<LookUpNibbles>(problem, *kernel);
+    return std::make_unique<LookUpNibbles>(problem, *kernel, threads);
 }
 
 }  // namespace nowag::cpu

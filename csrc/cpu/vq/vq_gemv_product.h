@@ -58,7 +58,7 @@ constexpr int64_t kPositionsForThreads = 512;
 // By tables of products (lookup): of codes of 8 bits and of 4. Null where the layer is no such, or
 // the instruction set has nothing for it.
 std::unique_ptr<VqProduct> vq_look_up(const VqProblem& problem, int threads);
-std::unique_ptr<VqProduct> vq_look_up_nibbles(const VqProblem& problem);
+std::unique_ptr<VqProduct> vq_look_up_nibbles(const VqProblem& problem, int threads);
 // By entries (decode): of any layer.
 std::unique_ptr<VqProduct> vq_decode(const VqProblem& problem);
 

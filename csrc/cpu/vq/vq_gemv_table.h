@@ -71,7 +71,7 @@ struct VqDecodeTable {
     const VqIntegerTable* integers;  // for d > 4; null where they are not faster
 };
 
-extern const VqDecodeTable kVqDecodeScalar, kVqDecodeAvx2, kVqDecodeAvx512, kVqDecodeAvx512Vbmi;
+extern const VqDecodeTable kVqDecodeScalar, kVqDecodeAvx2, kVqDecodeAvx512;
 
 // How far ahead of the codes in use lookup fetches the next ones, into the second-level cache: no
 // core has room for so many misses of the first, and what its own prefetcher fetches ends with each

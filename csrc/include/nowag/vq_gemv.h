@@ -8,9 +8,9 @@
 // Which algorithm runs depends on the instruction set and the layer's shape, on a GPU on the number
 // of tokens too.
 //   decode: fetches the codebook entry of each code and multiplies. float32 throughout, but for
-//           d > 4 on AVX2 and AVX-512 VBMI: entries are 14-bit integers in one unit for the
-//           codebook, x_j col_norms_j in one for each token and run of 16 positions, whose products
-//           are summed exactly.
+//           d > 4 on AVX2 and above: entries are 14-bit integers in one unit for the codebook, x_j
+//           col_norms_j in one for each token and run of 16 positions, whose products are summed
+//           exactly.
 //   lookup: computes T_p once for every position and adds T_p[code] for every row.
 //           Codes of 8 bits, 512 rows or more, on AVX2 and AVX-512: T_p is float32.
 //           The same on AVX-512 VBMI: T_p is rounded to 16-bit integers, and sums of integers are
