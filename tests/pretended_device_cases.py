@@ -146,7 +146,16 @@ def test_from_disk_to_disk(
         seen.extend(one.device for one in model.parameters())
         return through(model, *args, **kwargs)
 
+    def stop(_name: str, done: float, total: float) -> None:
+        if done > total / 2:
+            raise KeyboardInterrupt
+
     monkeypatch.setattr(disk, "compress_blocks", look)
+    with pytest.raises(KeyboardInterrupt):  # and gone on with, below
+        nowag_ext.compress(
+            tmp_path / "model", tiny_tokens(4, 16), output=tmp_path / str(DEVICE),
+            device=str(DEVICE), progress=stop, **method,
+        )  # fmt: skip
     for device in ("cpu", str(DEVICE)):
         nowag_ext.compress(
             tmp_path / "model", tiny_tokens(4, 16), output=tmp_path / device,
